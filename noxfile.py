@@ -1,0 +1,55 @@
+"""The project's tasks: ``nox`` checks everything; ``nox -s demo`` shows the library."""
+
+import os
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "tests", "notebooks"]
+
+# pip reads PIP_FIND_LINKS, separated by spaces; uv looks elsewhere, separated by commas.
+if links := os.environ.get("PIP_FIND_LINKS"):
+    os.environ.setdefault("UV_FIND_LINKS", ",".join(links.split()))
+
+# Small matrices gain nothing from threads, and threads that wait for a busy core lose much.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+def install(session: nox.Session, *groups: str) -> None:
+    """Install torch, the package and the named dependency groups, resolved together."""
+    tools = nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), *groups)
+    session.install("torch==2.13.0", "-e", ".[demo]", *tools)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests, the doctests and the notebooks; arguments go to pytest."""
+    install(session, "tests")
+    checked = "--jaxtyping-packages=ddnewton,beartype.beartype"
+    session.run("pytest", "--numprocesses=auto", checked, *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check the format, the style, the types and which module imports which."""
+    install(session, "lint")
+    session.run("ruff", "format", "--check")
+    session.run("ruff", "check")
+    session.run("mypy")
+    session.run("lint-imports")
+
+
+@nox.session
+def notebooks(session: nox.Session) -> None:
+    """Run the notebooks alone; ``-- --overwrite`` stores their new outputs."""
+    install(session, "tests")
+    session.run("pytest", "notebooks", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Run ``python -m ddnewton``; arguments go to it."""
+    install(session)
+    session.run("python", "-m", "ddnewton", *session.posargs)
