@@ -1,0 +1,124 @@
+"""What the arguments must be, before any work."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from ddnewton.errors import BadType, BadValue, sentence
+from ddnewton.transforms import bare
+from ddnewton.trees import named_leaves
+from ddnewton.types import PyTree
+
+GRAMS = ("auto", "dense")
+
+
+def check_params(params: PyTree) -> None:
+    """Require at least one leaf, and floating-point tensors throughout."""
+    leaves = named_leaves(params)
+    if not leaves:
+        remedy = "Pass a pytree of tensors, such as dict(module.named_parameters())."
+        raise BadValue(sentence("params must hold at least one tensor", repr(params), remedy))
+    for path, leaf in leaves:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            rule = "params must hold floating-point tensors only"
+            got = f"params{path}: {leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__}"
+            remedy = "Keep what is not trained in model_fn, or cast it with .float()."
+            raise BadType(sentence(rule, got, remedy))
+
+
+def check_batch(X: PyTree, y: PyTree) -> None:
+    """Require tensors that all hold the same number of samples on axis 0, at least one."""
+    counts: dict[str, int] = {}
+    for name, tree in (("X", X), ("y", y)):
+        leaves = named_leaves(tree)
+        if not leaves:
+            rule = f"{name} must hold at least one tensor"
+            raise BadValue(sentence(rule, repr(tree), "Pass a tensor or a pytree of tensors."))
+        for path, leaf in leaves:
+            counts[name + path] = _samples(name + path, leaf)
+    if len(set(counts.values())) > 1:
+        got = ", ".join(f"{name}: {count}" for name, count in counts.items())
+        rule = "X and y must hold the same number of samples"
+        raise BadValue(sentence(rule, got, "Slice them to a common axis 0."))
+    if 0 in counts.values():
+        raise BadValue(
+            sentence("X and y must hold at least one sample", "0", "Skip the empty batch.")
+        )
+
+
+def _samples(name: str, leaf: Any) -> int:
+    if not isinstance(leaf, Tensor):
+        rule = "X and y must be tensors or pytrees of tensors"
+        got = f"{name}: {type(leaf).__name__}"
+        raise BadType(sentence(rule, got, "Convert it with torch.as_tensor."))
+    if leaf.ndim == 0:
+        rule = "every tensor in X and y must have the samples on axis 0"
+        got = f"{name}: a tensor without axes"
+        raise BadValue(sentence(rule, got, "Give it an axis, or keep constants in model_fn."))
+    return int(leaf.shape[0])
+
+
+def check_outputs(outputs: object, samples: int) -> None:
+    """Require finite floating-point outputs with the samples on axis 0."""
+    if not isinstance(outputs, Tensor):
+        rule = "model_fn must return one tensor"
+        raise BadType(sentence(rule, type(outputs).__name__, "Pick or concatenate the outputs."))
+    if not outputs.is_floating_point():
+        rule = "model_fn must return floating-point outputs"
+        raise BadType(sentence(rule, outputs.dtype, "Return logits or real values."))
+    check_sample_axis(outputs, samples)
+    if outputs.numel() == 0:
+        rule = "model_fn must return at least one output a sample"
+        raise BadValue(sentence(rule, list(outputs.shape), "Check the model's last layer."))
+    if not bare(outputs).isfinite().all():
+        rule, got = "the outputs of model_fn must be finite", "nan or inf"
+        raise BadValue(sentence(rule, got, "Check params and X; lower the last step."))
+
+
+def check_sample_axis(outputs: Tensor, samples: int) -> None:
+    """Require the samples on axis 0, be it one."""
+    if outputs.ndim == 0 or outputs.shape[0] != samples:
+        rule = "the outputs of model_fn must have the samples on axis 0"
+        got = f"outputs: {list(outputs.shape)} for a batch of {samples}"
+        remedy = "Keep the sample axis, also for one sample: squeeze(-1), not squeeze()."
+        raise BadValue(sentence(rule, got, remedy))
+
+
+def check_options(damping: object, complement: object, gram: object, chunk_size: object) -> None:
+    """Require sensible values of the options that do not depend on the data."""
+    if not callable(damping):
+        check_nonnegative("damping", damping)
+    if complement is not None:
+        check_nonnegative("complement", complement)
+        if complement == 0:
+            rule = "complement must be positive, or None"
+            raise BadValue(sentence(rule, complement, "Pass a damping, such as 1.0."))
+    if gram not in GRAMS:
+        rule = f"gram must be one of {', '.join(map(repr, GRAMS))}"
+        raise BadValue(sentence(rule, repr(gram), 'Leave it at "auto".'))
+    if chunk_size is not None:
+        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
+            rule, got = "chunk_size must be an integer or None", type(chunk_size).__name__
+            raise BadType(sentence(rule, got, "Pass a number of samples."))
+        if chunk_size < 1:
+            raise BadValue(
+                sentence("chunk_size must be at least 1", chunk_size, "Pass a number of samples.")
+            )
+
+
+def check_nonnegative(name: str, value: object) -> None:
+    """Require a real number or a 0-d tensor, not negative and not nan."""
+    scalar = isinstance(value, Tensor) and value.ndim == 0
+    if isinstance(value, bool) or not (scalar or isinstance(value, Real)):
+        got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        remedy = "Pass a number" + (", or a function." if name == "damping" else ".")
+        raise BadType(sentence(f"{name} must be a number ≥ 0", got, remedy))
+    number = bare(value) if isinstance(value, Tensor) else value
+    low = float(number.min() if isinstance(number, Tensor) else number)  # type: ignore[arg-type]
+    if math.isnan(low) or low < 0:
+        rule = f"{name} must be a number ≥ 0"
+        raise BadValue(sentence(rule, low, "A damping adds to the curvature: pass 0 or more."))

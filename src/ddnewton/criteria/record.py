@@ -1,0 +1,68 @@
+r"""What the library knows of a loss.
+
+A convex loss enters the Gauss-Newton matrix through its gradient and Hessian in the outputs.
+Every loss here gives both in one factored form,
+
+    ∇ℓ = L z,        ∇²ℓ = L diag(h) Lᵀ,        h ≥ 0,
+
+with L [c, m] of moderate size whatever the outputs. The textbook root of the Hessian is
+S = L √h, and the gradient is S t with t = z / √h; but where a net is confident h underflows and t
+overflows, while L and z stay what they are. So slope and curvature travel apart. A sample whose
+loss is locally flat (h = 0) but not level (z ≠ 0) is no special case either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, TypeAlias
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ddnewton.errors import BadValue, sentence
+from ddnewton.types import PyTree
+
+Reduction: TypeAlias = Literal["mean", "sum"]
+
+
+class Expansion(NamedTuple):
+    """A loss around its outputs: ℓ(f + u) ≈ value + (L z)ᵀu + ½ uᵀL diag(h) Lᵀu."""
+
+    value: Float[Tensor, "*n"]
+    basis: Float[Tensor, "*n c m"]  # L
+    slopes: Float[Tensor, "*n m"]  # z
+    curvatures: Float[Tensor, "*n m"]  # h
+
+
+class Loss(NamedTuple):
+    """A convex loss as a record of functions.
+
+    ``expand(f, y)`` gives the `Expansion` of one sample's loss ℓ, with nothing averaged;
+    ``denominator(outputs, y)`` is what the reduction divides Σ_n ℓ_n by; ``check(outputs, y)``
+    raises where a batch does not fit the loss.
+    """
+
+    expand: Callable[[Tensor, PyTree], Expansion]
+    denominator: Callable[[Tensor, PyTree], float]
+    check: Callable[[Tensor, PyTree], None]
+
+
+def per_sample(reduction: Reduction) -> Callable[[Tensor, PyTree], float]:
+    """Return the denominator of a loss whose "mean" runs over samples."""
+    check_reduction(reduction)
+    return lambda outputs, y: float(outputs.shape[0]) if reduction == "mean" else 1.0
+
+
+def per_element(reduction: Reduction) -> Callable[[Tensor, PyTree], float]:
+    """Return the denominator of a loss whose "mean" runs over samples and outputs."""
+    check_reduction(reduction)
+    return lambda outputs, y: float(outputs.numel()) if reduction == "mean" else 1.0
+
+
+def check_reduction(reduction: str) -> None:
+    """Refuse a reduction that does not lead to one number."""
+    if reduction not in ("mean", "sum"):
+        rule = "the criterion must reduce to one number"
+        raise BadValue(
+            sentence(rule, f"reduction={reduction!r}", 'Use reduction="mean" or reduction="sum".')
+        )

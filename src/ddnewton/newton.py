@@ -1,0 +1,301 @@
+r"""Directionally damped Newton steps: the whole method in one file.
+
+    X → outputs f → loss expansions L, z, h → columns A = JᵀL → eigenpairs of A diag(h/N) Aᵀ
+      → directions e_k → γ_nk, λ_nk → δ_k → s = Σ_k −γ_k / (λ_k + δ_k) e_k
+
+Source: Dangel, Tatzel, Hennig, "ViViT: Curvature access through the generalized Gauss-Newton's
+low-rank structure", TMLR 2022, arXiv 2106.02624.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ddnewton.checks import check_batch, check_options, check_outputs, check_params
+from ddnewton.criteria import Loss, as_loss, expand_batch
+from ddnewton.damping import as_rule, check_dampings
+from ddnewton.derivatives import Derivatives, directional_derivatives
+from ddnewton.errors import public
+from ddnewton.gram import dense_columns
+from ddnewton.independence import Watch
+from ddnewton.jacobians import jacobian
+from ddnewton.precision import Model, widened
+from ddnewton.select import Directions, keep
+from ddnewton.spectrum import Spectrum, decompose
+from ddnewton.transforms import possibly
+from ddnewton.trees import batches, on_copies, parameter_count, sample_count, unflatten
+from ddnewton.types import Criterion, DampingRule, ModelFn, PyTree, Select
+
+
+class NewtonInfo(NamedTuple):
+    """What a step was made of, in the dtype of the model's outputs.
+
+    λ, δ and ``evals`` have the units of curvature (loss per squared parameter), γ of slope.
+    """
+
+    loss: Float[Tensor, ""]
+    evals: Float[Tensor, " k"]
+    gammas: Float[Tensor, "n k"]
+    lambdas: Float[Tensor, "n k"]
+    dampings: Float[Tensor, " k"]
+    coefficients: Float[Tensor, " k"]
+    """−γ_k / (λ_k + δ_k): how far the step goes along each direction."""
+    predicted_decrease: Float[Tensor, " k"]
+    """−γ_k c_k − ½ λ_k c_k²: by how much the quadratic model falls along each direction."""
+    gradient_norm: Float[Tensor, ""]
+    gradient_share: Float[Tensor, ""]
+    """Σ_k γ_k² / ‖g‖²: the share of the squared gradient norm inside the kept directions."""
+    rank: Int[Tensor, ""]
+    """Number of eigenvalues above the rank tolerance."""
+
+
+@public
+@torch.no_grad()
+def newton_step(
+    model_fn: ModelFn,
+    params: PyTree,
+    X: PyTree,
+    y: PyTree,
+    criterion: Criterion | Loss,
+    damping: float | Tensor | DampingRule,
+    *,
+    select: Select | None = None,
+    complement: float | None = None,
+    gram: Literal["auto", "dense"] = "auto",
+    chunk_size: int | None = None,
+) -> PyTree:
+    r"""Return the directionally damped Newton step, to be added to the parameters.
+
+    .. math:: s = \sum_k \frac{-\gamma_k}{\lambda_k + \delta_k} e_k
+
+    e_k and λ_k are eigenpairs of the generalized Gauss-Newton matrix G of the loss on the batch,
+    γ_k = e_kᵀ∇ℓ the slope along e_k, and δ_k the damping. With one δ and all directions this is
+    −(G + δI)⁻¹g on the range of G.
+
+    Parameters
+    ----------
+    model_fn
+        ``model_fn(params, X) -> outputs`` on a batch, samples on axis 0. Anything torch.func can
+        differentiate in which one sample's output does not depend on another's.
+    params
+        Pytree of floating-point tensors.
+    X, y
+        Inputs and targets: tensors or pytrees of tensors with the samples on axis 0.
+    criterion
+        Loss module, function of `torch.nn.functional`, `ddnewton.criteria.Loss`, or any convex
+        ``criterion(outputs, y) -> scalar`` that averages or sums over the samples.
+    damping
+        A number δ ≥ 0, or a rule ``damping(evals [K], evecs [NM, K], gammas [N, K],
+        lambdas [N, K]) -> [K]``. Infinity skips a direction. Damping has the units of curvature.
+    select
+        Which directions: a function of the ascending eigenvalues that returns indices or a mask,
+        such as `ddnewton.top_k`. None keeps all above the rank tolerance.
+    complement
+        Damping δ⊥ > 0 of the gradient's part outside the kept directions, which adds
+        −(g − Pg) / δ⊥. None leaves that part out.
+    gram
+        How the Gram matrix is formed. "auto" and "dense" both take per-sample Jacobians.
+    chunk_size
+        How many samples' Jacobians may exist at once (products pair two such sets). None chooses
+        from the memory at hand.
+
+    Returns
+    -------
+    PyTree
+        Like ``params``: same structure, shapes, dtypes, devices. Zero for unused parameters.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Where an argument breaks a rule; the message names it and says what to do.
+
+    Examples
+    --------
+    A straight line through three points, in one undamped step:
+
+    >>> import torch
+    >>> line = lambda p, x: p["slope"] * x + p["offset"]
+    >>> zero = {"slope": torch.zeros(1), "offset": torch.zeros(1)}
+    >>> x = torch.tensor([[0.0], [1.0], [2.0]])
+    >>> step = newton_step(line, zero, x, 3 * x + 1, torch.nn.MSELoss(), damping=0.0)
+    >>> {name: round(value.item(), 5) for name, value in step.items()}
+    {'slope': 3.0, 'offset': 1.0}
+    """
+    check_options(damping, complement, gram, chunk_size)
+    problem = _linearize(model_fn, params, X, y, criterion, chunk_size)
+    solution = _solve(problem, damping, select, complement)
+    return unflatten(problem.spectrum.lift(solution.coordinates), params)
+
+
+@public
+@torch.no_grad()
+def newton_step_and_info(
+    model_fn: ModelFn,
+    params: PyTree,
+    X: PyTree,
+    y: PyTree,
+    criterion: Criterion | Loss,
+    damping: float | Tensor | DampingRule,
+    *,
+    select: Select | None = None,
+    complement: float | None = None,
+    gram: Literal["auto", "dense"] = "auto",
+    chunk_size: int | None = None,
+) -> tuple[PyTree, NewtonInfo]:
+    """Return `newton_step` and a record of what it was made of.
+
+    Parameters, errors and the step itself are those of `newton_step`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> line = lambda p, x: p["slope"] * x + p["offset"]
+    >>> zero = {"slope": torch.zeros(1), "offset": torch.zeros(1)}
+    >>> x = torch.tensor([[0.0], [1.0], [2.0]])
+    >>> step, info = newton_step_and_info(line, zero, x, 3 * x + 1, torch.nn.MSELoss(), 0.0)
+    >>> int(info.rank), info.evals.tolist()
+    """
+    check_options(damping, complement, gram, chunk_size)
+    problem = _linearize(model_fn, params, X, y, criterion, chunk_size)
+    solution = _solve(problem, damping, select, complement)
+    step = unflatten(problem.spectrum.lift(solution.coordinates), params)
+    return step, _info(problem, solution)
+
+
+class Problem(NamedTuple):
+    """The loss to second order on a batch: its values and factors per sample, its eigenpairs."""
+
+    dtype: torch.dtype
+    values: Float[Tensor, " n"]
+    slopes: Float[Tensor, "m n"]  # z
+    curvatures: Float[Tensor, "m n"]  # h
+    gradient: Float[Tensor, " i"]  # z / N, the weights of the columns in the gradient
+    spectrum: Spectrum
+
+
+class Solution(NamedTuple):
+    """A step along the kept directions, and in the coordinates of the spectrum."""
+
+    kept: Directions
+    derivatives: Derivatives
+    dampings: Float[Tensor, " k"]
+    coefficients: Float[Tensor, " k"]
+    coordinates: Float[Tensor, " j"]
+
+
+def _linearize(
+    model_fn: ModelFn,
+    params: PyTree,
+    X: PyTree,
+    y: PyTree,
+    criterion: Criterion | Loss,
+    chunk_size: int | None,
+) -> Problem:
+    """Go down from the batch to the eigenpairs of its Gauss-Newton matrix."""
+    check_params(params)
+    check_batch(X, y)
+    loss = as_loss(criterion)
+    model = _evaluate(model_fn, params, X, chunk_size)
+    wide = widened(model, lambda X: batches(X, chunk_size))
+    values, basis, slopes, curvatures = expand_batch(loss, model.outputs, wide.outputs, y)
+    n = basis.shape[0]
+    weights, gradient = curvatures.T.reshape(-1) / n, slopes.T.reshape(-1) / n  # the mean's 1/N
+    columns = dense_columns(jacobian([wide, model], basis, chunk_size))
+    spectrum = decompose(columns, weights, parameter_count(params))
+    return Problem(model.outputs.dtype, values, slopes.T, curvatures.T, gradient, spectrum)
+
+
+def _evaluate(model_fn: ModelFn, params: PyTree, X: PyTree, chunk_size: int | None) -> Model:
+    """Run the model, watched for what would make its outputs no use."""
+    model_fn = on_copies(model_fn)
+    outputs = []
+    for batch in batches(X, chunk_size):
+        with Watch():
+            part = model_fn(params, batch)
+        check_outputs(part, sample_count(batch))
+        outputs.append(part)
+    return Model(model_fn, params, X, torch.cat(outputs))
+
+
+def _solve(
+    problem: Problem,
+    damping: float | Tensor | DampingRule,
+    select: Select | None,
+    complement: float | None,
+) -> Solution:
+    """Choose the directions, ask for their dampings, and walk along them."""
+    kept = keep(problem.spectrum, select, problem.dtype)
+    derivatives = directional_derivatives(kept.slopes, problem.slopes, problem.curvatures)
+    known = (kept.evals, kept.evecs, *derivatives)
+    dampings = as_rule(damping)(*(tensor.to(problem.dtype) for tensor in known))
+    check_dampings(dampings, kept.evals.shape[0])
+    gamma, curvature = derivatives.gammas.mean(0), derivatives.lambdas.mean(0)
+    coefficients = torch.where(kept.live, -gamma / (curvature + dampings.double()), 0)
+    coordinates = kept.span @ coefficients
+    if complement is not None:
+        coordinates = coordinates - _outside(problem, kept) / complement
+    elif select is None and not callable(damping):
+        coordinates = coordinates - _damped(_vanishing(problem), damping)
+    return Solution(kept, derivatives, dampings, coefficients, coordinates)
+
+
+def _outside(problem: Problem, kept: Directions) -> Float[Tensor, " j"]:
+    """Return the part of the gradient outside the kept directions, g − Pg."""
+    spectrum = problem.spectrum
+    rest = torch.where(kept.rest, spectrum.slopes.mT @ problem.gradient, 0)
+    return spectrum.span @ rest + _stray(problem, ~spectrum.resolved)
+
+
+def _vanishing(problem: Problem) -> Float[Tensor, " j"]:
+    """Return the gradient along directions whose curvature is positive, but not resolved.
+
+    All directions means these too: on a sample that the net is certain of and wrong about, the
+    curvature vanishes and the slope does not.
+    """
+    curved = problem.curvatures.reshape(-1) > 0
+    return _stray(problem, curved & ~problem.spectrum.resolved)
+
+
+def _stray(problem: Problem, columns: Bool[Tensor, " i"]) -> Float[Tensor, " j"]:
+    """Return what some columns add to the gradient outside the live directions."""
+    spectrum = problem.spectrum
+    if not possibly(columns):
+        return spectrum.span.new_zeros(spectrum.span.shape[0])
+    return spectrum.stray(torch.where(columns, problem.gradient, 0))
+
+
+def _damped(gradient: Float[Tensor, " j"], delta: float | Tensor) -> Float[Tensor, " j"]:
+    """Return the gradient over δ; nothing where δ = 0, which asks for the pseudo-inverse."""
+    delta = torch.as_tensor(delta, dtype=gradient.dtype, device=gradient.device)
+    return torch.where(delta > 0, gradient / delta, 0)
+
+
+def _info(problem: Problem, solution: Solution) -> NewtonInfo:
+    """Return the record of a step, in the dtype of the model's outputs."""
+    spectrum, kept = problem.spectrum, solution.kept
+    gammas, lambdas = solution.derivatives
+    gamma, curvature = gammas.mean(0), lambdas.mean(0)
+    slopes = torch.where(spectrum.live, spectrum.slopes.mT @ problem.gradient, 0)
+    square = slopes.square().sum()
+    if possibly(~spectrum.resolved):
+        square = square + spectrum.lift(_stray(problem, ~spectrum.resolved)).square().sum()
+    inside = torch.where(kept.live, gamma, 0).square().sum()
+    c = solution.coefficients
+    info = NewtonInfo(
+        loss=problem.values.mean(),
+        evals=kept.evals,
+        gammas=gammas,
+        lambdas=lambdas,
+        dampings=solution.dampings,
+        coefficients=c,
+        predicted_decrease=-c * (gamma + curvature * c / 2),
+        gradient_norm=square.sqrt(),
+        gradient_share=torch.where(square > 0, inside / square, 1),
+        rank=spectrum.live.sum(),
+    )
+    cast = (x if x.dtype == torch.int64 else x.to(problem.dtype) for x in info)
+    return NewtonInfo(*cast)

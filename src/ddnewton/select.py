@@ -1,0 +1,154 @@
+"""Which directions to take: ready-made rules, and what becomes of the user's answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ddnewton.checks import check_nonnegative
+from ddnewton.errors import BadType, BadValue, sentence
+from ddnewton.spectrum import Spectrum
+from ddnewton.transforms import bare, is_batched
+from ddnewton.types import Select
+
+
+def top_k(k: int) -> Select:
+    """Return a rule that takes the k largest eigenvalues, or all if there are fewer.
+
+    Examples
+    --------
+    >>> import torch
+    >>> top_k(2)(torch.tensor([0.0, 1.0, 5.0])).tolist()
+    [1, 2]
+    """
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise BadType(sentence("top_k: k must be an integer", type(k).__name__, "Pass a count."))
+    if k < 1:
+        raise BadValue(sentence("top_k: k must be at least 1", k, "Pass a count."))
+
+    def leading(evals: Float[Tensor, " i"]) -> Int[Tensor, " k"]:
+        count = evals.shape[0]
+        return torch.arange(max(0, count - k), count, device=evals.device)
+
+    return leading
+
+
+def above(threshold: float, relative: bool = True) -> Select:
+    """Return a rule that takes eigenvalues above a threshold, relative to the largest or absolute.
+
+    Examples
+    --------
+    >>> import torch
+    >>> above(0.1)(torch.tensor([0.0, 1.0, 5.0])).tolist()
+    [False, True, True]
+    """
+    check_nonnegative("above: threshold", threshold)
+
+    def beyond(evals: Float[Tensor, " i"]) -> Bool[Tensor, " i"]:
+        return evals > (threshold * evals[-1] if relative else threshold)
+
+    return beyond
+
+
+def energy(fraction: float) -> Select:
+    """Return a rule that takes the fewest leading eigenvalues whose sum is a fraction of the trace.
+
+    Examples
+    --------
+    >>> import torch
+    >>> energy(0.9)(torch.tensor([0.5, 1.0, 3.0, 6.0])).tolist()
+    [False, True, True, True]
+    """
+    check_nonnegative("energy: fraction", fraction)
+    if fraction > 1:
+        rule = "energy: fraction must lie in 0 to 1"
+        raise BadValue(sentence(rule, fraction, "Pass a share of the trace, such as 0.99."))
+
+    def leading(evals: Float[Tensor, " i"]) -> Bool[Tensor, " i"]:
+        sums = evals.flip(0).cumsum(0)
+        before = torch.cat([sums.new_zeros(1), sums[:-1]])
+        return (before < fraction * sums[-1]).flip(0)
+
+    return leading
+
+
+class Directions(NamedTuple):
+    """The kept directions, in the order asked for; one that is not ``live`` counts for nothing.
+
+    ``rest`` marks, among the r directions of the spectrum, the live ones that were left out.
+    """
+
+    evals: Float[Tensor, " k"]
+    evecs: Float[Tensor, "i k"]
+    slopes: Float[Tensor, "i k"]
+    span: Float[Tensor, "j k"]
+    live: Bool[Tensor, " k"]
+    rest: Bool[Tensor, " r"]
+
+
+def keep(spectrum: Spectrum, select: Select | None, dtype: torch.dtype) -> Directions:
+    """Return the directions that ``select`` asks for; all live ones for None.
+
+    ``select`` gets the eigenvalues in the user's dtype.
+    """
+    count, r = spectrum.evals.shape[0], spectrum.live.shape[0]
+    if select is None:
+        mask = torch.nn.functional.pad(spectrum.live, (count - r, 0))
+        indices, wanted = _from_mask(mask)
+    else:
+        indices, wanted = _answer(select(spectrum.evals.to(dtype)), count)
+    # Below the last r, eigenvalues are exactly zero and have no vector: point at any, not live.
+    thin = (indices - (count - r)).clamp(min=0)
+    live = spectrum.live[thin] & wanted & (indices >= count - r)
+    taken = (thin[:, None] == torch.arange(r, device=thin.device)) & live[:, None]
+    return Directions(
+        evals=spectrum.evals[indices],
+        evecs=torch.where(indices >= count - r, spectrum.evecs[:, thin], 0),
+        slopes=spectrum.slopes[:, thin],
+        span=spectrum.span[:, thin],
+        live=live,
+        rest=spectrum.live & ~taken.any(0),
+    )
+
+
+def _from_mask(mask: Bool[Tensor, " i"]) -> tuple[Int[Tensor, " k"], Bool[Tensor, " k"]]:
+    """Return indices and which of them are wanted: under ``vmap`` the number kept is not known."""
+    if is_batched(mask):
+        return torch.arange(mask.shape[0], device=mask.device), mask
+    indices = mask.nonzero()[:, 0]
+    return indices, torch.ones_like(indices, dtype=torch.bool)
+
+
+def _answer(
+    answer: Tensor | Sequence[int], count: int
+) -> tuple[Int[Tensor, " k"], Bool[Tensor, " k"]]:
+    """Return a user's selection as indices; refuse what is no selection."""
+    rule = "select must return distinct indices of the eigenvalues, or a boolean mask"
+    remedy = f"There are {count} eigenvalues, in ascending order: index them from 0."
+    try:
+        chosen = torch.as_tensor(answer)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadType(sentence(rule, repr(answer), remedy)) from error
+    if chosen.numel() == 0 and not isinstance(answer, Tensor):
+        chosen = chosen.long()
+    if chosen.ndim != 1:
+        raise BadValue(sentence(rule, f"shape {list(chosen.shape)}", remedy))
+    if chosen.dtype == torch.bool:
+        if chosen.shape[0] != count:
+            raise BadValue(sentence(rule, f"a mask of length {chosen.shape[0]}", remedy))
+        return _from_mask(chosen)
+    if chosen.is_floating_point() or chosen.is_complex():
+        raise BadType(sentence(rule, f"numbers of {chosen.dtype}", remedy))
+    values = bare(chosen)
+    if ((values < -count) | (values >= count)).any():
+        got = f"indices from {int(values.min())} to {int(values.max())}"
+        raise BadValue(sentence(rule, got, remedy))
+    indices = torch.where(chosen < 0, chosen + count, chosen).long()
+    ordered = bare(indices).sort(-1).values
+    if (ordered.diff(dim=-1) == 0).any():
+        raise BadValue(sentence(rule, f"repeats in {values.tolist()}", remedy))
+    return indices, torch.ones_like(indices, dtype=torch.bool)

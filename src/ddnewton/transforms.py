@@ -1,0 +1,67 @@
+"""Where torch.func's transforms show: looking inside ``vmap``, and mapping what it cannot."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.func import vmap
+from torch.utils._pytree import tree_map
+
+from ddnewton.trees import sample_count
+from ddnewton.types import PyTree
+
+logger = logging.getLogger(__name__)
+
+
+def bare(tensor: Tensor) -> Tensor:
+    """Return the plain tensor below every ``vmap`` and ``grad``: an ensemble's members at once."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor.detach()
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Return whether a ``vmap`` around the caller maps over the tensor: its values cannot steer."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    return False
+
+
+def first_member(tensor: Tensor) -> Tensor:
+    """Return the plain tensor of an ensemble's first member."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        batched = _functorch.is_batchedtensor(tensor)
+        axis = _functorch.maybe_get_bdim(tensor) if batched else None
+        tensor = _functorch.get_unwrapped(tensor)
+        tensor = tensor.select(axis, 0) if axis is not None else tensor
+    return tensor.detach()
+
+
+def possibly(mask: Tensor) -> bool:
+    """Return whether an entry is true, or may be: under ``vmap`` nobody can tell."""
+    return is_batched(mask) or bool(mask.any())
+
+
+def over_samples(function: Callable[..., PyTree], *batches: PyTree) -> PyTree:
+    """Map a function of one sample over axis 0: by ``vmap``, or in a loop where ``vmap`` cannot.
+
+    ``vmap`` refuses data-dependent branches, ``.item()`` and a few layers, such as recurrent
+    cells; a loop takes them, more slowly.
+    """
+    try:
+        return vmap(function)(*batches)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as reason:
+        logger.info("vmap over samples failed, going sample by sample: %s", reason)
+    results = [
+        function(*(tree_map(lambda x, n=n: x[n], batch) for batch in batches))
+        for n in range(sample_count(batches))
+    ]
+    return tree_map(lambda *parts: torch.stack(parts), *results)

@@ -1,0 +1,23 @@
+"""Names for what travels through the package; shapes stand in the signatures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+PyTree: TypeAlias = Any
+"""Nested dicts, lists, tuples and NamedTuples with tensors as leaves, or one tensor."""
+
+ModelFn: TypeAlias = Callable[[PyTree, PyTree], Tensor]
+"""``model_fn(params, X) -> outputs``, the samples on axis 0 of X's leaves and of the outputs."""
+
+Criterion: TypeAlias = Callable[[Tensor, PyTree], Tensor]
+"""``criterion(outputs, y) -> scalar``, convex in the outputs."""
+
+DampingRule: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""``damping(evals [K], evecs [NM, K], gammas [N, K], lambdas [N, K]) -> [K]``."""
+
+Select: TypeAlias = Callable[[Tensor], Tensor | Sequence[int]]
+"""``select(evals)``: which of the ascending eigenvalues, as indices or as a mask."""
