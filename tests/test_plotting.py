@@ -57,13 +57,24 @@ def test_curvatures_average_to_the_eigenvalues():
     torch.testing.assert_close(mean, info.evals.flip(0)[: info.rank])
 
 
-def test_no_directions_leave_empty_axes(tmp_path):
-    with plotting.panels(1, 3) as (figure, axes):
-        for ax, draw in zip(
-            axes, (plotting.spectrum, plotting.slopes, plotting.curvatures), strict=True
-        ):
-            draw(ax, record(lambda evals: []))
+@pytest.mark.parametrize("draw", [plotting.spectrum, plotting.slopes, plotting.curvatures])
+def test_nothing_to_draw_leaves_empty_axes(draw, tmp_path):
+    none = record(lambda evals: [])
+    zero = none._replace(evals=torch.zeros(3), gammas=torch.zeros(4, 3), lambdas=torch.zeros(4, 3))
+    with plotting.panels(1, 2) as (figure, (left, right)):
+        draw(left, none)
+        draw(right, zero)
         figure.savefig(tmp_path / "figure.png")
+
+
+def test_samples_without_slope_do_not_stretch_the_axis(tmp_path):
+    info = record(None)
+    info.gammas[0] = info.lambdas[0] = 0
+    with plotting.panels(1, 2) as (figure, axes):
+        plotting.slopes(axes[0], info)
+        plotting.curvatures(axes[1], info)
+        figure.savefig(tmp_path / "figure.png")
+    assert all(ax.get_ylim()[0] > 1e-20 for ax in axes)
 
 
 def test_training_curves_and_decreases(tmp_path):

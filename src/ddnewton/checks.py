@@ -88,6 +88,24 @@ def check_sample_axis(outputs: Tensor, samples: int) -> None:
         raise BadValue(sentence(rule, got, remedy))
 
 
+def check_derivatives(values: Tensor) -> None:
+    """Require finite derivatives of the outputs."""
+    if not bare(values).isfinite().all():
+        rule, got = "the derivatives of model_fn must be finite", "nan or inf"
+        remedy = "Look for square roots, norms or logarithms at zero in model_fn."
+        raise BadValue(sentence(rule, got, remedy))
+
+
+def check_functions(model_fn: object, select: object) -> None:
+    """Require functions where functions are asked for."""
+    if not callable(model_fn):
+        rule, remedy = "model_fn must be a function", "Pass model_fn(params, X) -> outputs."
+        raise BadType(sentence(rule, repr(model_fn), remedy))
+    if select is not None and not callable(select):
+        rule, remedy = "select must be a function or None", "Pass a rule such as top_k(10)."
+        raise BadType(sentence(rule, repr(select), remedy))
+
+
 def check_options(damping: object, complement: object, gram: object, chunk_size: object) -> None:
     """Require sensible values of the options that do not depend on the data."""
     if not callable(damping):

@@ -41,6 +41,7 @@ DROPOUTS: dict[str, tuple[Option, Option]] = {
 }
 """Where a function takes its probability and its train flag: position, name, default."""
 
+MIXING = "batch normalisation in train mode, which mixes the samples,"
 RULE = "one sample's output must not depend on another's, on chance, or on the call before"
 
 
@@ -69,7 +70,7 @@ def _offence(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         return args[position] if len(args) > position else kwargs.get(key, default)
 
     if name == "batch_norm" and option(5, "training"):
-        return "batch normalisation in train mode, which mixes the samples,"
+        return MIXING
     running = option(1, "running_mean", None) is not None
     if name == "instance_norm" and option(5, "use_input_stats") and running:
         return "instance normalisation in train mode, which updates its running statistics,"
@@ -78,7 +79,9 @@ def _offence(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     if name in RANDOM and kwargs.get("generator") is None:
         return f"the random function {name}"
     if name.endswith("_") and not name.endswith("__") and args and _is_buffer(args[0]):
-        return "a buffer that the model writes to"
+        # Batch normalisation counts its batches before it looks at them.
+        counting = isinstance(_modules_on_the_stack()[0], nn.modules.batchnorm._BatchNorm)
+        return MIXING if counting else "a buffer that the model writes to"
     return ""
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import vjp
 from torch.utils._pytree import tree_leaves
 
-from ddnewton.checks import check_sample_axis
+from ddnewton.checks import check_derivatives, check_sample_axis
 from ddnewton.independence import check_alone
 from ddnewton.precision import Model
 from ddnewton.transforms import over_samples
@@ -107,6 +107,7 @@ def _check_pullback(
     for leaf, column in zip(
         tree_leaves(pullback(mixed.reshape(outputs.shape))), columns, strict=True
     ):
+        check_derivatives(leaf)
         if leaf.numel():
             size = n * m * column.abs().amax()
             check_alone(leaf.reshape(-1), weights @ column, size, "derivatives")

@@ -12,10 +12,11 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from ddnewton.checks import check_batch, check_options, check_outputs, check_params
+from ddnewton.checks import check_batch, check_functions, check_options, check_outputs, check_params
+from ddnewton.complement import outside, stray, vanishing
 from ddnewton.criteria import Loss, as_loss, expand_batch
 from ddnewton.damping import as_rule, check_dampings
 from ddnewton.derivatives import Derivatives, directional_derivatives
@@ -125,6 +126,7 @@ def newton_step(
     >>> {name: round(value.item(), 5) for name, value in step.items()}
     {'slope': 3.0, 'offset': 1.0}
     """
+    check_functions(model_fn, select)
     check_options(damping, complement, gram, chunk_size)
     problem = _linearize(model_fn, params, X, y, criterion, chunk_size)
     solution = _solve(problem, damping, select, complement)
@@ -159,6 +161,7 @@ def newton_step_and_info(
     >>> step, info = newton_step_and_info(line, zero, x, 3 * x + 1, torch.nn.MSELoss(), 0.0)
     >>> int(info.rank), info.evals.tolist()
     """
+    check_functions(model_fn, select)
     check_options(damping, complement, gram, chunk_size)
     problem = _linearize(model_fn, params, X, y, criterion, chunk_size)
     solution = _solve(problem, damping, select, complement)
@@ -237,41 +240,11 @@ def _solve(
     coefficients = torch.where(kept.live, -gamma / (curvature + dampings.double()), 0)
     coordinates = kept.span @ coefficients
     if complement is not None:
-        coordinates = coordinates - _outside(problem, kept) / complement
+        coordinates = coordinates - outside(problem.spectrum, problem.gradient, kept) / complement
     elif select is None and not callable(damping):
-        coordinates = coordinates - _damped(_vanishing(problem), damping)
+        curved = problem.curvatures.reshape(-1) > 0
+        coordinates = coordinates - vanishing(problem.spectrum, problem.gradient, curved, damping)
     return Solution(kept, derivatives, dampings, coefficients, coordinates)
-
-
-def _outside(problem: Problem, kept: Directions) -> Float[Tensor, " j"]:
-    """Return the part of the gradient outside the kept directions, g − Pg."""
-    spectrum = problem.spectrum
-    rest = torch.where(kept.rest, spectrum.slopes.mT @ problem.gradient, 0)
-    return spectrum.span @ rest + _stray(problem, ~spectrum.resolved)
-
-
-def _vanishing(problem: Problem) -> Float[Tensor, " j"]:
-    """Return the gradient along directions whose curvature is positive, but not resolved.
-
-    All directions means these too: on a sample that the net is certain of and wrong about, the
-    curvature vanishes and the slope does not.
-    """
-    curved = problem.curvatures.reshape(-1) > 0
-    return _stray(problem, curved & ~problem.spectrum.resolved)
-
-
-def _stray(problem: Problem, columns: Bool[Tensor, " i"]) -> Float[Tensor, " j"]:
-    """Return what some columns add to the gradient outside the live directions."""
-    spectrum = problem.spectrum
-    if not possibly(columns):
-        return spectrum.span.new_zeros(spectrum.span.shape[0])
-    return spectrum.stray(torch.where(columns, problem.gradient, 0))
-
-
-def _damped(gradient: Float[Tensor, " j"], delta: float | Tensor) -> Float[Tensor, " j"]:
-    """Return the gradient over δ; nothing where δ = 0, which asks for the pseudo-inverse."""
-    delta = torch.as_tensor(delta, dtype=gradient.dtype, device=gradient.device)
-    return torch.where(delta > 0, gradient / delta, 0)
 
 
 def _info(problem: Problem, solution: Solution) -> NewtonInfo:
@@ -282,7 +255,7 @@ def _info(problem: Problem, solution: Solution) -> NewtonInfo:
     slopes = torch.where(spectrum.live, spectrum.slopes.mT @ problem.gradient, 0)
     square = slopes.square().sum()
     if possibly(~spectrum.resolved):
-        square = square + spectrum.lift(_stray(problem, ~spectrum.resolved)).square().sum()
+        square = square + spectrum.lift(stray(spectrum, problem.gradient)).square().sum()
     inside = torch.where(kept.live, gamma, 0).square().sum()
     c = solution.coefficients
     info = NewtonInfo(

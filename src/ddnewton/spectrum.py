@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ddnewton.errors import BadValue, sentence
+from ddnewton.checks import check_derivatives
 from ddnewton.gram import Columns
-from ddnewton.transforms import bare, possibly
+from ddnewton.transforms import possibly
 
 NOISE = 1024.0
 """Rank tolerance in squared roundings: a singular value counts from 32 roundings upwards."""
@@ -55,7 +55,7 @@ def decompose(columns: Columns, weights: Float[Tensor, " i"], d: int) -> Spectru
 
 def _gram_side(columns: Columns, weights: Float[Tensor, " i"]) -> Spectrum:
     inner = columns.gram()
-    _check_finite(inner)
+    check_derivatives(inner)
     diagonal = weights * inner.diagonal()
     resolved = _resolved(diagonal)
     root = torch.where(resolved, weights, 0).sqrt()
@@ -85,7 +85,7 @@ def _gram_side(columns: Columns, weights: Float[Tensor, " i"]) -> Spectrum:
 
 def _parameter_side(columns: Columns, weights: Float[Tensor, " i"]) -> Spectrum:
     ggn = columns.outer(weights)
-    _check_finite(ggn)
+    check_derivatives(ggn)
     evals, span = torch.linalg.eigh(ggn)
     slopes = columns.project(span)
     diagonal = weights * slopes.square().sum(1)
@@ -129,12 +129,8 @@ def _rank_tolerance(
     samples columns differ by orders of magnitude, and a small eigenvalue made of small columns is
     as good as a large one; a tolerance relative to λ_max alone would lose the step.
     """
-    columns = NOISE * eps**2 * (evecs.square().mT @ diagonal)
-    return columns + torch.finfo(evals.dtype).eps * evals.shape[0] * evals[-1].abs()
-
-
-def _check_finite(matrix: Tensor) -> None:
-    if not bare(matrix).isfinite().all():
-        rule, got = "the derivatives of model_fn must be finite", "nan or inf"
-        remedy = "Look for square roots, norms or logarithms at zero in model_fn."
-        raise BadValue(sentence(rule, got, remedy))
+    mean_square: Tensor = evecs.square().mT @ diagonal
+    return (
+        NOISE * eps**2 * mean_square
+        + torch.finfo(evals.dtype).eps * evals.shape[0] * evals[-1].abs()
+    )

@@ -1,0 +1,341 @@
+"""Every refusal: before any work, by name, with the rule, what was got and what to do."""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from ddnewton import above, energy, newton_step, newton_step_and_info, top_k
+from ddnewton.criteria import cross_entropy
+
+X = torch.linspace(-1, 1, 12).reshape(4, 3)
+Y = torch.linspace(0, 1, 8).reshape(4, 2)
+CLASSES = torch.tensor([0, 1, 1, 0])
+PARAMS = {"W": torch.linspace(-0.5, 0.7, 6).reshape(2, 3), "b": torch.tensor([0.1, -0.2])}
+
+
+def linear(p, x):
+    return x @ p["W"].T + p["b"]
+
+
+def step(**changes):
+    """Take a step that works, but for the changes."""
+    arguments = {"model_fn": linear, "params": PARAMS, "X": X, "y": Y}
+    arguments |= {"criterion": F.mse_loss, "damping": 1.0}
+    return newton_step(**arguments | changes)
+
+
+def test_without_changes_the_step_is_taken():
+    assert step()["W"].shape == (2, 3)
+
+
+# Each case: the changed arguments, the error, and what its message must say.
+CASES = {
+    # the batch
+    "counts differ": ({"y": Y[:3]}, ValueError, r"newton_step: X and y .* X: 4, y: 3\. Slice"),
+    "counts differ inside X": ({"X": {"a": X, "b": X[:2]}}, ValueError, r"X\['b'\]: 2"),
+    "empty batch": ({"X": X[:0], "y": Y[:0]}, ValueError, "at least one sample"),
+    "empty tree": ({"X": {}}, ValueError, "X must hold at least one tensor"),
+    "no tensor in X": ({"X": [X, None]}, TypeError, r"X\[1\]: NoneType"),
+    "no tensor in y": ({"y": 3.0}, TypeError, "y: float"),
+    "no axes in X": ({"X": torch.tensor(1.0)}, ValueError, "samples on axis 0; got X: a tensor"),
+    # the parameters
+    "no parameters": ({"params": {}}, ValueError, "params must hold at least one tensor"),
+    "integers": (
+        {"params": PARAMS | {"b": torch.tensor([1, 2])}},
+        TypeError,
+        r"floating-point tensors only; got params\['b'\]: torch.int64",
+    ),
+    "complex": ({"params": {"W": torch.zeros(2, 3) * 1j}}, TypeError, "complex64"),
+    "no tensor": ({"params": PARAMS | {"c": 1.0}}, TypeError, r"params\['c'\]: float"),
+    # targets
+    "mse shape": ({"y": Y[:, :1]}, ValueError, r"outputs: \[4, 2\], y: \[4, 1\]\. Reshape"),
+    "mse integers": ({"y": Y.long()}, TypeError, "y must be floating-point"),
+    "mse nan": ({"y": Y * math.nan}, ValueError, "y must be finite"),
+    "mse tree": ({"y": {"a": Y}}, TypeError, "y must be a tensor for this loss; got dict"),
+    "class too large": (
+        {"criterion": nn.CrossEntropyLoss(), "y": CLASSES + 1},
+        ValueError,
+        "must lie in 0 to 1 for 2 outputs; got indices from 1 to 2",
+    ),
+    "class negative": (
+        {"criterion": nn.CrossEntropyLoss(), "y": CLASSES - 1},
+        ValueError,
+        "indices from -1 to 0",
+    ),
+    "class column": (
+        {"criterion": nn.CrossEntropyLoss(), "y": CLASSES[:, None]},
+        ValueError,
+        r"class indices in y must have shape \[N\]",
+    ),
+    "class int32": (
+        {"criterion": nn.CrossEntropyLoss(), "y": CLASSES.int()},
+        TypeError,
+        "must be int64.*int32",
+    ),
+    "probabilities shape": (
+        {"criterion": nn.CrossEntropyLoss(), "y": Y[:, :1]},
+        ValueError,
+        "shape of the model's outputs",
+    ),
+    "probabilities negative": (
+        {"criterion": nn.CrossEntropyLoss(), "y": Y - 1},
+        ValueError,
+        "must not be negative",
+    ),
+    "cross-entropy outputs": (
+        {"model_fn": lambda p, x: linear(p, x)[:, 0], "criterion": cross_entropy(), "y": CLASSES},
+        ValueError,
+        r"needs outputs of shape \[N, C\]; got outputs: \[4\]",
+    ),
+    "bce range": ({"criterion": nn.BCEWithLogitsLoss(), "y": 2 * Y}, ValueError, r"\[0, 1\]"),
+    "bce shape": ({"criterion": nn.BCEWithLogitsLoss(), "y": Y[:, 0]}, ValueError, "shape"),
+    # the criterion
+    "a class": ({"criterion": nn.MSELoss}, TypeError, "criterion must be a loss function.*MSELoss"),
+    "a string": ({"criterion": "mse"}, TypeError, "criterion must be a loss function; got 'mse'"),
+    "reduction none": ({"criterion": nn.MSELoss(reduction="none")}, ValueError, "reduction='none'"),
+    "partial none": (
+        {"criterion": partial(F.mse_loss, reduction="none")},
+        ValueError,
+        "reduction='none'",
+    ),
+    "other loss, none": (
+        {"criterion": nn.HuberLoss(reduction="none")},
+        ValueError,
+        "reduction='none'",
+    ),
+    "record none": ({"criterion": lambda f, y: (f - y) ** 2}, ValueError, r"shape \[4, 2\]"),
+    "no tensor from it": ({"criterion": lambda f, y: 1.0}, TypeError, "scalar tensor; got float"),
+    "neither mean nor sum": (
+        {"criterion": lambda f, y: (f - y).square().sum().sqrt()},
+        ValueError,
+        "average or sum one loss over the samples; got a criterion that does neither",
+    ),
+    "samples mixed in the loss": (
+        {"criterion": lambda f, y: (f - y).mean().square()},
+        ValueError,
+        "does neither",
+    ),
+    "weighted mean": (
+        {"criterion": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0])), "y": CLASSES},
+        ValueError,
+        "does neither",
+    ),
+    "concave": (
+        {"criterion": lambda f, y: -(f - y).square().mean()},
+        ValueError,
+        "convex in the outputs; got a Hessian eigenvalue of -1",
+    ),
+    "saddle": (
+        {"criterion": lambda f, y: (f[:, 0] * f[:, 1]).mean()},
+        ValueError,
+        "must be convex",
+    ),
+    "loss nan": ({"criterion": lambda f, y: (f * math.nan).mean()}, ValueError, "loss must be fin"),
+    # damping, complement and the other options
+    "damping negative": ({"damping": -1.0}, ValueError, "damping must be a number ≥ 0; got -1.0"),
+    "damping nan": ({"damping": math.nan}, ValueError, "damping must be a number ≥ 0; got nan"),
+    "damping None": ({"damping": None}, TypeError, "damping must be a number ≥ 0; got None"),
+    "damping string": ({"damping": "1"}, TypeError, "damping must be a number"),
+    "damping vector": ({"damping": torch.ones(3)}, TypeError, r"a tensor of shape \[3\]"),
+    "rule's shape": (
+        {"damping": lambda evals, *_: torch.ones(3)},
+        ValueError,
+        r"for each of the K = 4 directions; got shape \[3\]",
+    ),
+    "rule's sign": (
+        {"damping": lambda evals, *_: -torch.ones_like(evals)},
+        ValueError,
+        "must not be negative or nan; got -1.0",
+    ),
+    "rule's nan": (
+        {"damping": lambda evals, *_: math.nan * evals},
+        ValueError,
+        "must not be negative or nan; got nan",
+    ),
+    "rule's type": ({"damping": lambda *_: 1.0}, TypeError, "return a tensor.*got float"),
+    "complement zero": ({"complement": 0.0}, ValueError, "complement must be positive"),
+    "complement negative": ({"complement": -1.0}, ValueError, "complement must be a number"),
+    "complement nan": ({"complement": math.nan}, ValueError, "complement must be a number"),
+    "complement string": ({"complement": "1"}, TypeError, "complement must be a number"),
+    "gram": ({"gram": "sparse"}, ValueError, "gram must be one of 'auto', 'dense'; got 'sparse'"),
+    "chunk zero": ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1; got 0"),
+    "chunk float": ({"chunk_size": 2.0}, TypeError, "chunk_size must be an integer"),
+    # select
+    "repeats": ({"select": lambda evals: [7, 7]}, ValueError, r"distinct.*repeats in \[7, 7\]"),
+    "repeats from the end": ({"select": lambda evals: [7, -1]}, ValueError, "repeats"),
+    "no indices": ({"select": lambda evals: [0.5]}, TypeError, "numbers of torch.float32"),
+    "a string for indices": ({"select": lambda evals: "all"}, TypeError, "select must return"),
+    "too large": ({"select": lambda evals: [8]}, ValueError, "indices from 8 to 8. There are 8"),
+    "too small": ({"select": lambda evals: [-9]}, ValueError, "indices from -9"),
+    "mask": ({"select": lambda evals: evals[1:] > 0}, ValueError, "a mask of length 7"),
+    "matrix": ({"select": lambda evals: [[0, 1]]}, ValueError, r"shape \[1, 2\]"),
+    "a number": ({"select": lambda evals: 3}, ValueError, r"shape \[\]"),
+    "not callable": ({"select": 3}, TypeError, "select must be a function"),
+    # the outputs
+    "outputs nan": ({"model_fn": lambda p, x: linear(p, x) / 0}, ValueError, "must be finite"),
+    "outputs without samples": (
+        {"model_fn": lambda p, x: linear(p, x).sum()},
+        ValueError,
+        r"samples on axis 0; got outputs: \[\] for a batch of 4",
+    ),
+    "outputs transposed": (
+        {"model_fn": lambda p, x: linear(p, x).T},
+        ValueError,
+        r"outputs: \[2, 4\] for a batch of 4",
+    ),
+    "outputs squeezed": (
+        {"model_fn": lambda p, x: linear(p, x)[:, :1].squeeze(), "y": Y[:, 0]},
+        ValueError,
+        r"outputs: \[\] for a batch of 1\. Keep the sample axis",
+    ),
+    "outputs of integers": ({"model_fn": lambda p, x: linear(p, x).long()}, TypeError, "int64"),
+    "outputs in a tuple": ({"model_fn": lambda p, x: (x, x)}, TypeError, "one tensor; got tuple"),
+    "no outputs": ({"model_fn": lambda p, x: linear(p, x)[:, :0]}, ValueError, "at least one"),
+    "derivatives nan": (
+        {"model_fn": lambda p, x: (0 * linear(p, x)).abs().sqrt(), "y": Y + 1},
+        ValueError,
+        "derivatives of model_fn must be finite",
+    ),
+    "no function": ({"model_fn": "linear"}, TypeError, "model_fn must be a function"),
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=CASES)
+def test_refusals_say_what_and_why(case):
+    changes, error, message = CASES[case]
+    with pytest.raises(error, match=message):
+        step(**changes)
+
+
+@pytest.mark.parametrize("case", ["counts differ", "damping negative", "repeats"])
+def test_refusals_name_the_function_that_was_called(case):
+    changes, error, _ = CASES[case]
+    arguments = [linear, PARAMS, X, changes.get("y", Y), F.mse_loss, changes.get("damping", 1.0)]
+    with pytest.raises(error, match=r"^newton_step_and_info: "):
+        newton_step_and_info(*arguments, select=changes.get("select"))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+@pytest.mark.parametrize(
+    "model_fn",
+    [
+        lambda p, x: linear(p, x - x.mean(0)),
+        lambda p, x: linear(p, x).softmax(0),
+        lambda p, x: linear(p, x) + linear(p, x).flip(0),
+        lambda p, x: linear(p, x).cumsum(0),
+        # The samples mix through a weight that is zero: their values agree, their slopes do not.
+        lambda p, x: linear(p, x) + (p["b"] - p["b"].detach()) * x.mean(),
+    ],
+    ids=["centred", "softmax", "flip", "cumsum", "derivative"],
+)
+def test_models_that_mix_samples_are_refused(model_fn, chunk_size):
+    with pytest.raises(ValueError, match=r"must not depend on another's.*samples alone"):
+        step(model_fn=model_fn, chunk_size=chunk_size)
+
+
+def network(*layers):
+    module = nn.Sequential(nn.Flatten(), nn.Linear(3, 6), *layers, nn.Linear(6, 2))
+    return module, lambda p, x: functional_call(module, p, (x,))
+
+
+STATEFUL = {
+    "batch norm": (nn.BatchNorm1d(6), "batch normalisation in train mode"),
+    "no running statistics": (
+        nn.BatchNorm1d(6, track_running_stats=False).eval(),
+        "batch normalisation in train mode",
+    ),
+    "nested": (nn.Sequential(nn.Tanh(), nn.BatchNorm1d(6)), r"in BatchNorm1d '2\.1'"),
+    "lazily named": (nn.BatchNorm1d(6), "in BatchNorm1d '2'. Call .eval"),
+    "dropout": (nn.Dropout(0.5), "dropout in train mode.* in Dropout '2'"),
+    "alpha dropout": (nn.AlphaDropout(0.5), "alpha_dropout in train mode"),
+    "rrelu": (nn.RReLU(), "rrelu in train mode"),
+}
+
+
+@pytest.mark.parametrize("case", STATEFUL, ids=STATEFUL)
+def test_modules_in_train_mode_are_refused_by_name_and_left_as_they_were(case):
+    layer, message = STATEFUL[case]
+    module, model_fn = network(layer)
+    before, random_state = copy.deepcopy(module.state_dict()), torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        step(model_fn=model_fn, params=dict(module.named_parameters()))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_the_same_modules_in_eval_mode_are_fine():
+    for layer, _ in STATEFUL.values():
+        module, model_fn = network(layer)
+        if getattr(layer, "track_running_stats", True):
+            module.eval()
+            assert step(model_fn=model_fn, params=dict(module.named_parameters()))
+
+
+def test_dropout_of_nothing_is_fine():
+    module, model_fn = network(nn.Dropout(0.0))
+    assert step(model_fn=model_fn, params=dict(module.named_parameters()))
+
+
+def test_a_module_that_counts_its_calls_is_refused():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls.add_(1)
+            return x
+
+    module, model_fn = network(Counting())
+    with pytest.raises(ValueError, match="a buffer that the model writes to in Counting '2'"):
+        step(model_fn=model_fn, params=dict(module.named_parameters()))
+    assert module[2].calls == 0
+
+
+def test_random_functions_are_refused_before_they_draw():
+    random_state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="the random function randn_like"):
+        step(model_fn=lambda p, x: linear(p, x + torch.randn_like(x)))
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_dropout_inside_attention_and_recurrent_layers_is_refused():
+    attention = nn.MultiheadAttention(3, 1, dropout=0.5, batch_first=True)
+    recurrent = nn.LSTM(3, 3, num_layers=2, dropout=0.5, batch_first=True)
+    sequences = torch.linspace(-1, 1, 24).reshape(4, 2, 3)
+    for module, call in (
+        (attention, lambda p, x: functional_call(attention, p, (x, x, x))[0]),
+        (recurrent, lambda p, x: functional_call(recurrent, p, (x,))[0]),
+    ):
+        with pytest.raises(
+            ValueError, match=f"in train mode, which is .* in {type(module).__name__}"
+        ):
+            step(
+                model_fn=call, params=dict(module.named_parameters()), X=sequences, y=sequences
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("factory", "argument", "error", "message"),
+    [
+        (top_k, 0, ValueError, "top_k: k must be at least 1; got 0"),
+        (top_k, 2.5, TypeError, "top_k: k must be an integer; got float"),
+        (top_k, True, TypeError, "top_k: k must be an integer; got bool"),
+        (above, -1.0, ValueError, "above: threshold must be a number ≥ 0"),
+        (above, "1", TypeError, "above: threshold must be a number ≥ 0"),
+        (energy, 1.5, ValueError, "energy: fraction must lie in 0 to 1; got 1.5"),
+        (energy, math.nan, ValueError, "energy: fraction must be a number"),
+        (cross_entropy, "none", ValueError, "reduction='none'"),
+        (cross_entropy, "average", ValueError, "reduction='average'"),
+    ],
+)
+def test_factories_refuse_at_once(factory, argument, error, message):
+    with pytest.raises(error, match=message):
+        factory(argument)
