@@ -248,6 +248,30 @@ def test_undamped_when_saturated_is_finite():
         assert flat(newton_step(*given, 0.0, select=above(1e-6))).isfinite().all(), name
 
 
+# --- samples that differ by little ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("complement", [False, True], ids=["all", "complement"])
+@pytest.mark.parametrize("delta", [1.0, 1e-4, 1e-8])
+@pytest.mark.parametrize("gap", [1e-2, 1e-4, 1e-6, 1e-8, 1e-10])
+@pytest.mark.parametrize("side", ["fewer_columns", "more_columns"])
+def test_two_nearly_equal_samples_with_different_labels(side, gap, delta, complement):
+    """The direction between them has a curvature of gap², a slope of gap, and a step of gap/δ.
+
+    Its eigenvalue may be rounding where its slope is not: an LU solve of (G + δI) s = −g in
+    float64 is right to 6e-9 in all of these cases.
+    """
+    features = torch.tensor([[1.0, 1.0], [1.0, 1.0 + gap]], dtype=FLOAT64)
+    y = torch.tensor([0, 1])
+    if side == "more_columns":
+        features, y = features.repeat(3, 1), y.repeat(3)
+    W = torch.zeros(2, 2, dtype=FLOAT64)
+    given = Problem(lambda W, X: X @ W, W, features, y, nn.CrossEntropyLoss())
+    expected = solve_in_decimals(dense(*given), delta)
+    result = newton_step(*given, delta, complement=delta if complement else None)
+    assert error(result, expected) < 1e-6
+
+
 # --- vanishing gradients, deficient ranks ---------------------------------------------------
 
 

@@ -516,6 +516,25 @@ def test_a_parameter_may_be_a_scalar(dtype):
     assert float(result) == pytest.approx(1.6, rel=1e-6)
 
 
+def test_parameters_of_two_dtypes():
+    given = problem("list_of_layers")
+    mixed = [(weight, bias.float()) for weight, bias in given.params]
+    result = newton_step(*given._replace(params=mixed), 0.1)
+    assert [leaf.dtype for leaf in tree_leaves(result)] == [FLOAT64, FLOAT32] * 3
+    assert error(result, solve(truth("list_of_layers"), 0.1)) < 1e-6
+
+
+@pytest.mark.parametrize("inside", [FLOAT32, FLOAT64])
+@pytest.mark.parametrize("outside", [FLOAT32, FLOAT64])
+def test_outputs_of_another_dtype_than_the_parameters(inside, outside):
+    given = problem("one_tensor", inside)
+    result = newton_step(
+        lambda W, X: (X @ W).to(outside), given.params, given.X, given.y, given.criterion, 0.1
+    )
+    assert result.dtype == inside
+    assert error(result, solve(truth("one_tensor"), 0.1)) < 1e-5
+
+
 def test_integer_leaves_in_y_and_x_pass_through():
     given = problem("attention", FLOAT32)
     assert given.X["tokens"].dtype == torch.long

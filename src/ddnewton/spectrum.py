@@ -96,7 +96,8 @@ def _parameter_side(columns: Columns, weights: Float[Tensor, " i"]) -> Spectrum:
     slopes = torch.where(live | ~resolved[:, None], slopes, 0)
 
     def stray(z: Float[Tensor, " i"]) -> Float[Tensor, " d"]:
-        return span @ torch.where(live, 0, slopes.mT @ z)
+        part: Tensor = span @ torch.where(live, 0, slopes.mT @ z)
+        return part
 
     return Spectrum(
         evals=F.pad(evals.clamp(min=0), (weights.shape[0] - evals.shape[0], 0)),
