@@ -1,8 +1,8 @@
 """What the kept directions leave of the gradient.
 
 The gradient is A z / N. Its live part lies along the live directions of the spectrum; what strays
-from them comes from columns without a curvature of their own: of losses that are flat but not
-level, and of samples the net is certain of, and wrong about.
+from them comes from columns without a curvature of their own, of losses that are flat but not
+level and of samples the net is certain of and wrong about, and from faint directions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ddnewton.select import Directions
-from ddnewton.spectrum import Spectrum
+from ddnewton.spectrum import ROUNDINGS, Spectrum
 from ddnewton.transforms import possibly
 
 
@@ -32,16 +32,24 @@ def vanishing(
 ) -> Float[Tensor, " j"]:
     """Return −s along directions whose curvature is positive but too small to resolve, λ → 0.
 
-    All directions means these too: where a net is certain and wrong, the curvature of a softmax
-    vanishes and its slope does not. Zero for δ = 0, where the pseudo-inverse leaves them out.
+    All directions means these too: where a net is certain and wrong, or where two samples that
+    are almost the same have different targets, the curvature vanishes and the slope does not.
+    Zero where δ is no larger than what curvatures are known to, as in the pseudo-inverse.
     """
     part = stray(spectrum, torch.where(curved, gradient, 0))
     delta = torch.as_tensor(delta, dtype=part.dtype, device=part.device)
-    return torch.where(delta > 0, part / delta, 0)
+    return torch.where(delta > spectrum.rounding, part / delta, 0)
 
 
 def stray(spectrum: Spectrum, gradient: Float[Tensor, " i"]) -> Float[Tensor, " j"]:
-    """Return what the columns without resolved curvature add outside the live directions."""
-    if not possibly(~spectrum.resolved & (gradient != 0)):
+    """Return the part of the gradient outside the live directions; most often there is none.
+
+    What is no longer than the rounding of a sum of columns is none.
+    """
+    flat = ~spectrum.resolved & (gradient != 0)
+    if not (possibly(spectrum.faint) or possibly(flat)):
         return spectrum.span.new_zeros(spectrum.span.shape[0])
-    return spectrum.stray(torch.where(spectrum.resolved, 0, gradient))
+    part = spectrum.stray(gradient)
+    size = spectrum.lift(part).norm()
+    noise = (gradient * spectrum.sizes).norm() * torch.finfo(part.dtype).eps
+    return torch.where(size > ROUNDINGS * noise, part, 0)

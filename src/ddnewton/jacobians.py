@@ -110,7 +110,7 @@ def _check_pullback(
         check_derivatives(leaf)
         if leaf.numel():
             size = n * m * column.abs().amax()
-            check_alone(leaf.reshape(-1), weights @ column, size, "derivatives")
+            check_alone(leaf.reshape(-1), weights.to(column) @ column, size, "derivatives")
 
 
 def _sensible_chunk(model: Model, m: int) -> int:

@@ -27,7 +27,6 @@ from ddnewton.jacobians import jacobian
 from ddnewton.precision import Model, widened
 from ddnewton.select import Directions, keep
 from ddnewton.spectrum import Spectrum, decompose
-from ddnewton.transforms import possibly
 from ddnewton.trees import batches, on_copies, parameter_count, sample_count, unflatten
 from ddnewton.types import Criterion, DampingRule, ModelFn, PyTree, Select
 
@@ -255,8 +254,7 @@ def _info(problem: Problem, solution: Solution) -> NewtonInfo:
     gamma, curvature = gammas.mean(0), lambdas.mean(0)
     slopes = torch.where(spectrum.live, spectrum.slopes.mT @ problem.gradient, 0)
     square = slopes.square().sum()
-    if possibly(~spectrum.resolved):
-        square = square + spectrum.lift(stray(spectrum, problem.gradient)).square().sum()
+    square = square + spectrum.lift(stray(spectrum, problem.gradient)).square().sum()
     inside = torch.where(kept.live, gamma, 0).square().sum()
     c = solution.coefficients
     info = NewtonInfo(

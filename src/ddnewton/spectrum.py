@@ -26,8 +26,8 @@ from ddnewton.checks import check_derivatives
 from ddnewton.gram import Columns
 from ddnewton.transforms import possibly
 
-NOISE = 1024.0
-"""Rank tolerance in squared roundings: a singular value counts from 32 roundings upwards."""
+ROUNDINGS = 32.0
+"""From how many roundings upwards a length counts: a singular value, a part of the gradient."""
 
 
 class Spectrum(NamedTuple):
@@ -35,7 +35,9 @@ class Spectrum(NamedTuple):
 
     A direction is written in coordinates j, weights of the columns on the Gram side and
     parameters on the other; ``lift`` turns coordinates into parameters. One that is not ``live``
-    has no eigenvalue beyond rounding, and belongs to the null space.
+    has no eigenvalue beyond rounding. If that is the rounding of the decomposition, not of the
+    columns, the direction is ``faint``: of its curvature nothing is known but that it is as good
+    as zero, while the slope along it, the root of the curvature, may be large enough to matter.
     """
 
     evals: Float[Tensor, " i"]
@@ -43,7 +45,10 @@ class Spectrum(NamedTuple):
     slopes: Float[Tensor, "i r"]  # a_iᵀ e_k
     span: Float[Tensor, "j r"]  # e_k
     live: Bool[Tensor, " r"]
+    faint: Bool[Tensor, " r"]
     resolved: Bool[Tensor, " i"]  # the columns that count for the curvature
+    rounding: Float[Tensor, ""]  # of the decomposition: eigenvalues below it are not known
+    sizes: Float[Tensor, " i"]  # ‖a_i‖
     stray: Callable[[Float[Tensor, " i"]], Float[Tensor, " j"]]  # Σ z_i a_i off the live directions
     lift: Callable[[Float[Tensor, " j"]], Float[Tensor, " d"]]
 
@@ -56,11 +61,12 @@ def decompose(columns: Columns, weights: Float[Tensor, " i"], d: int) -> Spectru
 def _gram_side(columns: Columns, weights: Float[Tensor, " i"]) -> Spectrum:
     inner = columns.gram()
     check_derivatives(inner)
+    sizes = inner.diagonal().sqrt()
     diagonal = weights * inner.diagonal()
     resolved = _resolved(diagonal)
     root = torch.where(resolved, weights, 0).sqrt()
     evals, evecs = torch.linalg.eigh(root[:, None] * inner * root)
-    live = evals > _rank_tolerance(evals, evecs, diagonal, columns.eps)
+    live, faint, rounding = _judge(evals, evecs, diagonal, columns.eps)
     scale = torch.where(live, evals, 1).sqrt()
     span = torch.where(live, root[:, None] * evecs / scale, 0)
     # Dividing by √w keeps all digits where the column is resolved, multiplying by AᵀA does not.
@@ -69,7 +75,10 @@ def _gram_side(columns: Columns, weights: Float[Tensor, " i"]) -> Spectrum:
         slopes = torch.where(resolved[:, None], slopes, inner @ span)
 
     def stray(z: Float[Tensor, " i"]) -> Float[Tensor, " i"]:
-        return z - span @ (slopes.mT @ z)
+        flat = torch.where(resolved, 0, z)
+        along = torch.where(faint, evecs.mT @ torch.where(resolved, z / root, 0), 0)
+        part: Tensor = flat - span @ (slopes.mT @ flat) + root * (evecs @ along)
+        return part
 
     return Spectrum(
         evals=evals.clamp(min=0),
@@ -77,7 +86,10 @@ def _gram_side(columns: Columns, weights: Float[Tensor, " i"]) -> Spectrum:
         slopes=slopes,
         span=span,
         live=live,
+        faint=faint,
         resolved=resolved,
+        rounding=rounding,
+        sizes=sizes,
         stray=stray,
         lift=columns.combine,
     )
@@ -88,12 +100,13 @@ def _parameter_side(columns: Columns, weights: Float[Tensor, " i"]) -> Spectrum:
     check_derivatives(ggn)
     evals, span = torch.linalg.eigh(ggn)
     slopes = columns.project(span)
-    diagonal = weights * slopes.square().sum(1)
+    sizes = slopes.square().sum(1).sqrt()
+    diagonal = weights * sizes.square()
     resolved = _resolved(diagonal)
     root = torch.where(resolved, weights, 0).sqrt()
     evecs: Tensor = F.normalize(root[:, None] * slopes, dim=0)
-    live = evals > _rank_tolerance(evals, evecs, diagonal, columns.eps)
-    slopes = torch.where(live | ~resolved[:, None], slopes, 0)
+    live, faint, rounding = _judge(evals, evecs, diagonal, columns.eps)
+    slopes = torch.where(live | faint | ~resolved[:, None], slopes, 0)
 
     def stray(z: Float[Tensor, " i"]) -> Float[Tensor, " d"]:
         part: Tensor = span @ torch.where(live, 0, slopes.mT @ z)
@@ -105,7 +118,10 @@ def _parameter_side(columns: Columns, weights: Float[Tensor, " i"]) -> Spectrum:
         slopes=slopes,
         span=span,
         live=live,
+        faint=faint,
         resolved=resolved,
+        rounding=rounding,
+        sizes=sizes,
         stray=stray,
         lift=lambda coordinates: coordinates,
     )
@@ -117,21 +133,20 @@ def _resolved(diagonal: Float[Tensor, " i"]) -> Bool[Tensor, " i"]:
     return diagonal > rounding * diagonal.amax()
 
 
-def _rank_tolerance(
+def _judge(
     evals: Float[Tensor, " r"],
     evecs: Float[Tensor, "i r"],
     diagonal: Float[Tensor, " i"],
     eps: float,
-) -> Float[Tensor, " r"]:
-    """Return the size below which an eigenvalue is rounding, for every direction its own.
+) -> tuple[Bool[Tensor, " r"], Bool[Tensor, " r"], Float[Tensor, ""]]:
+    """Return which directions are live, which are faint, and the decomposition's rounding.
 
     Columns are wrong by eps of their size, so an eigenvalue that ought to vanish comes out as
     eps² times the mean square of its columns, Σ_i u_i² K_ii. On a net that is certain of most
     samples columns differ by orders of magnitude, and a small eigenvalue made of small columns is
     as good as a large one; a tolerance relative to λ_max alone would lose the step.
     """
-    mean_square: Tensor = evecs.square().mT @ diagonal
-    return (
-        NOISE * eps**2 * mean_square
-        + torch.finfo(evals.dtype).eps * evals.shape[0] * evals[-1].abs()
-    )
+    of_columns: Tensor = (ROUNDINGS * eps) ** 2 * (evecs.square().mT @ diagonal)
+    rounding: Tensor = torch.finfo(evals.dtype).eps * evals.shape[0] * evals[-1].abs()
+    live = evals > of_columns + rounding
+    return live, ~live & (of_columns < rounding), rounding
