@@ -28,11 +28,11 @@ FLOAT32, FLOAT64 = torch.float32, torch.float64
 DELTAS = [1.0, 1e-2, 1e-4, 1e-6, 1e-8]
 DTYPES = pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=["float32", "float64"])
 SEEDS = pytest.mark.parametrize("seed", [0, 1, 2])
-NETS = pytest.mark.parametrize(
-    "net", [("tanh", 0), ("tanh", 100), ("tanh", 1000), ("relu", 0), ("relu", 100)]
-)
-"""Activation and updates. A ReLU net trained for long has units within rounding of their kink,
-where float32 and float64 are two different functions."""
+UPDATES = [("tanh", 0), ("tanh", 100), ("tanh", 1000), ("relu", 0), ("relu", 100), ("relu", 1000)]
+NETS = pytest.mark.parametrize("net", UPDATES)
+SMOOTH_NETS = pytest.mark.parametrize("net", UPDATES[:-1])
+"""Without the ReLU net trained for long: some of its units are within rounding of their kink, where
+a net that exists in float32 only is another function than its float64 twin."""
 
 
 # --- a net that learns its batch by heart ---------------------------------------------------
@@ -121,7 +121,7 @@ def test_all_directions_in_float64(net, delta):
 
 
 @SEEDS
-@NETS
+@SMOOTH_NETS
 @pytest.mark.parametrize("delta", [1.0, 1e-4, 1e-8])
 def test_a_net_that_exists_in_float32_only(seed, net, delta):
     """Whatever is done in float64 where that is possible, float32 alone is enough for 1e-5."""
