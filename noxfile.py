@@ -27,7 +27,7 @@ def install(session: nox.Session, *groups: str) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests, the doctests and the notebooks; arguments go to pytest."""
     install(session, "tests")
-    checked = "--jaxtyping-packages=ddnewton,beartype.beartype"
+    checked = "--jaxtyping-packages=ddnewton,shapes.check_shapes"
     session.run("pytest", "--numprocesses=auto", checked, *session.posargs, env=ONE_THREAD)
 
 
