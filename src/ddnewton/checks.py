@@ -6,6 +6,7 @@ import math
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ddnewton.errors import BadType, BadValue, sentence
@@ -22,11 +23,17 @@ def check_params(params: PyTree) -> None:
     if not leaves:
         remedy = "Pass a pytree of tensors, such as dict(module.named_parameters())."
         raise BadValue(sentence("params must hold at least one tensor", repr(params), remedy))
+    if all(isinstance(leaf, Tensor) and leaf.numel() == 0 for _, leaf in leaves):
+        rule, got = "params must hold at least one number", "empty tensors only"
+        raise BadValue(sentence(rule, got, "Check how the parameters were made."))
     for path, leaf in leaves:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             rule = "params must hold floating-point tensors only"
             got = f"params{path}: {leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__}"
-            remedy = "Keep what is not trained in model_fn, or cast it with .float()."
+            remedy = (
+                "Pass floating-point tensors, such as dict(module.named_parameters()), and keep "
+                "what is not trained in model_fn."
+            )
             raise BadType(sentence(rule, got, remedy))
 
 
@@ -112,7 +119,7 @@ def check_options(damping: object, complement: object, gram: object, chunk_size:
         check_nonnegative("damping", damping)
     if complement is not None:
         check_nonnegative("complement", complement)
-        if complement == 0:
+        if not (bare(torch.as_tensor(complement)) > 0).all():
             rule = "complement must be positive, or None"
             raise BadValue(sentence(rule, complement, "Pass a damping, such as 1.0."))
     if gram not in GRAMS:

@@ -1,8 +1,9 @@
 """What the kept directions leave of the gradient.
 
-The gradient is A z / N. Its live part lies along the live directions of the spectrum; what strays
-from them comes from columns without a curvature of their own, of losses that are flat but not
-level and of samples the net is certain of and wrong about, and from faint directions.
+The gradient is A z / N, and z / N are the columns' shares in it. Its live part lies along the
+live directions of the spectrum. What strays from them comes from columns without a curvature of
+their own, of losses that are flat but not level and of samples the net is certain of and wrong
+about, and from faint directions.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from ddnewton.transforms import possibly
 
 
 def outside(
-    spectrum: Spectrum, gradient: Float[Tensor, " i"], kept: Directions
+    spectrum: Spectrum, shares: Float[Tensor, " i"], kept: Directions
 ) -> Float[Tensor, " j"]:
     """Return the part of the gradient outside the kept directions, g − Pg."""
-    rest = torch.where(kept.rest, spectrum.slopes.mT @ gradient, 0)
-    return spectrum.span @ rest + stray(spectrum, gradient)
+    rest = torch.where(kept.rest, spectrum.slopes.mT @ shares, 0)
+    return spectrum.span @ rest + stray(spectrum, shares)
 
 
 def vanishing(
     spectrum: Spectrum,
-    gradient: Float[Tensor, " i"],
+    shares: Float[Tensor, " i"],
     curved: Bool[Tensor, " i"],
     delta: float | Tensor,
 ) -> Float[Tensor, " j"]:
@@ -36,20 +37,20 @@ def vanishing(
     are almost the same have different targets, the curvature vanishes and the slope does not.
     Zero where δ is no larger than what curvatures are known to, as in the pseudo-inverse.
     """
-    part = stray(spectrum, torch.where(curved, gradient, 0))
+    part = stray(spectrum, torch.where(curved, shares, 0))
     delta = torch.as_tensor(delta, dtype=part.dtype, device=part.device)
     return torch.where(delta > spectrum.rounding, part / delta, 0)
 
 
-def stray(spectrum: Spectrum, gradient: Float[Tensor, " i"]) -> Float[Tensor, " j"]:
+def stray(spectrum: Spectrum, shares: Float[Tensor, " i"]) -> Float[Tensor, " j"]:
     """Return the part of the gradient outside the live directions; most often there is none.
 
     What is no longer than the rounding of a sum of columns is none.
     """
-    flat = ~spectrum.resolved & (gradient != 0)
+    flat = ~spectrum.resolved & (shares != 0)
     if not (possibly(spectrum.faint) or possibly(flat)):
         return spectrum.span.new_zeros(spectrum.span.shape[0])
-    part = spectrum.stray(gradient)
+    part = spectrum.stray(shares)
     size = spectrum.lift(part).norm()
-    noise = (gradient * spectrum.sizes).norm() * torch.finfo(part.dtype).eps
+    noise = (shares * spectrum.sizes).norm() * torch.finfo(part.dtype).eps
     return torch.where(size > ROUNDINGS * noise, part, 0)

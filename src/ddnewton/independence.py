@@ -41,6 +41,9 @@ DROPOUTS: dict[str, tuple[Option, Option]] = {
 }
 """Where a function takes its probability and its train flag: position, name, default."""
 
+FLOOR = 1024.0
+"""How many roundings of what cancels may be left of a derivative that vanishes."""
+
 MIXING = "batch normalisation in train mode, which mixes the samples,"
 RULE = "one sample's output must not depend on another's, on chance, or on the call before"
 
@@ -113,22 +116,34 @@ def _place() -> str:
     return f" in {type(culprit).__name__}" + (f" {names[0]!r}" if names else "")
 
 
+class Mixed(BadValue):
+    """A batch is not what its samples are alone."""
+
+
 def check_alone(
-    together: Float[Tensor, "..."], alone: Float[Tensor, "..."], scale: Float[Tensor, ""], what: str
+    together: Float[Tensor, "..."],
+    alone: Float[Tensor, "..."],
+    scale: Float[Tensor, ""],
+    floor: Float[Tensor, ""],
+    what: str,
 ) -> None:
-    """Require that a batch and its samples taken alone agree, up to rounding."""
-    error, size = bare((together - alone).abs().amax()), bare(scale)
-    if not (error <= _tolerance(together) * size).all():
+    """Require that a batch and its samples taken alone agree, up to rounding.
+
+    Rounding is √eps of their own scale, and eps of the floor: of what cancelled on the way.
+    """
+    error = bare((together - alone).abs().amax())
+    eps = _rounding(together)
+    if not (error <= bare(math.sqrt(eps) * scale + FLOOR * eps * floor)).all():
         got = f"{what} of the batch and of its samples alone, {float(error.max()):.2g} apart"
         remedy = (
             "Something in model_fn mixes the samples: put normalisation layers in eval mode and "
             "compute nothing across axis 0."
         )
-        raise BadValue(sentence(RULE, got, remedy))
+        raise Mixed(sentence(RULE, got, remedy))
 
 
-def _tolerance(tensor: Tensor) -> float:
-    """Return how far rounding may carry two ways of computing the same: √eps."""
+def _rounding(tensor: Tensor) -> float:
+    """Return the eps that two ways of computing the same are subject to."""
     # CUDA may compute float32 convolutions in TF32, with 10 bits.
     coarse = tensor.is_cuda and tensor.dtype == torch.float32
-    return math.sqrt(2.0**-10 if coarse else torch.finfo(tensor.dtype).eps)
+    return 2.0**-10 if coarse else torch.finfo(tensor.dtype).eps

@@ -17,14 +17,18 @@ from torch.func import vjp
 from torch.utils._pytree import tree_leaves
 
 from ddnewton.checks import check_derivatives, check_sample_axis
-from ddnewton.independence import check_alone
+from ddnewton.independence import Mixed, check_alone
 from ddnewton.precision import Model
-from ddnewton.transforms import over_samples
+from ddnewton.transforms import one_by_one, over_samples
 from ddnewton.trees import as_batch, parameter_count, take
 from ddnewton.types import ModelFn, PyTree
 
 Leaves: TypeAlias = list[Tensor]
 """Columns of a chunk of samples: for every leaf of params a tensor [n·m, d of the leaf]."""
+
+
+Mapping: TypeAlias = Callable[..., PyTree]
+"""`over_samples`, or its slow twin `one_by_one`."""
 
 
 class Jacobian(NamedTuple):
@@ -40,49 +44,52 @@ class Jacobian(NamedTuple):
 def jacobian(
     models: Sequence[Model], basis: Float[Tensor, "n c m"], chunk_size: int | None
 ) -> Jacobian:
-    """Return the columns by the first of the models that can be differentiated."""
-    model, *others = models
-    try:
-        return _of_model(model, basis.to(model.outputs.dtype), chunk_size)
-    except RuntimeError:
-        if not others:
-            raise
-        return jacobian(others, basis, chunk_size)
+    """Return the columns by the first of the models that can be differentiated.
+
+    ``vmap`` is tried first, and a loop over the samples where it fails, or is wrong: in torch 2.13
+    it mistakes an axis of PReLU's weight for one of the samples.
+    """
+    errors: list[RuntimeError | Mixed] = []
+    for model in models:
+        for mapping in (over_samples, one_by_one):
+            try:
+                return _of_model(model, basis.to(model.outputs.dtype), chunk_size, mapping)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, Mixed) as error:
+                errors.append(error)
+    raise next((error for error in errors if isinstance(error, Mixed)), errors[-1])
 
 
-def _of_model(model: Model, basis: Float[Tensor, "n c m"], chunk_size: int | None) -> Jacobian:
+def _of_model(
+    model: Model, basis: Float[Tensor, "n c m"], chunk_size: int | None, mapping: Mapping
+) -> Jacobian:
     n, _, m = basis.shape
     size = chunk_size or _sensible_chunk(model, m)
     chunks = [slice(start, min(start + size, n)) for start in range(0, n, size)]
-    outputs = model.outputs.reshape(n, -1)
-
-    def visit(chunk: slice) -> Leaves:
-        alone, leaves = _visit(model, chunk, basis[chunk])
-        together = outputs[chunk]
-        check_alone(together, alone, together.abs().amax(), "outputs")
-        return leaves
-
     trial = slice(0, min(max(2, size), n))
-    first = visit(trial)
-    _check_pullback(model, trial, basis[trial], first)
-    eps = torch.finfo(basis.dtype).eps
+    first = _visit(model, trial, basis, mapping)
+    _check_pullback(model, trial, basis, first)
+    eps = max(torch.finfo(leaf.dtype).eps for leaf in (model.outputs, *tree_leaves(model.params)))
     if trial.stop == n:  # one visit is all: keep it
         return Jacobian(lambda chunk: first, [trial], n, m, eps)
-    return Jacobian(visit, chunks, n, m, eps)
+    _check_pullback(model, chunks[-1], basis, _visit(model, chunks[-1], basis, mapping))
+    return Jacobian(lambda chunk: _visit(model, chunk, basis, mapping), chunks, n, m, eps)
 
 
-def _visit(
-    model: Model, chunk: slice, basis: Float[Tensor, "n c m"]
-) -> tuple[Float[Tensor, "n c"], Leaves]:
-    """Return the outputs and the columns of some samples, every sample taken alone."""
+def _visit(model: Model, chunk: slice, basis: Float[Tensor, "n c m"], mapping: Mapping) -> Leaves:
+    """Return the columns of some samples, every sample taken alone."""
 
     def one(x: PyTree, columns: Float[Tensor, "c m"]) -> tuple[Tensor, list[Tensor]]:
-        f, pullback, *_ = vjp(lambda p: _alone(model.function, p, x).reshape(-1), model.params)
-        return f, over_samples(lambda column: tree_leaves(pullback(column)), columns.mT)
+        f, pullback, *_ = vjp(lambda p: _alone(model.function, p, x), model.params)
+        return f, mapping(lambda g: tree_leaves(pullback(g.reshape(f.shape))), columns.mT)
 
-    f, leaves = over_samples(one, take(model.X, chunk), basis)
-    rows = basis.shape[0] * basis.shape[2]
-    return f, [leaf.reshape(rows, -1) for leaf in leaves]
+    alone, leaves = mapping(one, take(model.X, chunk), basis[chunk])
+    together = model.outputs[chunk]
+    size = together.abs().amax()
+    check_alone(together, alone, size, size, "outputs")
+    rows = basis[chunk].shape[0] * basis.shape[2]
+    return [leaf.reshape(rows, leaf.numel() // rows) for leaf in leaves]
 
 
 def _alone(function: ModelFn, params: PyTree, x: PyTree) -> Float[Tensor, "..."]:
@@ -99,18 +106,18 @@ def _check_pullback(
 
     Values alone may agree by chance: samples that mix through a weight that is zero, say.
     """
+    X, basis = take(model.X, chunk), basis[chunk]
     n, _, m = basis.shape
-    X = take(model.X, chunk)
     weights = torch.arange(1, n * m + 1, device=basis.device, dtype=basis.dtype).cos()
     outputs, pullback, *_ = vjp(lambda p: model.function(p, X), model.params)
-    mixed = torch.einsum("ncm,nm->nc", basis, weights.reshape(n, m))
-    for leaf, column in zip(
-        tree_leaves(pullback(mixed.reshape(outputs.shape))), columns, strict=True
-    ):
-        check_derivatives(leaf)
+    mixed = torch.einsum("ncm,nm->nc", basis, weights.reshape(n, m)).reshape(outputs.shape)
+    sizes = [n * m * leaf.abs().amax() if leaf.numel() else leaf.new_zeros(()) for leaf in columns]
+    largest = torch.stack([size.to(basis) for size in sizes]).amax()
+    for leaf, mine, size in zip(tree_leaves(pullback(mixed)), columns, sizes, strict=True):
         if leaf.numel():
-            size = n * m * column.abs().amax()
-            check_alone(leaf.reshape(-1), weights.to(column) @ column, size, "derivatives")
+            check_derivatives(leaf)
+            alone = weights.to(mine) @ mine
+            check_alone(leaf.reshape(-1), alone, size, largest.to(mine), "derivatives")
 
 
 def _sensible_chunk(model: Model, m: int) -> int:

@@ -32,7 +32,7 @@ from ddnewton.types import Criterion, DampingRule, ModelFn, PyTree, Select
 
 
 class NewtonInfo(NamedTuple):
-    """What a step was made of, in the dtype of the model's outputs.
+    """What a step was made of, in the dtype of the model's outputs or float32 if that is narrower.
 
     λ, δ and ``evals`` have the units of curvature (loss per squared parameter), γ of slope.
     """
@@ -176,7 +176,7 @@ class Problem(NamedTuple):
     values: Float[Tensor, " n"]
     slopes: Float[Tensor, "m n"]  # z
     curvatures: Float[Tensor, "m n"]  # h
-    gradient: Float[Tensor, " i"]  # z / N, the weights of the columns in the gradient
+    shares: Float[Tensor, " i"]  # z / N: the gradient is A z / N
     spectrum: Spectrum
 
 
@@ -206,10 +206,12 @@ def _linearize(
     wide = widened(model, lambda X: batches(X, chunk_size))
     values, basis, slopes, curvatures = expand_batch(loss, model.outputs, wide.outputs, y)
     n = basis.shape[0]
-    weights, gradient = curvatures.T.reshape(-1) / n, slopes.T.reshape(-1) / n  # the mean's 1/N
-    columns = dense_columns(jacobian([wide, model], basis, chunk_size))
+    weights, shares = curvatures.T.reshape(-1) / n, slopes.T.reshape(-1) / n  # the mean's 1/N
+    models = [model] if wide is model else [wide, model]
+    columns = dense_columns(jacobian(models, basis, chunk_size))
     spectrum = decompose(columns, weights, parameter_count(params))
-    return Problem(model.outputs.dtype, values, slopes.T, curvatures.T, gradient, spectrum)
+    dtype = torch.promote_types(model.outputs.dtype, torch.float32)
+    return Problem(dtype, values, slopes.T, curvatures.T, shares, spectrum)
 
 
 def _evaluate(model_fn: ModelFn, params: PyTree, X: PyTree, chunk_size: int | None) -> Model:
@@ -233,28 +235,30 @@ def _solve(
     """Choose the directions, ask for their dampings, and walk along them."""
     kept = keep(problem.spectrum, select, problem.dtype)
     derivatives = directional_derivatives(kept.slopes, problem.slopes, problem.curvatures)
-    known = (kept.evals, kept.evecs, *derivatives)
-    dampings = as_rule(damping)(*(tensor.to(problem.dtype) for tensor in known))
+    known = [kept.evals, kept.evecs, *derivatives]
+    if callable(damping):  # the rule's own copies, to be changed as it likes
+        known = [tensor.to(problem.dtype, copy=True) for tensor in known]
+    dampings = as_rule(damping)(*known)
     check_dampings(dampings, kept.evals.shape[0])
     gamma, curvature = derivatives.gammas.mean(0), derivatives.lambdas.mean(0)
     coefficients = torch.where(kept.live, -gamma / (curvature + dampings.double()), 0)
     coordinates = kept.span @ coefficients
     if complement is not None:
-        coordinates = coordinates - outside(problem.spectrum, problem.gradient, kept) / complement
+        coordinates = coordinates - outside(problem.spectrum, problem.shares, kept) / complement
     elif select is None and not callable(damping):
         curved = problem.curvatures.reshape(-1) > 0
-        coordinates = coordinates - vanishing(problem.spectrum, problem.gradient, curved, damping)
+        coordinates = coordinates - vanishing(problem.spectrum, problem.shares, curved, damping)
     return Solution(kept, derivatives, dampings, coefficients, coordinates)
 
 
 def _info(problem: Problem, solution: Solution) -> NewtonInfo:
-    """Return the record of a step, in the dtype of the model's outputs."""
+    """Return the record of a step."""
     spectrum, kept = problem.spectrum, solution.kept
     gammas, lambdas = solution.derivatives
     gamma, curvature = gammas.mean(0), lambdas.mean(0)
-    slopes = torch.where(spectrum.live, spectrum.slopes.mT @ problem.gradient, 0)
+    slopes = torch.where(spectrum.live, spectrum.slopes.mT @ problem.shares, 0)
     square = slopes.square().sum()
-    square = square + spectrum.lift(stray(spectrum, problem.gradient)).square().sum()
+    square = square + spectrum.lift(stray(spectrum, problem.shares)).square().sum()
     inside = torch.where(kept.live, gamma, 0).square().sum()
     c = solution.coefficients
     info = NewtonInfo(

@@ -3,23 +3,34 @@
 In float32 a confident net's logits are wrong by 1e-6, and so, relatively, are all curvatures;
 its Jacobians are wrong by eps, and directions whose singular values differ by 1e4 turn that into
 1e-3 of the step. Both vanish when the same function is evaluated in float64. Buffers, constants
-and casts inside the model are in the way of that; a `TorchFunctionMode` widens them as they are
-used. What comes out is compared with what the model itself returns.
+and casts inside the model are in the way of that; a `TorchFunctionMode` widens every tensor that
+an operation takes or gives. What comes out, values and one pullback, is compared with the model
+itself, coarsely: the two differ by the rounding of the narrower one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.func import vjp
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ddnewton.transforms import bare
 from ddnewton.types import ModelFn, PyTree
+
+logger = logging.getLogger(__name__)
+
+CASTS = {"to", "type", "type_as", "float", "half", "bfloat16"}
+
+VALUES, PULLBACKS = 1 / 64, 1 / 8
+"""How far, relatively, float64 may lie from bfloat16 inside the model, or from another side of a
+kink: far less than from another function."""
 
 
 class Model(NamedTuple):
@@ -32,7 +43,11 @@ class Model(NamedTuple):
 
 
 class Widen(TorchFunctionMode):
-    """Give every operation float64 tensors in place of narrower ones."""
+    """Give every operation float64 tensors in place of narrower ones, and pass on no others.
+
+    Results are widened as well, so that what is written into a new tensor is not lost in a copy
+    of it; a cast to a narrower dtype returns what it was given.
+    """
 
     def __torch_function__(
         self,
@@ -41,7 +56,11 @@ class Widen(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return func(*map(_widen, args), **{k: _widen(v) for k, v in (kwargs or {}).items()})
+        args = tuple(map(_widen, args))
+        result = func(*args, **{k: _widen(v) for k, v in (kwargs or {}).items()})
+        if getattr(func, "__name__", "") in CASTS and _narrower(result, args[0]):
+            return args[0].to(result.device)
+        return _widen(result)
 
 
 def in_float64(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -54,35 +73,66 @@ def in_float64(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return wide
 
 
-def widened(model: Model, batches: Callable[[PyTree], list[PyTree]]) -> Model:
+def widened(model: Model, batches: Callable[[PyTree], Sequence[PyTree]]) -> Model:
     """Return the model in float64 where it can be evaluated so, else the model as it is.
 
-    A model that writes into a narrow tensor of its own, or calls a kernel that has no float64,
-    cannot; whatever the reason, it shows in an error or in the outputs.
+    A model that calls a kernel that has no float64, or writes into a narrow tensor from outside,
+    cannot; whatever the reason, it shows in an error, in the values or in a pullback.
     """
-    if model.outputs.dtype == torch.float64:
+    leaves = tree_leaves((model.outputs, model.params, model.X))
+    if all(leaf.dtype == torch.float64 for leaf in leaves if leaf.is_floating_point()):
         return model
     function = in_float64(model.function)
     params, X = tree_map(_widen, model.params), tree_map(_widen, model.X)
     try:
         outputs = torch.cat([function(params, batch) for batch in batches(X)])
-    except Exception:  # noqa: BLE001 - the model was never asked to run in float64
-        return model
-    same = outputs.dtype == torch.float64 and outputs.shape == model.outputs.shape
-    if not same or not _agree(outputs, model.outputs):
-        return model
-    return Model(function, params, X, outputs)
+        wide = Model(function, params, X, outputs)
+        same = outputs.shape == model.outputs.shape and outputs.dtype == torch.float64
+        if same and _near(outputs, model.outputs, VALUES) and _same_slopes(wide, model, batches):
+            return wide
+        reason: object = "its outputs or derivatives change"
+    except Exception as error:  # noqa: BLE001 - the model was never asked to run in float64
+        reason = error
+    logger.info("the model is not evaluated in float64: %s", reason)
+    return model
 
 
-def _agree(wide: Float[Tensor, "n ..."], narrow: Float[Tensor, "n ..."]) -> bool:
-    """Return whether two evaluations differ by no more than rounding can explain."""
-    distance, scale = bare((wide - narrow).abs().amax()), bare(narrow.abs().amax())
-    return bool((distance <= torch.finfo(narrow.dtype).eps ** 0.5 * scale).all())
+def _same_slopes(wide: Model, narrow: Model, batches: Callable[[PyTree], Sequence[PyTree]]) -> bool:
+    """Return whether a pullback of the first batch comes out alike."""
+    try:
+        expected = _pullback(narrow, batches(narrow.X)[0])
+    except RuntimeError:  # the narrow model has no derivative; nothing stands against the wide
+        return True
+    return not _finite(expected) or _near(_pullback(wide, batches(wide.X)[0]), expected, PULLBACKS)
+
+
+def _pullback(model: Model, X: PyTree) -> Float[Tensor, " d"]:
+    outputs, pullback, *_ = vjp(lambda p: model.function(p, X), model.params)
+    ramp = torch.arange(1, outputs.numel() + 1, dtype=outputs.dtype, device=outputs.device)
+    leaves = tree_leaves(pullback(ramp.cos().reshape(outputs.shape)))
+    return torch.cat([leaf.double().reshape(-1) for leaf in leaves])
+
+
+def _near(wide: Tensor, narrow: Tensor, tolerance: float) -> bool:
+    distance, size = bare((wide - narrow).abs().amax()), bare(narrow.abs().amax())
+    return bool((distance <= tolerance * size).all())
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(bare(tensor).isfinite().all())
+
+
+def _narrower(result: Any, source: Any) -> bool:
+    """Return whether a cast lost digits."""
+    floats = all(isinstance(x, Tensor) and x.is_floating_point() for x in (result, source))
+    return floats and result.dtype.itemsize < source.dtype.itemsize
 
 
 def _widen(leaf: Any) -> Any:
+    # A second .double() would be a view, and inside functorch not the tensor that was written to.
     if isinstance(leaf, Tensor):
-        return leaf.double() if leaf.is_floating_point() else leaf
+        narrow = leaf.is_floating_point() and leaf.dtype != torch.float64
+        return leaf.double() if narrow else leaf
     if type(leaf) in (list, tuple):
         return type(leaf)(map(_widen, leaf))
     return leaf

@@ -100,7 +100,7 @@ def keep(spectrum: Spectrum, select: Select | None, dtype: torch.dtype) -> Direc
         mask = torch.nn.functional.pad(spectrum.live, (count - r, 0))
         indices, wanted = _from_mask(mask)
     else:
-        indices, wanted = _answer(select(spectrum.evals.to(dtype)), count)
+        indices, wanted = _answer(select(spectrum.evals.to(dtype, copy=True)), spectrum.evals)
     # Below the last r, eigenvalues are exactly zero and have no vector: point at any, not live.
     thin = (indices - (count - r)).clamp(min=0)
     live = spectrum.live[thin] & wanted & (indices >= count - r)
@@ -124,13 +124,14 @@ def _from_mask(mask: Bool[Tensor, " i"]) -> tuple[Int[Tensor, " k"], Bool[Tensor
 
 
 def _answer(
-    answer: Tensor | Sequence[int], count: int
+    answer: Tensor | Sequence[int], evals: Float[Tensor, " i"]
 ) -> tuple[Int[Tensor, " k"], Bool[Tensor, " k"]]:
     """Return a user's selection as indices; refuse what is no selection."""
+    count = evals.shape[0]
     rule = "select must return distinct indices of the eigenvalues, or a boolean mask"
     remedy = f"There are {count} eigenvalues, in ascending order: index them from 0."
     try:
-        chosen = torch.as_tensor(answer)
+        chosen = torch.as_tensor(answer, device=evals.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise BadType(sentence(rule, repr(answer), remedy)) from error
     if chosen.numel() == 0 and not isinstance(answer, Tensor):

@@ -60,6 +60,11 @@ def over_samples(function: Callable[..., PyTree], *batches: PyTree) -> PyTree:
         raise
     except (RuntimeError, NotImplementedError) as reason:
         logger.info("vmap over samples failed, going sample by sample: %s", reason)
+        return one_by_one(function, *batches)
+
+
+def one_by_one(function: Callable[..., PyTree], *batches: PyTree) -> PyTree:
+    """Map a function of one sample over axis 0, in a loop."""
     results = [
         function(*(tree_map(lambda x, n=n: x[n], batch) for batch in batches))
         for n in range(sample_count(batches))

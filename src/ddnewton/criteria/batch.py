@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -59,10 +60,14 @@ def expand_batch(
     loss.check(outputs, y)
     try:
         expansion = over_samples(loss.expand, precise.double(), y)
+        denominator = loss.denominator(precise.double(), y)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         expansion = over_samples(loss.expand, outputs, y)
+        denominator = loss.denominator(outputs, y)
     _check_expansion(expansion)
-    scale = outputs.shape[0] / loss.denominator(outputs, y)
+    scale = outputs.shape[0] / denominator
     return Expansion(
         value=scale * expansion.value,
         basis=expansion.basis,

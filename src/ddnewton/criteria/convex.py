@@ -15,6 +15,9 @@ from ddnewton.transforms import first_member, over_samples
 from ddnewton.trees import as_batch, on_copies
 from ddnewton.types import Criterion, PyTree
 
+ROUNDINGS = 16.0
+"""How many roundings of a Hessian an eigenvalue must have to count."""
+
 AGREEMENT = 1e-3
 """How far, relatively, a sample's gradient may stray from the mean's or the sum's share."""
 
@@ -24,7 +27,8 @@ def convex(criterion: Criterion) -> Loss:
 
     The Hessian of every sample's loss is decomposed, H = Q diag(h) Qᵀ; then L = Q and z = Qᵀ∇ℓ.
     Whether the criterion averages or sums over samples is found out on the batch. Where it does
-    neither, or where a Hessian has a negative eigenvalue, a `ValueError` says so.
+    neither, or where a Hessian has a negative eigenvalue, a `ValueError` says so. A curvature that
+    is no larger than the rounding of the Hessian counts as zero; the closed forms know better.
 
     Examples
     --------
@@ -36,21 +40,25 @@ def convex(criterion: Criterion) -> Loss:
     criterion = on_copies(criterion)
 
     def expand(f: Float[Tensor, "..."], y: PyTree) -> Expansion:
-        function = in_float64(criterion) if f.dtype == torch.float64 else criterion
+        function = _in_dtype(criterion, f)
 
         def of_outputs(u: Float[Tensor, " c"]) -> Float[Tensor, ""]:
             return function(as_batch(u.reshape(f.shape)), as_batch(y))
 
         u = f.reshape(-1)
-        curvatures, basis = torch.linalg.eigh(jacrev(grad(of_outputs))(u))
-        # A flat direction must come out flat: a curvature of 1e-17 is still a curvature.
-        rounding = torch.finfo(u.dtype).eps * 16 * u.shape[0] * curvatures.abs().amax()
+        H = jacrev(grad(of_outputs))(u)
+        curvatures, basis = torch.linalg.eigh(H)
+        # A flat direction must come out flat: a curvature of 1e-17 is still a curvature. Where
+        # all of H vanishes, on a confident net, its rounding shows beside H at the origin.
+        size = torch.maximum(H.abs().amax(), _finite(jacrev(grad(of_outputs))(0 * u)).abs().amax())
+        rounding = ROUNDINGS * torch.finfo(u.dtype).eps * u.shape[0] * size
         curvatures = torch.where(curvatures.abs() <= rounding, 0, curvatures)
         slopes = basis.mT @ grad(of_outputs)(u)
         return Expansion(*(x.double() for x in (of_outputs(u), basis, slopes, curvatures)))
 
     def denominator(outputs: Tensor, y: PyTree) -> float:
-        return _denominator(criterion, first_member(outputs), tree_map(first_member, y))
+        outputs = first_member(outputs)
+        return _denominator(_in_dtype(criterion, outputs), outputs, tree_map(first_member, y))
 
     def check(outputs: Tensor, y: PyTree) -> None:
         _check_scalar(criterion(first_member(outputs), tree_map(first_member, y)))
@@ -58,27 +66,31 @@ def convex(criterion: Criterion) -> Loss:
     return Loss(expand, denominator, check)
 
 
+def _in_dtype(criterion: Criterion, outputs: Tensor) -> Criterion:
+    """Return the criterion in the outputs' dtype, constants included, where that is float64."""
+    return in_float64(criterion) if outputs.dtype == torch.float64 else criterion
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.nan_to_num(0, 0, 0)
+
+
 def _denominator(criterion: Criterion, outputs: Float[Tensor, "n ..."], y: PyTree) -> float:
     """Return N for a criterion that averages over samples, 1 for one that sums.
 
-    Decided by gradients, which a constant in the loss cannot confuse, at the outputs and at a
-    point beside them, where a loss that is level at the outputs shows its slope.
+    Decided by gradients, which a constant in the loss cannot confuse: at the outputs, or, where
+    the loss is level there, a little beside them.
     """
     n = outputs.shape[0]
     if n == 1:
         return 1.0
-    ramp = torch.arange(outputs.numel(), dtype=outputs.dtype, device=outputs.device) + 1
-    beside = outputs + (1 + outputs.abs().amax()) * ramp.sin().reshape(outputs.shape)
-    verdicts = {
-        verdict
-        for point in (outputs, beside)
-        for verdict in _verdicts(_slopes(criterion, point, y), grad(criterion)(point, y))
-    }
-    if verdicts <= {float(n)} or verdicts == {1.0}:
-        return verdicts.pop() if verdicts else float(n)
-    rule = "criterion must average or sum one loss over the samples"
-    remedy = "Its gradient is neither the mean's nor the sum's: use a plain mean or sum on axis 0."
-    raise BadValue(sentence(rule, "a criterion that does neither", remedy))
+    ramp = torch.arange(1, outputs.numel() + 1, dtype=outputs.dtype, device=outputs.device)
+    aside = (1 + outputs.abs()) * ramp.sin().reshape(outputs.shape) / 64
+    for point in (outputs, outputs + aside):
+        alone, together = _slopes(criterion, point, y), grad(criterion)(point, y)
+        if alone.abs().amax() > 0 or together.abs().amax() > 0:
+            return _verdict(alone, together)
+    return float(n)
 
 
 def _slopes(criterion: Criterion, outputs: Tensor, y: PyTree) -> Float[Tensor, "n ..."]:
@@ -88,17 +100,15 @@ def _slopes(criterion: Criterion, outputs: Tensor, y: PyTree) -> Float[Tensor, "
     return slopes
 
 
-def _verdicts(alone: Float[Tensor, "n ..."], together: Float[Tensor, "n ..."]) -> list[float]:
-    """Return which denominators fit; none where every gradient vanishes; -1 where none fits."""
-    scale = alone.abs().amax()
-    if scale == 0 and together.abs().amax() == 0:
-        return []
-    fits = [
-        divisor
-        for divisor in (float(alone.shape[0]), 1.0)
-        if (divisor * together - alone).abs().amax() <= AGREEMENT * scale
-    ]
-    return fits or [-1.0]
+def _verdict(alone: Float[Tensor, "n ..."], together: Float[Tensor, "n ..."]) -> float:
+    """Return the denominator that turns the gradients of the samples into the batch's."""
+    tolerance = max(AGREEMENT, 16 * torch.finfo(alone.dtype).eps) * alone.abs().amax()
+    for divisor in (float(alone.shape[0]), 1.0):
+        if (divisor * together - alone).abs().amax() <= tolerance:
+            return divisor
+    rule = "criterion must average or sum one loss over the samples"
+    remedy = "Its gradient is neither the mean's nor the sum's: use a plain mean or sum on axis 0."
+    raise BadValue(sentence(rule, "a criterion that does neither", remedy))
 
 
 def _check_scalar(value: object) -> None:
