@@ -299,6 +299,74 @@ def test_a_module_that_counts_its_calls_is_refused():
     assert module[2].calls == 0
 
 
+def add_to_a_view(self, x):
+    self.seen[0].add_(1)
+    return x
+
+
+def set_an_item(self, x):
+    self.seen[1] = 2.0
+    return x
+
+
+def put_another_in_its_place(self, x):
+    self.seen = self.seen + 1
+    return x
+
+
+def write_by_out(self, x):
+    torch.add(self.seen, 1, out=self.seen)
+    return x
+
+
+@pytest.mark.parametrize(
+    "forward", [add_to_a_view, set_an_item, put_another_in_its_place, write_by_out]
+)
+def test_buffers_that_change_any_other_way_are_put_back(forward):
+    """The module may be in the closure, a partial, a method or an attribute."""
+
+    class Writing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.tensor([0.0, math.nan]))
+
+    Writing.forward = forward
+    module, model_fn = network(Writing())
+    params = dict(module.named_parameters())
+
+    class Callable:
+        def __init__(self):
+            self.module = module
+
+        def call(self, p, x):
+            return functional_call(self.module, p, (x,))
+
+        __call__ = call
+
+    def with_module(module, p, x):
+        return functional_call(module, p, (x,))
+
+    ways = [model_fn, partial(with_module, module), Callable(), Callable().call]
+    before = module[2].seen
+    for way in ways:
+        with pytest.raises(ValueError, match="a change of the buffer 'seen' of Writing"):
+            step(model_fn=way, params=params)
+        assert module[2].seen is before
+        assert before[0] == 0
+        assert before[1].isnan()
+
+
+def test_spectral_norm_in_train_mode_is_refused_and_put_back():
+    module, model_fn = network(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)))
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match=r"a change of the buffer '_[uv]' of _SpectralNorm"):
+        step(model_fn=model_fn, params=dict(module.named_parameters()))
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    module.eval()
+    assert step(model_fn=model_fn, params=dict(module.named_parameters()))
+
+
 def test_random_functions_are_refused_before_they_draw():
     random_state = torch.get_rng_state()
     with pytest.raises(ValueError, match="the random function randn_like"):

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ddnewton.buffers import unchanged_buffers
 from ddnewton.checks import check_batch, check_functions, check_options, check_outputs, check_params
 from ddnewton.complement import outside, stray, vanishing
 from ddnewton.criteria import Loss, as_loss, expand_batch
@@ -219,7 +220,7 @@ def _evaluate(model_fn: ModelFn, params: PyTree, X: PyTree, chunk_size: int | No
     model_fn = on_copies(model_fn)
     outputs = []
     for batch in batches(X, chunk_size):
-        with Watch():
+        with unchanged_buffers(model_fn), Watch():
             part = model_fn(params, batch)
         check_outputs(part, sample_count(batch))
         outputs.append(part)

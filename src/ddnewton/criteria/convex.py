@@ -46,15 +46,16 @@ def convex(criterion: Criterion) -> Loss:
             return function(as_batch(u.reshape(f.shape)), as_batch(y))
 
         u = f.reshape(-1)
-        H = jacrev(grad(of_outputs))(u)
+        r, H = grad(of_outputs)(u), jacrev(grad(of_outputs))(u)
         curvatures, basis = torch.linalg.eigh(H)
-        # A flat direction must come out flat: a curvature of 1e-17 is still a curvature. Where
-        # all of H vanishes, on a confident net, its rounding shows beside H at the origin.
-        size = torch.maximum(H.abs().amax(), _finite(jacrev(grad(of_outputs))(0 * u)).abs().amax())
+        # A flat direction must come out flat: a curvature of 1e-17 is still a curvature. Where all
+        # of H vanishes, its rounding shows beside the gradient, or, where a net is right and
+        # certain of it, beside H at the origin; there it may also diverge.
+        origin = jacrev(grad(of_outputs))(0 * u).nan_to_num(0, 0, 0).abs().amax().clamp(max=1)
+        size = torch.stack([H.abs().amax(), r.abs().amax(), origin]).amax()
         rounding = ROUNDINGS * torch.finfo(u.dtype).eps * u.shape[0] * size
         curvatures = torch.where(curvatures.abs() <= rounding, 0, curvatures)
-        slopes = basis.mT @ grad(of_outputs)(u)
-        return Expansion(*(x.double() for x in (of_outputs(u), basis, slopes, curvatures)))
+        return Expansion(*(x.double() for x in (of_outputs(u), basis, basis.mT @ r, curvatures)))
 
     def denominator(outputs: Tensor, y: PyTree) -> float:
         outputs = first_member(outputs)
@@ -69,10 +70,6 @@ def convex(criterion: Criterion) -> Loss:
 def _in_dtype(criterion: Criterion, outputs: Tensor) -> Criterion:
     """Return the criterion in the outputs' dtype, constants included, where that is float64."""
     return in_float64(criterion) if outputs.dtype == torch.float64 else criterion
-
-
-def _finite(x: Tensor) -> Tensor:
-    return x.nan_to_num(0, 0, 0)
 
 
 def _denominator(criterion: Criterion, outputs: Float[Tensor, "n ..."], y: PyTree) -> float:
