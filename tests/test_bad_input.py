@@ -245,10 +245,10 @@ def network(*layers):
 
 
 STATEFUL = {
-    "batch norm": (nn.BatchNorm1d(6), "batch normalisation in train mode"),
+    "batch norm": (nn.BatchNorm1d(6), r"batch normalisation \(batch_norm\) in train mode"),
     "no running statistics": (
         nn.BatchNorm1d(6, track_running_stats=False).eval(),
-        "batch normalisation in train mode",
+        r"batch normalisation \(batch_norm\) in train mode",
     ),
     "nested": (nn.Sequential(nn.Tanh(), nn.BatchNorm1d(6)), r"in BatchNorm1d '2\.1'"),
     "lazily named": (nn.BatchNorm1d(6), "in BatchNorm1d '2'. Call .eval"),

@@ -244,11 +244,13 @@ def test_mean_slopes_are_the_gradient(problem):
 @FEW
 @given(problems())
 def test_directions_are_orthonormal_eigenvectors(problem):
+    """As far as a Gram matrix can tell: its small eigenvectors are right to eps λ_max / λ."""
     E = single_directions(problem)
     G = dense(*problem).ggn
     quotients = torch.einsum("dk,de,ek->k", E, G, E)
+    bound = 64 * torch.finfo(torch.float64).eps * quotients.max() / quotients.min()
     assert error(G @ E, quotients * E) < 1e-7
-    assert error(E.T @ E, torch.eye(E.shape[1])) < 1e-7
+    assert error(E.T @ E, torch.eye(E.shape[1])) < bound
 
 
 @FEW

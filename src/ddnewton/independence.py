@@ -44,7 +44,7 @@ DROPOUTS: dict[str, tuple[Option, Option]] = {
 FLOOR = 1024.0
 """How many roundings of what cancels may be left of a derivative that vanishes."""
 
-MIXING = "batch normalisation in train mode, which mixes the samples,"
+MIXING = "batch normalisation (batch_norm) in train mode, which mixes the samples,"
 RULE = "one sample's output must not depend on another's, on chance, or on the call before"
 
 

@@ -6,8 +6,10 @@ of them make A [d, i].
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -29,6 +31,10 @@ Leaves: TypeAlias = list[Tensor]
 
 Mapping: TypeAlias = Callable[..., PyTree]
 """`over_samples`, or its slow twin `one_by_one`."""
+
+
+PIECES, ROWS = 8, 64
+"""Into how many pieces columns in memory are cut, and how many each should have at least."""
 
 
 class Jacobian(NamedTuple):
@@ -71,8 +77,15 @@ def _of_model(
     first = _visit(model, trial, basis, mapping)
     _check_pullback(model, trial, basis, first)
     eps = max(torch.finfo(leaf.dtype).eps for leaf in (model.outputs, *tree_leaves(model.params)))
-    if trial.stop == n:  # one visit is all: keep it
-        return Jacobian(lambda chunk: first, [trial], n, m, eps)
+    if trial.stop == n:  # one visit is all: keep it, and cut it up, for symmetry halves the Gram
+        pieces = min(n, PIECES, 1 + n * m // ROWS)
+        ends = [n * piece // pieces for piece in range(pieces + 1)]
+        cuts = [slice(start, stop) for start, stop in pairwise(ends)]
+
+        def held(cut: slice) -> Leaves:
+            return [leaf[cut.start * m : cut.stop * m] for leaf in first]
+
+        return Jacobian(held, cuts, n, m, eps)
     _check_pullback(model, chunks[-1], basis, _visit(model, chunks[-1], basis, mapping))
     return Jacobian(lambda chunk: _visit(model, chunk, basis, mapping), chunks, n, m, eps)
 
@@ -111,7 +124,10 @@ def _check_pullback(
     weights = torch.arange(1, n * m + 1, device=basis.device, dtype=basis.dtype).cos()
     outputs, pullback, *_ = vjp(lambda p: model.function(p, X), model.params)
     mixed = torch.einsum("ncm,nm->nc", basis, weights.reshape(n, m)).reshape(outputs.shape)
-    sizes = [n * m * leaf.abs().amax() if leaf.numel() else leaf.new_zeros(()) for leaf in columns]
+    sizes = [
+        n * m * torch.linalg.vector_norm(leaf, math.inf) if leaf.numel() else leaf.new_zeros(())
+        for leaf in columns
+    ]
     largest = torch.stack([size.to(basis) for size in sizes]).amax()
     for leaf, mine, size in zip(tree_leaves(pullback(mixed)), columns, sizes, strict=True):
         if leaf.numel():
@@ -121,10 +137,10 @@ def _check_pullback(
 
 
 def _sensible_chunk(model: Model, m: int) -> int:
-    """Return how many samples' columns, and as many to pair them with, fill an eighth of memory."""
+    """Return how many samples' columns, and as many to pair them with, fill a quarter of memory."""
     n, width = model.outputs.shape[0], model.outputs.element_size()
-    one = 4 * width * m * parameter_count(model.params) + 1
-    return max(1, min(n, _memory(model.outputs.device) // 8 // one))
+    one = 2 * width * m * parameter_count(model.params) + 1
+    return max(1, min(n, _memory(model.outputs.device) // 4 // one))
 
 
 def _memory(device: torch.device) -> int:

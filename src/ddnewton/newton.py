@@ -101,8 +101,8 @@ def newton_step(
     gram
         How the Gram matrix is formed. "auto" and "dense" both take per-sample Jacobians.
     chunk_size
-        How many samples' Jacobians may exist at once (products pair two such sets). None chooses
-        from the memory at hand.
+        How many samples' Jacobians may exist at once. None chooses from the memory at hand.
+        Chunks are paired, so that time grows with their number where the samples do not fit.
 
     Returns
     -------
@@ -126,11 +126,10 @@ def newton_step(
     >>> {name: round(value.item(), 5) for name, value in step.items()}
     {'slope': 3.0, 'offset': 1.0}
     """
-    check_functions(model_fn, select)
-    check_options(damping, complement, gram, chunk_size)
-    problem = _linearize(model_fn, params, X, y, criterion, chunk_size)
-    solution = _solve(problem, damping, select, complement)
-    return unflatten(problem.spectrum.lift(solution.coordinates), params)
+    step, _, _ = _step(
+        model_fn, params, X, y, criterion, damping, select, complement, gram, chunk_size
+    )
+    return step
 
 
 @public
@@ -162,11 +161,9 @@ def newton_step_and_info(
     >>> int(info.rank), [round(value, 4) for value in info.evals.tolist()]
     (2, [0.5585, 4.7749])
     """
-    check_functions(model_fn, select)
-    check_options(damping, complement, gram, chunk_size)
-    problem = _linearize(model_fn, params, X, y, criterion, chunk_size)
-    solution = _solve(problem, damping, select, complement)
-    step = unflatten(problem.spectrum.lift(solution.coordinates), params)
+    step, problem, solution = _step(
+        model_fn, params, X, y, criterion, damping, select, complement, gram, chunk_size
+    )
     return step, _info(problem, solution)
 
 
@@ -191,18 +188,38 @@ class Solution(NamedTuple):
     coordinates: Float[Tensor, " j"]
 
 
-def _linearize(
+def _step(  # noqa: PLR0917 - the public functions' arguments, in their order
     model_fn: ModelFn,
     params: PyTree,
     X: PyTree,
     y: PyTree,
     criterion: Criterion | Loss,
+    damping: float | Tensor | DampingRule,
+    select: Select | None,
+    complement: float | None,
+    gram: str,
+    chunk_size: int | None,
+) -> tuple[PyTree, Problem, Solution]:
+    """Check the arguments, go down to the eigenpairs, and come back with a step."""
+    check_functions(model_fn, select)
+    check_options(damping, complement, gram, chunk_size)
+    check_params(params)
+    check_batch(X, y)
+    problem = _linearize(model_fn, params, X, y, as_loss(criterion), chunk_size)
+    solution = _solve(problem, damping, select, complement)
+    step = unflatten(problem.spectrum.lift(solution.coordinates), params)
+    return step, problem, solution
+
+
+def _linearize(
+    model_fn: ModelFn,
+    params: PyTree,
+    X: PyTree,
+    y: PyTree,
+    loss: Loss,
     chunk_size: int | None,
 ) -> Problem:
     """Go down from the batch to the eigenpairs of its Gauss-Newton matrix."""
-    check_params(params)
-    check_batch(X, y)
-    loss = as_loss(criterion)
     model = _evaluate(model_fn, params, X, chunk_size)
     wide = widened(model, lambda X: batches(X, chunk_size))
     values, basis, slopes, curvatures = expand_batch(loss, model.outputs, wide.outputs, y)
