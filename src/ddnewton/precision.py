@@ -64,11 +64,11 @@ class Widen(TorchFunctionMode):
 
 
 def in_float64(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a function of tensors that computes in float64."""
+    """Return a function that computes in float64, whatever its arguments are."""
 
     def wide(*args: PyTree) -> Tensor:
         with Widen():
-            return function(*tree_map(_widen, args))
+            return function(*args)
 
     return wide
 
