@@ -160,6 +160,33 @@ def test_another_function_in_float64_is_noticed():
     assert error({"W": result["W"]}, expected[:8]) < 1e-5
 
 
+def test_a_function_that_depends_on_its_dtype_stays_narrow():
+    """RMSNorm's default eps is the dtype's: on tiny inputs float64 is another function."""
+    norm = nn.RMSNorm(3)
+
+    def model_fn(p, x):
+        return norm(0.01 * x * p["a"]) @ p["W"][:3]
+
+    def with_float32_eps(p, x):
+        h = 0.01 * x * p["a"]
+        scale = (h.square().mean(-1, keepdim=True) + torch.finfo(FLOAT32).eps).rsqrt()
+        return (h * scale) @ p["W"][:3]
+
+    params = tensors(a=(3,), W=(4, 2))
+    expected = solve(dense(with_float32_eps, params, X, Y, nn.MSELoss()), 0.1)
+    assert error(newton_step(model_fn, params, X, Y, nn.MSELoss(), 0.1), expected) < 1e-5
+
+
+def test_autocast_leaves_the_step_of_the_model_it_approximates():
+    def model_fn(p, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return (x @ p["W"][:3]).float() + p["b"]
+
+    params = tensors(W=(4, 2), b=(2,))
+    expected = solve(dense(lambda p, x: x @ p["W"][:3] + p["b"], params, X, Y, nn.MSELoss()), 0.1)
+    assert error(newton_step(model_fn, params, X, Y, nn.MSELoss(), 0.1), expected) < 1e-6
+
+
 def test_every_operation_computes_in_float64():
     buffer = torch.tensor([0.5, 1.5])
 
@@ -217,6 +244,11 @@ def test_a_bias_without_effect_is_no_mixing_of_samples():
         result = newton_step(attention, given, x.to(dtype), y.to(dtype), nn.MSELoss(), 0.1)
         assert error(result, solve(dense(attention, params, x, y, nn.MSELoss()), 0.1)) < bound
         assert result["c"].abs().max() < 1e-7
+
+
+def test_a_parameter_without_any_effect_is_no_mixing_of_samples():
+    given = (lambda p, x: (x + p).log_softmax(-1), torch.tensor(0.3), X, X.cos(), nn.MSELoss())
+    assert newton_step(*given, 0.1).abs() < 1e-6
 
 
 def test_a_bias_before_a_normalisation_is_no_mixing_of_samples():

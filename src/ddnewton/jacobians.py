@@ -128,7 +128,7 @@ def _check_pullback(
         n * m * torch.linalg.vector_norm(leaf, math.inf) if leaf.numel() else leaf.new_zeros(())
         for leaf in columns
     ]
-    largest = torch.stack([size.to(basis) for size in sizes]).amax()
+    largest = torch.stack([outputs.abs().amax(), *(size.to(outputs) for size in sizes)]).amax()
     for leaf, mine, size in zip(tree_leaves(pullback(mixed)), columns, sizes, strict=True):
         if leaf.numel():
             check_derivatives(leaf)

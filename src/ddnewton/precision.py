@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 CASTS = {"to", "type", "type_as", "float", "half", "bfloat16"}
 
 VALUES, PULLBACKS = 1 / 64, 1 / 8
-"""How far, relatively, float64 may lie from bfloat16 inside the model, or from another side of a
-kink: far less than from another function."""
+"""How far, relatively, float64 may lie from bfloat16 inside the model, and slopes from another
+side of a kink: far less than from another function."""
 
 
 class Model(NamedTuple):
@@ -46,8 +46,13 @@ class Widen(TorchFunctionMode):
     """Give every operation float64 tensors in place of narrower ones, and pass on no others.
 
     Results are widened as well, so that what is written into a new tensor is not lost in a copy
-    of it; a cast to a narrower dtype returns what it was given.
+    of it; a cast to a narrower dtype returns what it was given. ``rounded`` tells whether there
+    were such casts, by hand or by autocast.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rounded = False
 
     def __torch_function__(
         self,
@@ -58,16 +63,19 @@ class Widen(TorchFunctionMode):
     ) -> Any:
         args = tuple(map(_widen, args))
         result = func(*args, **{k: _widen(v) for k, v in (kwargs or {}).items()})
+        self.rounded |= torch.is_autocast_enabled()
         if getattr(func, "__name__", "") in CASTS and _narrower(result, args[0]):
+            self.rounded = True
             return args[0].to(result.device)
         return _widen(result)
 
 
-def in_float64(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def in_float64(function: Callable[..., Tensor], mode: Widen | None = None) -> Callable[..., Tensor]:
     """Return a function that computes in float64, whatever its arguments are."""
+    mode = mode or Widen()
 
     def wide(*args: PyTree) -> Tensor:
-        with Widen():
+        with mode:
             return function(*args)
 
     return wide
@@ -80,15 +88,18 @@ def widened(model: Model, batches: Callable[[PyTree], Sequence[PyTree]]) -> Mode
     cannot; whatever the reason, it shows in an error, in the values or in a pullback.
     """
     leaves = tree_leaves((model.outputs, model.params, model.X))
-    if all(leaf.dtype == torch.float64 for leaf in leaves if leaf.is_floating_point()):
+    eps = max(torch.finfo(leaf.dtype).eps for leaf in leaves if leaf.is_floating_point())
+    if eps == torch.finfo(torch.float64).eps:
         return model
-    function = in_float64(model.function)
+    mode = Widen()
+    function = in_float64(model.function, mode)
     params, X = tree_map(_widen, model.params), tree_map(_widen, model.X)
     try:
         outputs = torch.cat([function(params, batch) for batch in batches(X)])
         wide = Model(function, params, X, outputs)
         same = outputs.shape == model.outputs.shape and outputs.dtype == torch.float64
-        if same and _near(outputs, model.outputs, VALUES) and _same_slopes(wide, model, batches):
+        values = VALUES if mode.rounded else eps**0.5
+        if same and _near(outputs, model.outputs, values) and _same_slopes(wide, model, batches):
             return wide
         reason: object = "its outputs or derivatives change"
     except Exception as error:  # noqa: BLE001 - the model was never asked to run in float64

@@ -134,7 +134,7 @@ def _answer(
         chosen = torch.as_tensor(answer, device=evals.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise BadType(sentence(rule, repr(answer), remedy)) from error
-    if chosen.numel() == 0 and not isinstance(answer, Tensor):
+    if chosen.numel() == 0 and chosen.dtype != torch.bool:
         chosen = chosen.long()
     if chosen.ndim != 1:
         raise BadValue(sentence(rule, f"shape {list(chosen.shape)}", remedy))
