@@ -356,6 +356,45 @@ def test_buffers_that_change_any_other_way_are_put_back(forward):
         assert before[1].isnan()
 
 
+def make_it_anew(self, x):
+    self.table = torch.arange(6.0).cos().to(x.dtype)
+    self.cache = x * 0
+    return x * self.table
+
+
+def test_buffers_made_anew_to_the_same_values_are_fine_and_put_back():
+    class Table(nn.Module):
+        forward = make_it_anew
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.arange(6.0).cos())
+            self.register_buffer("cache", None)
+
+    module, model_fn = network(Table())
+    table = module[2].table
+    assert step(model_fn=model_fn, params=dict(module.named_parameters()))
+    assert module[2].table is table
+    assert module[2].cache is None
+
+
+def test_buffers_that_cannot_be_copied_are_left_alone():
+    module, _ = network(nn.BatchNorm1d(6).eval())
+    params = {name: p.detach() for name, p in module.named_parameters()}
+    buffers = {name: b.clone() for name, b in module.named_buffers()}
+    skeleton = copy.deepcopy(module).to("meta")
+    skeleton.register_buffer("sparse", torch.eye(2).to_sparse())
+    skeleton.append(nn.LazyBatchNorm1d().eval())
+
+    def model_fn(p, x):
+        if x.ndim > 9:
+            return later
+        return functional_call(module, (p, buffers), (x,)) + 0 * len(skeleton)
+
+    assert step(model_fn=model_fn, params=params)
+    later = None
+
+
 def test_spectral_norm_in_train_mode_is_refused_and_put_back():
     module, model_fn = network(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)))
     before = copy.deepcopy(module.state_dict())

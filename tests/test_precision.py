@@ -177,6 +177,39 @@ def test_a_function_that_depends_on_its_dtype_stays_narrow():
     assert error(newton_step(model_fn, params, X, Y, nn.MSELoss(), 0.1), expected) < 1e-5
 
 
+@pytest.mark.parametrize("cast", [torch.Tensor.half, torch.Tensor.bfloat16])
+def test_writing_to_a_copy_cast_down_leaves_the_original(cast):
+    def model_fn(p, x):
+        h = x @ p["W"][:3]
+        low = cast(h)
+        low += 0.01
+        return h + 0 * low.float() + p["b"]
+
+    params = tensors(W=(4, 2), b=(2,))
+    expected = solve(dense(lambda p, x: x @ p["W"][:3] + p["b"], params, X, Y, nn.MSELoss()), 1e-3)
+    assert error(newton_step(model_fn, params, X, Y, nn.MSELoss(), 1e-3), expected) < 1e-6
+
+
+def test_a_criterion_that_takes_float32_only():
+    def strict(f, y):
+        assert f.dtype == FLOAT32
+        return (f - y).square().mean()
+
+    params = tensors(W=(4, 2))
+    given = (lambda p, x: x @ p["W"][:3], params, X, Y)
+    expected = solve(dense(*given, nn.MSELoss()), 0.1)
+    assert error(newton_step(*given, strict, 0.1), expected) < 1e-5
+
+
+def test_the_loop_takes_over_where_vmap_gives_another_shape():
+    def model_fn(p, x):
+        matrix = 3 * torch.eye(2, dtype=x.dtype) + p["W"][:2].tanh()
+        return torch.linalg.solve(matrix, (x @ p["W"][:3] + p["b"])[..., None])[..., 0]
+
+    given = (model_fn, tensors(W=(4, 2), b=(2,)), X, Y, nn.MSELoss())
+    assert error(newton_step(*given, 0.1), solve(dense(*given), 0.1)) < 1e-6
+
+
 def test_autocast_leaves_the_step_of_the_model_it_approximates():
     def model_fn(p, x):
         with torch.autocast("cpu", torch.bfloat16):

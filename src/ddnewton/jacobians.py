@@ -55,14 +55,14 @@ def jacobian(
     ``vmap`` is tried first, and a loop over the samples where it fails, or is wrong: in torch 2.13
     it mistakes an axis of PReLU's weight for one of the samples.
     """
-    errors: list[RuntimeError | Mixed] = []
+    errors: list[Exception] = []
     for model in models:
         for mapping in (over_samples, one_by_one):
             try:
                 return _of_model(model, basis.to(model.outputs.dtype), chunk_size, mapping)
             except torch.OutOfMemoryError:
                 raise
-            except (RuntimeError, Mixed) as error:
+            except Exception as error:  # noqa: BLE001 - torch raises all kinds, and the last is raised
                 errors.append(error)
     raise next((error for error in errors if isinstance(error, Mixed)), errors[-1])
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ddnewton.buffers import unchanged_buffers
+from ddnewton.buffers import kept_buffers
 from ddnewton.checks import check_batch, check_functions, check_options, check_outputs, check_params
 from ddnewton.complement import outside, stray, vanishing
 from ddnewton.criteria import Loss, as_loss, expand_batch
@@ -205,29 +205,25 @@ def _step(  # noqa: PLR0917 - the public functions' arguments, in their order
     check_options(damping, complement, gram, chunk_size)
     check_params(params)
     check_batch(X, y)
-    problem = _linearize(model_fn, params, X, y, as_loss(criterion), chunk_size)
-    solution = _solve(problem, damping, select, complement)
-    step = unflatten(problem.spectrum.lift(solution.coordinates), params)
+    loss = as_loss(criterion)
+    with kept_buffers(model_fn) as check_buffers:
+        model = _evaluate(model_fn, params, X, chunk_size)
+        check_buffers()
+        problem = _linearize(model, y, loss, chunk_size)
+        solution = _solve(problem, damping, select, complement)
+        step = unflatten(problem.spectrum.lift(solution.coordinates), params)
     return step, problem, solution
 
 
-def _linearize(
-    model_fn: ModelFn,
-    params: PyTree,
-    X: PyTree,
-    y: PyTree,
-    loss: Loss,
-    chunk_size: int | None,
-) -> Problem:
+def _linearize(model: Model, y: PyTree, loss: Loss, chunk_size: int | None) -> Problem:
     """Go down from the batch to the eigenpairs of its Gauss-Newton matrix."""
-    model = _evaluate(model_fn, params, X, chunk_size)
     wide = widened(model, lambda X: batches(X, chunk_size))
     values, basis, slopes, curvatures = expand_batch(loss, model.outputs, wide.outputs, y)
     n = basis.shape[0]
     weights, shares = curvatures.T.reshape(-1) / n, slopes.T.reshape(-1) / n  # the mean's 1/N
     models = [model] if wide is model else [wide, model]
     columns = dense_columns(jacobian(models, basis, chunk_size))
-    spectrum = decompose(columns, weights, parameter_count(params))
+    spectrum = decompose(columns, weights, parameter_count(model.params))
     dtype = torch.promote_types(model.outputs.dtype, torch.float32)
     return Problem(dtype, values, slopes.T, curvatures.T, shares, spectrum)
 
@@ -237,7 +233,7 @@ def _evaluate(model_fn: ModelFn, params: PyTree, X: PyTree, chunk_size: int | No
     model_fn = on_copies(model_fn)
     outputs = []
     for batch in batches(X, chunk_size):
-        with unchanged_buffers(model_fn), Watch():
+        with Watch():
             part = model_fn(params, batch)
         check_outputs(part, sample_count(batch))
         outputs.append(part)

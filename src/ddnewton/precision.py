@@ -46,12 +46,14 @@ class Widen(TorchFunctionMode):
     """Give every operation float64 tensors in place of narrower ones, and pass on no others.
 
     Results are widened as well, so that what is written into a new tensor is not lost in a copy
-    of it; a cast to a narrower dtype returns what it was given. ``rounded`` tells whether there
-    were such casts, by hand or by autocast.
+    of it; a cast to a narrower dtype returns what it was given, or a copy of it, as the cast would
+    have in the model's own dtype. ``rounded`` tells whether there were casts below that, by hand
+    or by autocast.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        self.dtype = dtype
         self.rounded = False
 
     def __torch_function__(
@@ -63,10 +65,11 @@ class Widen(TorchFunctionMode):
     ) -> Any:
         args = tuple(map(_widen, args))
         result = func(*args, **{k: _widen(v) for k, v in (kwargs or {}).items()})
-        self.rounded |= torch.is_autocast_enabled()
+        self.rounded |= any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
         if getattr(func, "__name__", "") in CASTS and _narrower(result, args[0]):
-            self.rounded = True
-            return args[0].to(result.device)
+            self.rounded |= result.dtype.itemsize < self.dtype.itemsize
+            source = args[0].to(result.device)
+            return source if result.dtype == self.dtype else source.clone()
         return _widen(result)
 
 
@@ -88,17 +91,18 @@ def widened(model: Model, batches: Callable[[PyTree], Sequence[PyTree]]) -> Mode
     cannot; whatever the reason, it shows in an error, in the values or in a pullback.
     """
     leaves = tree_leaves((model.outputs, model.params, model.X))
-    eps = max(torch.finfo(leaf.dtype).eps for leaf in leaves if leaf.is_floating_point())
-    if eps == torch.finfo(torch.float64).eps:
+    dtypes = {leaf.dtype for leaf in leaves if leaf.is_floating_point()}
+    dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    if dtype == torch.float64:
         return model
-    mode = Widen()
+    mode = Widen(dtype)
     function = in_float64(model.function, mode)
     params, X = tree_map(_widen, model.params), tree_map(_widen, model.X)
     try:
         outputs = torch.cat([function(params, batch) for batch in batches(X)])
         wide = Model(function, params, X, outputs)
         same = outputs.shape == model.outputs.shape and outputs.dtype == torch.float64
-        values = VALUES if mode.rounded else eps**0.5
+        values = VALUES if mode.rounded else torch.finfo(dtype).eps ** 0.5
         if same and _near(outputs, model.outputs, values) and _same_slopes(wide, model, batches):
             return wide
         reason: object = "its outputs or derivatives change"

@@ -61,9 +61,9 @@ def expand_batch(
     try:
         expansion = over_samples(loss.expand, precise.double(), y)
         denominator = loss.denominator(precise.double(), y)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, BadType, BadValue):
         raise
-    except RuntimeError:
+    except Exception:  # noqa: BLE001 - the loss was never asked to take float64
         expansion = over_samples(loss.expand, outputs, y)
         denominator = loss.denominator(outputs, y)
     _check_expansion(expansion)
