@@ -2,5 +2,15 @@
 
 from ddnewton.newton import NewtonInfo, newton_step, newton_step_and_info
 from ddnewton.select import above, energy, top_k
+from ddnewton.structured.prepared import Prepared, prepare
 
-__all__ = ["NewtonInfo", "above", "energy", "newton_step", "newton_step_and_info", "top_k"]
+__all__ = [
+    "NewtonInfo",
+    "Prepared",
+    "above",
+    "energy",
+    "newton_step",
+    "newton_step_and_info",
+    "prepare",
+    "top_k",
+]

@@ -14,7 +14,7 @@ from ddnewton.transforms import bare
 from ddnewton.trees import named_leaves
 from ddnewton.types import PyTree
 
-GRAMS = ("auto", "dense")
+GRAMS = ("auto", "structured", "dense")
 
 
 def check_params(params: PyTree) -> None:
@@ -37,10 +37,11 @@ def check_params(params: PyTree) -> None:
             raise BadType(sentence(rule, got, remedy))
 
 
-def check_batch(X: PyTree, y: PyTree) -> None:
+def check_batch(**trees: PyTree) -> None:
     """Require tensors that all hold the same number of samples on axis 0, at least one."""
     counts: dict[str, int] = {}
-    for name, tree in (("X", X), ("y", y)):
+    names = " and ".join(trees)
+    for name, tree in trees.items():
         leaves = named_leaves(tree)
         if not leaves:
             rule = f"{name} must hold at least one tensor"
@@ -49,11 +50,11 @@ def check_batch(X: PyTree, y: PyTree) -> None:
             counts[name + path] = _samples(name + path, leaf)
     if len(set(counts.values())) > 1:
         got = ", ".join(f"{name}: {count}" for name, count in counts.items())
-        rule = "X and y must hold the same number of samples"
+        rule = f"{names} must hold the same number of samples"
         raise BadValue(sentence(rule, got, "Slice them to a common axis 0."))
     if 0 in counts.values():
         raise BadValue(
-            sentence("X and y must hold at least one sample", "0", "Skip the empty batch.")
+            sentence(f"{names} must hold at least one sample", "0", "Skip the empty batch.")
         )
 
 

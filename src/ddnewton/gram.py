@@ -1,8 +1,8 @@
 """Products of the columns A [d, i], assembled without ever holding all of A.
 
-Everything is accumulated in float64, whatever the columns are: small eigenvalues are differences
-that float32 sums do not resolve. What counts columns runs m·N + n; inside a chunk samples come
-first, n·m, as they come out of ``vmap``.
+Sums over parameters are accumulated in float64, whatever the columns are: small eigenvalues are
+differences that float32 sums do not resolve. What counts columns runs m·N + n; inside a chunk
+samples come first, n·m, as they come out of ``vmap``.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.jacobians import Jacobian, Leaves
-
-BLOCK = 2**24
-"""How many entries of a leaf are widened to float64 at a time."""
+from ddnewton.contraction import combined, formed, in_order, inner
+from ddnewton.jacobians import Jacobian
 
 
 class Columns(NamedTuple):
@@ -29,16 +27,18 @@ class Columns(NamedTuple):
     project: Callable[[Float[Tensor, "d k"]], Float[Tensor, "i k"]]  # AᵀE
     combine: Callable[[Float[Tensor, " i"]], Float[Tensor, " d"]]  # A w
     eps: float  # the rounding of a column
+    sums: float  # the rounding of sums of products of columns, 0 for that of float64
 
 
-def dense_columns(jacobian: Jacobian) -> Columns:
-    """Return the products of A, from the columns themselves."""
+def columns_of(jacobian: Jacobian) -> Columns:
+    """Return the products of A, from the columns as they come."""
     return Columns(
         gram=partial(_gram, jacobian),
         outer=partial(_outer, jacobian),
         project=partial(_project, jacobian),
         combine=partial(_combine, jacobian),
         eps=jacobian.eps,
+        sums=jacobian.sums,
     )
 
 
@@ -50,7 +50,8 @@ def _gram(jacobian: Jacobian) -> Float[Tensor, "i i"]:
         left = jacobian.visit(chunk)
         for j, other in enumerate(chunks[i:], start=i):
             right = left if i == j else jacobian.visit(other)
-            block = _inner(left, right).unflatten(1, (-1, m)).unflatten(0, (-1, m))
+            products = (inner(a, b) for a, b in zip(left, right, strict=True))
+            block = torch.as_tensor(sum(products)).unflatten(1, (-1, m)).unflatten(0, (-1, m))
             rows[i].append(block)
             if i != j:
                 rows[j].append(block.permute(2, 3, 0, 1))
@@ -61,14 +62,14 @@ def _gram(jacobian: Jacobian) -> Float[Tensor, "i i"]:
 def _outer(jacobian: Jacobian, weights: Float[Tensor, " i"]) -> Float[Tensor, "d d"]:
     total: Tensor | float = 0.0
     for chunk in jacobian.chunks:
-        a = _side_by_side(jacobian.visit(chunk))
-        total = total + a.mT @ (_of_chunk(jacobian, weights, chunk)[:, None] * a)
+        a = _side_by_side(jacobian, chunk)
+        total = total + a.mT @ (_of_chunk(jacobian, weights, chunk).reshape(-1, 1) * a)
     return torch.as_tensor(total)
 
 
 def _project(jacobian: Jacobian, vectors: Float[Tensor, "d k"]) -> Float[Tensor, "i k"]:
     parts = [
-        (_side_by_side(jacobian.visit(chunk)) @ vectors).unflatten(0, (-1, jacobian.columns))
+        (_side_by_side(jacobian, chunk) @ vectors).unflatten(0, (-1, jacobian.columns))
         for chunk in jacobian.chunks
     ]
     return torch.cat(parts, 0).transpose(0, 1).flatten(0, 1)
@@ -78,35 +79,18 @@ def _combine(jacobian: Jacobian, weights: Float[Tensor, " i"]) -> Float[Tensor, 
     total: Tensor | float = 0.0
     for chunk in jacobian.chunks:
         mine = _of_chunk(jacobian, weights, chunk)
-        pieces = [
-            mine @ part.double()
-            for leaf in jacobian.visit(chunk)
-            for part in leaf.split(_width(leaf), 1)
-        ]
-        total = total + torch.cat(pieces)
-    return torch.as_tensor(total)
+        total = total + torch.cat([combined(factor, mine) for factor in jacobian.visit(chunk)])
+    return in_order(torch.as_tensor(total), jacobian.order)
 
 
-def _inner(left: Leaves, right: Leaves) -> Float[Tensor, "nm nm2"]:
-    """Return all inner products of two sets of columns."""
-    total: Tensor | float = 0.0
-    for one, other in zip(left, right, strict=True):
-        width = min(_width(one), _width(other))
-        for a, b in zip(one.split(width, 1), other.split(width, 1), strict=True):
-            total = total + a.double() @ b.double().mT
-    return torch.as_tensor(total)
-
-
-def _side_by_side(leaves: Leaves) -> Float[Tensor, "nm d"]:
-    return torch.cat([leaf.double() for leaf in leaves], 1)
+def _side_by_side(jacobian: Jacobian, chunk: slice) -> Float[Tensor, "nm d"]:
+    """Return the columns of a chunk themselves."""
+    rows = torch.cat([formed(factor).double() for factor in jacobian.visit(chunk)], 1)
+    return in_order(rows, jacobian.order)
 
 
 def _of_chunk(
     jacobian: Jacobian, weights: Float[Tensor, " i"], chunk: slice
-) -> Float[Tensor, " nm"]:
-    """Return the weights of a chunk's columns, in the chunk's order."""
-    return weights.reshape(jacobian.columns, jacobian.samples)[:, chunk].T.reshape(-1)
-
-
-def _width(leaf: Tensor) -> int:
-    return max(1, BLOCK // leaf.shape[0])
+) -> Float[Tensor, "n m"]:
+    """Return the weights of a chunk's columns."""
+    return weights.reshape(jacobian.columns, jacobian.samples)[:, chunk].T

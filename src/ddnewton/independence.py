@@ -18,8 +18,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ddnewton.checks import check_outputs
 from ddnewton.errors import BadValue, sentence
+from ddnewton.precision import Model
 from ddnewton.transforms import bare
+from ddnewton.trees import batches, on_copies, sample_count
+from ddnewton.types import ModelFn, PyTree
 
 RANDOM = {
     *("rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm"),
@@ -114,6 +118,18 @@ def _place() -> str:
     culprit, root = modules[0], modules[-1]
     names = [name for name, module in root.named_modules() if module is culprit and name]
     return f" in {type(culprit).__name__}" + (f" {names[0]!r}" if names else "")
+
+
+def evaluate(model_fn: ModelFn, params: PyTree, X: PyTree, chunk_size: int | None) -> Model:
+    """Run the model on a batch, watched for what would make its outputs no use."""
+    model_fn = on_copies(model_fn)
+    outputs = []
+    for batch in batches(X, chunk_size):
+        with Watch():
+            part = model_fn(params, batch)
+        check_outputs(part, sample_count(batch))
+        outputs.append(part)
+    return Model(model_fn, params, X, torch.cat(outputs))
 
 
 class Mixed(BadValue):

@@ -9,42 +9,49 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import vjp
 from torch.utils._pytree import tree_leaves
 
 from ddnewton.checks import check_derivatives, check_sample_axis
+from ddnewton.contraction import Factor
 from ddnewton.independence import Mixed, check_alone
 from ddnewton.precision import Model
 from ddnewton.transforms import one_by_one, over_samples
 from ddnewton.trees import as_batch, parameter_count, take
 from ddnewton.types import ModelFn, PyTree
 
-Leaves: TypeAlias = list[Tensor]
-"""Columns of a chunk of samples: for every leaf of params a tensor [n·m, d of the leaf]."""
-
-
 Mapping: TypeAlias = Callable[..., PyTree]
 """`over_samples`, or its slow twin `one_by_one`."""
 
 
-PIECES, ROWS = 8, 64
-"""Into how many pieces columns in memory are cut, and how many each should have at least."""
-
-
 class Jacobian(NamedTuple):
-    """The columns of a batch, to be had chunk by chunk."""
+    """The columns of a batch, to be had chunk by chunk, factors side by side.
 
-    visit: Callable[[slice], Leaves]
+    ``order`` says for every parameter where it is among the factors' entries, one past the last
+    where it is in none; None where they follow each other.
+    """
+
+    visit: Callable[[slice], Sequence[Factor]]
     chunks: Sequence[slice]
     samples: int
     columns: int  # of one sample: m
-    eps: float  # their rounding
+    order: Int[Tensor, " d"] | None
+    eps: float  # the rounding of a column
+    sums: float  # and of sums of their products, where those are not in float64
+
+
+class Linearization(NamedTuple):
+    """A model at a batch: outputs in its dtype, as precise as can be had, and columns."""
+
+    outputs: Float[Tensor, "n ..."]
+    precise: Float[Tensor, "n ..."]
+    jacobian: Callable[[Float[Tensor, "n c m"]], Jacobian]
 
 
 def jacobian(
@@ -77,20 +84,16 @@ def _of_model(
     first = _visit(model, trial, basis, mapping)
     _check_pullback(model, trial, basis, first)
     eps = max(torch.finfo(leaf.dtype).eps for leaf in (model.outputs, *tree_leaves(model.params)))
-    if trial.stop == n:  # one visit is all: keep it, and cut it up, for symmetry halves the Gram
-        pieces = min(n, PIECES, 1 + n * m // ROWS)
-        ends = [n * piece // pieces for piece in range(pieces + 1)]
-        cuts = [slice(start, stop) for start, stop in pairwise(ends)]
-
-        def held(cut: slice) -> Leaves:
-            return [leaf[cut.start * m : cut.stop * m] for leaf in first]
-
-        return Jacobian(held, cuts, n, m, eps)
+    record = partial(Jacobian, samples=n, columns=m, order=None, eps=eps, sums=0.0)
+    if trial.stop == n:  # one visit is all: keep it
+        return record(lambda _: first, [trial])
     _check_pullback(model, chunks[-1], basis, _visit(model, chunks[-1], basis, mapping))
-    return Jacobian(lambda chunk: _visit(model, chunk, basis, mapping), chunks, n, m, eps)
+    return record(lambda chunk: _visit(model, chunk, basis, mapping), chunks)
 
 
-def _visit(model: Model, chunk: slice, basis: Float[Tensor, "n c m"], mapping: Mapping) -> Leaves:
+def _visit(
+    model: Model, chunk: slice, basis: Float[Tensor, "n c m"], mapping: Mapping
+) -> list[Tensor]:
     """Return the columns of some samples, every sample taken alone."""
 
     def one(x: PyTree, columns: Float[Tensor, "c m"]) -> tuple[Tensor, list[Tensor]]:
@@ -113,7 +116,7 @@ def _alone(function: ModelFn, params: PyTree, x: PyTree) -> Float[Tensor, "..."]
 
 
 def _check_pullback(
-    model: Model, chunk: slice, basis: Float[Tensor, "n c m"], columns: Leaves
+    model: Model, chunk: slice, basis: Float[Tensor, "n c m"], columns: Sequence[Tensor]
 ) -> None:
     """Compare a pullback of a batch with the sum of its samples' own.
 
@@ -140,10 +143,11 @@ def _sensible_chunk(model: Model, m: int) -> int:
     """Return how many samples' columns, and as many to pair them with, fill a quarter of memory."""
     n, width = model.outputs.shape[0], model.outputs.element_size()
     one = 2 * width * m * parameter_count(model.params) + 1
-    return max(1, min(n, _memory(model.outputs.device) // 4 // one))
+    return max(1, min(n, memory(model.outputs.device) // 4 // one))
 
 
-def _memory(device: torch.device) -> int:
+def memory(device: torch.device) -> int:
+    """Return how many bytes a device has: free ones on a GPU, all of them else."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free

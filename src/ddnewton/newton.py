@@ -15,20 +15,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ddnewton.buffers import kept_buffers
-from ddnewton.checks import check_batch, check_functions, check_options, check_outputs, check_params
+from ddnewton.checks import check_batch, check_functions, check_options, check_params
 from ddnewton.complement import outside, stray, vanishing
 from ddnewton.criteria import Loss, as_loss, expand_batch
 from ddnewton.damping import as_rule, check_dampings
 from ddnewton.derivatives import Derivatives, directional_derivatives
 from ddnewton.errors import public
-from ddnewton.gram import dense_columns
-from ddnewton.independence import Watch
-from ddnewton.jacobians import jacobian
-from ddnewton.precision import Model, widened
+from ddnewton.gram import columns_of
+from ddnewton.jacobians import Linearization
+from ddnewton.linearization import linearized
 from ddnewton.select import Directions, keep
 from ddnewton.spectrum import Spectrum, decompose
-from ddnewton.trees import batches, on_copies, parameter_count, sample_count, unflatten
+from ddnewton.trees import parameter_count, unflatten
 from ddnewton.types import Criterion, DampingRule, ModelFn, PyTree, Select
 
 
@@ -66,7 +64,7 @@ def newton_step(
     *,
     select: Select | None = None,
     complement: float | None = None,
-    gram: Literal["auto", "dense"] = "auto",
+    gram: Literal["auto", "structured", "dense"] = "auto",
     chunk_size: int | None = None,
 ) -> PyTree:
     r"""Return the directionally damped Newton step, to be added to the parameters.
@@ -99,7 +97,8 @@ def newton_step(
         Damping δ⊥ > 0 of the gradient's part outside the kept directions, which adds
         −(g − Pg) / δ⊥. None leaves that part out.
     gram
-        How the Gram matrix is formed. "auto" and "dense" both take per-sample Jacobians.
+        How the Gram matrix is formed: "structured", from what goes into the layers and what is
+        pulled back to them; "dense", from per-sample Jacobians; "auto", the faster of the two.
     chunk_size
         How many samples' Jacobians may exist at once. None chooses from the memory at hand.
         Chunks are paired, so that time grows with their number where the samples do not fit.
@@ -144,7 +143,7 @@ def newton_step_and_info(
     *,
     select: Select | None = None,
     complement: float | None = None,
-    gram: Literal["auto", "dense"] = "auto",
+    gram: Literal["auto", "structured", "dense"] = "auto",
     chunk_size: int | None = None,
 ) -> tuple[PyTree, NewtonInfo]:
     """Return `newton_step` and a record of what it was made of.
@@ -204,40 +203,23 @@ def _step(  # noqa: PLR0917 - the public functions' arguments, in their order
     check_functions(model_fn, select)
     check_options(damping, complement, gram, chunk_size)
     check_params(params)
-    check_batch(X, y)
+    check_batch(X=X, y=y)
     loss = as_loss(criterion)
-    with kept_buffers(model_fn) as check_buffers:
-        model = _evaluate(model_fn, params, X, chunk_size)
-        check_buffers()
-        problem = _linearize(model, y, loss, chunk_size)
+    with linearized(model_fn, params, X, gram, chunk_size) as model:
+        problem = _expand(model, parameter_count(params), y, loss)
         solution = _solve(problem, damping, select, complement)
         step = unflatten(problem.spectrum.lift(solution.coordinates), params)
     return step, problem, solution
 
 
-def _linearize(model: Model, y: PyTree, loss: Loss, chunk_size: int | None) -> Problem:
-    """Go down from the batch to the eigenpairs of its Gauss-Newton matrix."""
-    wide = widened(model, lambda X: batches(X, chunk_size))
-    values, basis, slopes, curvatures = expand_batch(loss, model.outputs, wide.outputs, y)
+def _expand(model: Linearization, d: int, y: PyTree, loss: Loss) -> Problem:
+    """Go down from the outputs to the eigenpairs of the Gauss-Newton matrix."""
+    values, basis, slopes, curvatures = expand_batch(loss, model.outputs, model.precise, y)
     n = basis.shape[0]
     weights, shares = curvatures.T.reshape(-1) / n, slopes.T.reshape(-1) / n  # the mean's 1/N
-    models = [model] if wide is model else [wide, model]
-    columns = dense_columns(jacobian(models, basis, chunk_size))
-    spectrum = decompose(columns, weights, parameter_count(model.params))
+    spectrum = decompose(columns_of(model.jacobian(basis)), weights, d)
     dtype = torch.promote_types(model.outputs.dtype, torch.float32)
     return Problem(dtype, values, slopes.T, curvatures.T, shares, spectrum)
-
-
-def _evaluate(model_fn: ModelFn, params: PyTree, X: PyTree, chunk_size: int | None) -> Model:
-    """Run the model, watched for what would make its outputs no use."""
-    model_fn = on_copies(model_fn)
-    outputs = []
-    for batch in batches(X, chunk_size):
-        with Watch():
-            part = model_fn(params, batch)
-        check_outputs(part, sample_count(batch))
-        outputs.append(part)
-    return Model(model_fn, params, X, torch.cat(outputs))
 
 
 def _solve(

@@ -63,14 +63,14 @@ class Widen(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        args = tuple(map(_widen, args))
-        result = func(*args, **{k: _widen(v) for k, v in (kwargs or {}).items()})
+        args = tuple(map(widen_leaf, args))
+        result = func(*args, **{k: widen_leaf(v) for k, v in (kwargs or {}).items()})
         self.rounded |= any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
         if getattr(func, "__name__", "") in CASTS and _narrower(result, args[0]):
             self.rounded |= result.dtype.itemsize < self.dtype.itemsize
             source = args[0].to(result.device)
             return source if result.dtype == self.dtype else source.clone()
-        return _widen(result)
+        return widen_leaf(result)
 
 
 def in_float64(function: Callable[..., Tensor], mode: Widen | None = None) -> Callable[..., Tensor]:
@@ -97,13 +97,13 @@ def widened(model: Model, batches: Callable[[PyTree], Sequence[PyTree]]) -> Mode
         return model
     mode = Widen(dtype)
     function = in_float64(model.function, mode)
-    params, X = tree_map(_widen, model.params), tree_map(_widen, model.X)
+    params, X = tree_map(widen_leaf, model.params), tree_map(widen_leaf, model.X)
     try:
         outputs = torch.cat([function(params, batch) for batch in batches(X)])
         wide = Model(function, params, X, outputs)
         same = outputs.shape == model.outputs.shape and outputs.dtype == torch.float64
         values = VALUES if mode.rounded else torch.finfo(dtype).eps ** 0.5
-        if same and _near(outputs, model.outputs, values) and _same_slopes(wide, model, batches):
+        if same and near(outputs, model.outputs, values) and _same_slopes(wide, model, batches):
             return wide
         reason: object = "its outputs or derivatives change"
     except Exception as error:  # noqa: BLE001 - the model was never asked to run in float64
@@ -115,20 +115,27 @@ def widened(model: Model, batches: Callable[[PyTree], Sequence[PyTree]]) -> Mode
 def _same_slopes(wide: Model, narrow: Model, batches: Callable[[PyTree], Sequence[PyTree]]) -> bool:
     """Return whether a pullback of the first batch comes out alike."""
     try:
-        expected = _pullback(narrow, batches(narrow.X)[0])
+        expected = pulled_back(narrow, batches(narrow.X)[0])
     except RuntimeError:  # the narrow model has no derivative; nothing stands against the wide
         return True
-    return not _finite(expected) or _near(_pullback(wide, batches(wide.X)[0]), expected, PULLBACKS)
+    return not _finite(expected) or near(pulled_back(wide, batches(wide.X)[0]), expected, PULLBACKS)
 
 
-def _pullback(model: Model, X: PyTree) -> Float[Tensor, " d"]:
+def pulled_back(model: Model, X: PyTree) -> Float[Tensor, " d"]:
+    """Return one pullback of a batch, to be compared with another's."""
     outputs, pullback, *_ = vjp(lambda p: model.function(p, X), model.params)
-    ramp = torch.arange(1, outputs.numel() + 1, dtype=outputs.dtype, device=outputs.device)
-    leaves = tree_leaves(pullback(ramp.cos().reshape(outputs.shape)))
+    leaves = tree_leaves(pullback(ramp(outputs)))
     return torch.cat([leaf.double().reshape(-1) for leaf in leaves])
 
 
-def _near(wide: Tensor, narrow: Tensor, tolerance: float) -> bool:
+def ramp(outputs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return numbers of any sign and size, no two the same."""
+    numbers = torch.arange(1, outputs.numel() + 1, dtype=outputs.dtype, device=outputs.device)
+    return numbers.cos().reshape(outputs.shape)
+
+
+def near(wide: Tensor, narrow: Tensor, tolerance: float) -> bool:
+    """Return whether two tensors differ by no more than a share of the largest entry."""
     distance, size = bare((wide - narrow).abs().amax()), bare(narrow.abs().amax())
     return bool((distance <= tolerance * size).all())
 
@@ -143,11 +150,12 @@ def _narrower(result: Any, source: Any) -> bool:
     return floats and result.dtype.itemsize < source.dtype.itemsize
 
 
-def _widen(leaf: Any) -> Any:
+def widen_leaf(leaf: Any) -> Any:
+    """Return a narrow floating-point tensor in float64, anything else as it is."""
     # A second .double() would be a view, and inside functorch not the tensor that was written to.
     if isinstance(leaf, Tensor):
         narrow = leaf.is_floating_point() and leaf.dtype != torch.float64
         return leaf.double() if narrow else leaf
     if type(leaf) in (list, tuple):
-        return type(leaf)(map(_widen, leaf))
+        return type(leaf)(map(widen_leaf, leaf))
     return leaf

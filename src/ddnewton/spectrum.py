@@ -66,7 +66,7 @@ def _gram_side(columns: Columns, weights: Float[Tensor, " i"]) -> Spectrum:
     resolved = _resolved(diagonal)
     root = torch.where(resolved, weights, 0).sqrt()
     evals, evecs = torch.linalg.eigh(root[:, None] * inner * root)
-    live, faint, rounding = _judge(evals, evecs, diagonal, columns.eps)
+    live, faint, rounding = _judge(evals, evecs, diagonal, (columns.eps, columns.sums))
     scale = torch.where(live, evals, 1).sqrt()
     span = torch.where(live, root[:, None] * evecs / scale, 0)
     # Dividing by √w keeps all digits where the column is resolved, multiplying by AᵀA does not.
@@ -105,7 +105,7 @@ def _parameter_side(columns: Columns, weights: Float[Tensor, " i"]) -> Spectrum:
     resolved = _resolved(diagonal)
     root = torch.where(resolved, weights, 0).sqrt()
     evecs: Tensor = F.normalize(root[:, None] * slopes, dim=0)
-    live, faint, rounding = _judge(evals, evecs, diagonal, columns.eps)
+    live, faint, rounding = _judge(evals, evecs, diagonal, (columns.eps, columns.sums))
     slopes = torch.where(live | faint | ~resolved[:, None], slopes, 0)
 
     def stray(z: Float[Tensor, " i"]) -> Float[Tensor, " d"]:
@@ -137,16 +137,18 @@ def _judge(
     evals: Float[Tensor, " r"],
     evecs: Float[Tensor, "i r"],
     diagonal: Float[Tensor, " i"],
-    eps: float,
+    eps: tuple[float, float],
 ) -> tuple[Bool[Tensor, " r"], Bool[Tensor, " r"], Float[Tensor, ""]]:
     """Return which directions are live, which are faint, and the decomposition's rounding.
 
     Columns are wrong by eps of their size, so an eigenvalue that ought to vanish comes out as
-    eps² times the mean square of its columns, Σ_i u_i² K_ii. On a net that is certain of most
+    eps² times the mean square of its columns, Σ_i u_i² K_ii; where their products are summed in
+    float32, as the eps of those sums times that. On a net that is certain of most
     samples columns differ by orders of magnitude, and a small eigenvalue made of small columns is
     as good as a large one; a tolerance relative to λ_max alone would lose the step.
     """
-    of_columns: Tensor = (ROUNDINGS * eps) ** 2 * (evecs.square().mT @ diagonal)
+    column, total = (ROUNDINGS * each for each in eps)
+    of_columns: Tensor = (column**2 + total) * (evecs.square().mT @ diagonal)
     rounding: Tensor = torch.finfo(evals.dtype).eps * evals.shape[0] * evals[-1].abs()
     live = evals > of_columns + rounding
     return live, ~live & (of_columns < rounding), rounding

@@ -1,0 +1,131 @@
+"""A model at a batch, linearized: what it returns there, and its columns, one way or the other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ddnewton.buffers import kept_buffers
+from ddnewton.checks import check_outputs
+from ddnewton.contraction import Outer, flops
+from ddnewton.independence import Mixed, evaluate
+from ddnewton.jacobians import Jacobian, Linearization, jacobian, memory
+from ddnewton.precision import Model, widen_leaf, widened
+from ddnewton.structured.prepared import FEW, Prepared, Untraceable, prepared_model
+from ddnewton.structured.program import Program
+from ddnewton.structured.visit import Visit, visit
+from ddnewton.trees import batches, parameter_count, take
+from ddnewton.types import ModelFn, PyTree
+
+logger = logging.getLogger(__name__)
+
+TINY = 1e9
+"""Up to how many flops dense products are cheaper than finding the layers."""
+
+CHEAP = 4e9
+"""Up to how many flops a model in float32 is taken in float64 from end to end."""
+
+
+@contextmanager
+def linearized(
+    model_fn: ModelFn, params: PyTree, X: PyTree, gram: str, chunk_size: int | None
+) -> Iterator[Linearization]:
+    """Evaluate a model, and choose the way to its columns; keep its buffers meanwhile."""
+    if isinstance(model_fn, Prepared) and gram != "dense":
+        yield _structured(model_fn, params, X, chunk_size)
+        return
+    with kept_buffers(model_fn) as check_buffers:
+        model = evaluate(model_fn, params, X, chunk_size)
+        check_buffers()
+        yield _chosen(model, gram, chunk_size)
+
+
+def _chosen(model: Model, gram: str, chunk_size: int | None) -> Linearization:
+    """Return a model by its layers or by its Jacobians."""
+    if gram == "structured" or (gram == "auto" and not _is_tiny(model)):
+        few = slice(0, FEW)
+        try:
+            sample = model._replace(X=take(model.X, few), outputs=model.outputs[few])
+            return _structured(prepared_model(sample), model.params, model.X, chunk_size)
+        except (Untraceable, Mixed) as reason:
+            if gram == "structured":
+                raise
+            logger.info("the Gram matrix is formed from dense Jacobians: %s", reason)
+    return _dense(model, chunk_size)
+
+
+def _is_tiny(model: Model) -> bool:
+    """Return whether the products of dense columns take less time than a trace."""
+    count, d = model.outputs.numel(), parameter_count(model.params)
+    return 2 * count * d * min(count, d) <= TINY
+
+
+def _dense(model: Model, chunk_size: int | None) -> Linearization:
+    wide = widened(model, lambda X: batches(X, chunk_size))
+    models = [model] if wide is model else [wide, model]
+    return Linearization(
+        model.outputs, wide.outputs, lambda basis: jacobian(models, basis, chunk_size)
+    )
+
+
+def _structured(
+    prepared: Prepared, params: PyTree, X: PyTree, chunk_size: int | None
+) -> Linearization:
+    """Return the model by its layers: run once, where all samples fit into memory at a time."""
+    leaves, samples = prepared.leaves(params, X)
+    n, program = samples[0].shape[0], prepared.narrow
+    if prepared.wide is not None and _cost(program, n, prepared.width) <= CHEAP:
+        program = prepared.wide
+        leaves, samples = tree_map(widen_leaf, (leaves, samples))
+    size = min(n, chunk_size or _sensible_chunk(program, leaves, prepared.width))
+    chunks = [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+    def at(chunk: slice) -> Visit:
+        return visit(program, leaves, [sample[chunk] for sample in samples])
+
+    def columns(basis: Float[Tensor, "n c m"]) -> Jacobian:
+        factors = visits[0].pullback(basis) if len(chunks) == 1 else []
+        return Jacobian(
+            visit=lambda chunk: factors or at(chunk).pullback(basis[chunk]),
+            chunks=chunks,
+            samples=n,
+            columns=basis.shape[2],
+            order=program.order,
+            eps=eps,
+            sums=0.0 if precise.dtype == torch.float64 else torch.finfo(precise.dtype).eps,
+        )
+
+    visits = [at(chunk) for chunk in chunks[:1]]
+    precise = torch.cat([visits[0].outputs, *(at(chunk).outputs for chunk in chunks[1:])])
+    check_outputs(precise, n)
+    eps = max(torch.finfo(x.dtype).eps for x in (precise, *leaves))
+    return Linearization(precise.to(prepared.dtype), precise, columns)
+
+
+def _cost(program: Program, n: int, m: int) -> float:
+    """Return about how many flops a step takes."""
+    total = 0.0
+    for layer in program.layers:
+        g, o, _ = layer.indices[0].shape
+        widths = tuple(index.shape[2] for index in layer.indices)
+        a = torch.empty(n, g, layer.positions, sum(widths), device="meta")
+        b = torch.empty(n, m, g, o, layer.positions, device="meta")
+        total += flops(Outer(a, b, widths)) + 2 * (m + 3) * a.numel() * o
+    direct = program.size - sum(shape.numel() for shape in program.sites)
+    return total + 2 * direct * (n * m) ** 2
+
+
+def _sensible_chunk(program: Program, leaves: list[Tensor], m: int) -> int:
+    """Return how many samples' cotangents, twice over, take a quarter of the memory."""
+    inputs = sum(
+        layer.positions * sum(index.shape[0] * index.shape[2] for index in layer.indices)
+        for layer in program.layers
+    )
+    one = leaves[0].element_size() * (2 * m * program.size + inputs) + 1
+    return max(1, memory(leaves[0].device) // 4 // one)

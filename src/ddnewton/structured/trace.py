@@ -1,0 +1,116 @@
+"""A model as a graph of operations on one sample, whatever it was written with.
+
+The graph is taken below every transform and module (`make_fx` after dispatch), from real tensors
+and for a single sample: ``vmap`` maps it over a batch of any size. A trace of the batch would have
+its number of samples baked in, and a trace above dispatch loses what an inner ``vmap`` maps over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functionalize
+from torch.fx import Graph, GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_aggregate
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ddnewton.checks import check_sample_axis
+from ddnewton.transforms import first_member
+from ddnewton.trees import as_batch
+from ddnewton.types import ModelFn, PyTree
+
+aten = torch.ops.aten
+
+
+def trace(function: ModelFn, params: PyTree, x: PyTree) -> GraphModule:
+    """Return ``graph(*leaves of params, *leaves of x) -> outputs`` of one sample.
+
+    Raises whatever stands in the way: a branch on data, say, or ``.item()``.
+    """
+    leaves, spec = tree_flatten((params, x))
+    # One tensor under two names would come out as one input.
+    leaves = [first_member(leaf).clone() for leaf in leaves]
+
+    def one(*leaves: Tensor) -> Tensor:
+        params, x = tree_unflatten(leaves, spec)
+        outputs = function(params, as_batch(x))
+        check_sample_axis(outputs, 1)
+        return outputs[0]
+
+    with _plain_kernels(), torch.no_grad():
+        graph = _tidy(make_fx(one)(*leaves))
+        # Writing into a tensor that is the same for all samples does not survive vmap.
+        return _tidy(_differentiable(make_fx(functionalize(graph))(*leaves)))
+
+
+def widen(graph: GraphModule, dtype: torch.dtype) -> tuple[GraphModule, bool]:
+    """Return a copy that computes in float64 what the graph computes in ``dtype`` or wider.
+
+    Also returns whether something narrower than ``dtype`` is left, and rounds.
+    """
+    rounded = False
+
+    def wide(leaf: Any) -> Any:
+        nonlocal rounded
+        if isinstance(leaf, torch.dtype) and leaf.is_floating_point:
+            rounded |= leaf.itemsize < dtype.itemsize
+            return leaf if leaf.itemsize < dtype.itemsize else torch.float64
+        return leaf
+
+    nodes = Graph()
+    nodes.output(nodes.graph_copy(graph.graph, {}))
+    copy = GraphModule(graph, nodes)
+    for node in copy.graph.nodes:
+        node.args, node.kwargs = map_aggregate(node.args, wide), map_aggregate(node.kwargs, wide)
+        if node.op == "get_attr":
+            constant = getattr(copy, node.target)
+            if isinstance(constant, Tensor) and constant.dtype == dtype:
+                setattr(copy, node.target, constant.double())
+    copy.recompile()
+    return copy, rounded
+
+
+def _tidy(graph: GraphModule) -> GraphModule:
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _differentiable(graph: GraphModule) -> GraphModule:
+    """Rewrite what functionalization makes of writing in place, and torch cannot pull back."""
+    nodes, call = graph.graph.nodes, graph.graph.call_function
+    for node in nodes:
+        with graph.graph.inserting_before(node):
+            if node.target == aten.copy.default:
+                to, source = node.args[:2]
+                new = call(aten.add.Tensor, (call(aten.zeros_like.default, (to,)), source))
+            elif node.target == aten.select_scatter.default:
+                # Under vmap, torch 2.13 pulls back twice what is written to an unmapped tensor.
+                to, source, axis, place = node.args
+                source = call(aten.unsqueeze.default, (source, axis))
+                stop = place + 1 or None
+                new = call(aten.slice_scatter.default, (to, source, axis, place, stop))
+            else:
+                continue
+        node.replace_all_uses_with(new)
+    return graph
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Have attention and recurrent layers computed by operations that have all derivatives."""
+    fast, kernels = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.backends.mkldnn.enabled = kernels

@@ -1,0 +1,74 @@
+"""A visit of a model by its program: outputs, and columns as outer products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from ddnewton.contraction import Factor, Outer
+from ddnewton.structured.program import Layer, Program
+
+TOGETHER = 2**20
+"""How many cotangents are pulled back at once: more of them leave the processor's cache."""
+
+
+class Visit(NamedTuple):
+    """The model linearized at some samples: what it returns, and how to pull back."""
+
+    outputs: Float[Tensor, "n ..."]
+    pullback: Callable[[Float[Tensor, "n c m"]], list[Factor]]
+
+
+def visit(program: Program, leaves: Sequence[Tensor], samples: Sequence[Tensor]) -> Visit:
+    """Run the model once, on all samples."""
+    n = samples[0].shape[0]
+    zero = leaves[0].new_zeros(())
+    probes = [zero.expand(n, *shape) for shape in program.sites]
+    copies = [leaves[i].expand(n, *leaves[i].shape) for i in program.direct]
+    mapped = [0 if i in program.direct else None for i in range(len(leaves))]
+    over = vmap(program.graph, (*mapped, *(0 for _ in (*samples, *probes))))
+
+    def forward(probes: list[Tensor], copies: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        given = list(leaves)
+        for i, copy in zip(program.direct, copies, strict=True):
+            given[i] = copy
+        return over(*given, *samples, *probes)
+
+    outputs, pull, inputs = vjp(forward, probes, copies, has_aux=True)
+
+    def pullback(basis: Float[Tensor, "n c m"]) -> list[Factor]:
+        cotangents = basis.to(outputs).movedim(-1, 0).reshape(-1, *outputs.shape)
+        parts: list[list[Tensor]] = [[] for _ in (*probes, *copies)]
+        for group in cotangents.split(max(1, TOGETHER // (n * program.size))):
+            at_probes, at_copies = vmap(pull)(group)
+            for part, piece in zip(parts, (*at_probes, *at_copies), strict=True):
+                part.append(piece)
+        # One after another, so that the pieces can go.
+        joined = [torch.cat(parts.pop(0)).transpose(0, 1) for _ in (*probes, *copies)]
+        at_sites, rows = joined[: len(probes)], joined[len(probes) :]
+        factors = [_outer(layer, at_sites, inputs, outputs) for layer in program.layers]
+        return [*factors, *(row.reshape(row.shape[0] * row.shape[1], -1) for row in rows)]
+
+    return Visit(outputs, pullback)
+
+
+def _outer(
+    layer: Layer, at_sites: Sequence[Tensor], inputs: Sequence[Tensor], batch: Tensor
+) -> Outer:
+    """Read a and b off the inputs of a layer and the cotangents at its sites."""
+    a = [
+        _joined([read(batch if i is None else inputs[i]) for i, read in part.inputs], -1)
+        for part in layer.parts
+    ]
+    b = [part.outputs(at_sites[part.site]) for part in layer.parts]
+    widths = tuple(index.shape[-1] for index in layer.indices)
+    return Outer(_joined(a, 2), _joined(b, -1).contiguous(), widths)
+
+
+def _joined(parts: Sequence[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
