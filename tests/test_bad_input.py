@@ -163,7 +163,7 @@ CASES = {
     "complement negative": ({"complement": -1.0}, ValueError, "complement must be a number"),
     "complement nan": ({"complement": math.nan}, ValueError, "complement must be a number"),
     "complement string": ({"complement": "1"}, TypeError, "complement must be a number"),
-    "gram": ({"gram": "sparse"}, ValueError, "gram must be one of 'auto', 'structured', 'dense'; got 'sparse'"),
+    "gram": ({"gram": "sparse"}, ValueError, "gram must be one of .auto., .structured., .dense."),
     "chunk zero": ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1; got 0"),
     "chunk float": ({"chunk_size": 2.0}, TypeError, "chunk_size must be an integer"),
     # select

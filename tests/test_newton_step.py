@@ -469,7 +469,7 @@ def test_info_in_float32():
 def test_newton_step_is_the_first_of_the_pair():
     given = problem("convolution")
     result, _ = newton_step_and_info(*given, 0.1)
-    assert torch.equal(flat(result), flat(newton_step(*given, 0.1)))
+    assert error(newton_step(*given, 0.1), flat(result)) < 1e-12  # by Cholesky, no eigenpairs
 
 
 # --- edges ----------------------------------------------------------------------------------

@@ -26,8 +26,9 @@ BYTES = 2**25
 COLUMNS, POSITIONS = ((0, 1), (0, 1), (0, 1)), ((0, 2), (1, 2), (0, 1))
 """Two orders: each a with its b; and a with a', then b', then b."""
 
-STRIPS = 4
-"""Into how many strips of rows a symmetric product is cut, to leave out what lies below."""
+STRIPS, LONG = 4, 1024
+"""Into how many strips of rows a symmetric product is cut, to leave out what lies below, and from
+which length of the rows on that pays."""
 
 IRREGULAR = 1.6
 """How much longer a flop takes in many small products than in one large one."""
@@ -49,7 +50,10 @@ Factor: TypeAlias = Tensor | Outer
 
 
 def inner(left: Factor, right: Factor) -> Float[Tensor, "nm nm2"]:
-    """Return all inner products of two sets of columns; half of them where the sets are one."""
+    """Return all inner products of two sets of columns, in float64.
+
+    Of a set with itself, what lies below the diagonal is left open: see `mirrored`.
+    """
     if not (isinstance(left, Outer) and isinstance(right, Outer)):
         return _of_rows(formed(left), formed(right))
     if _alone(left) and _alone(right):
@@ -110,8 +114,8 @@ def _one_position(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
     a = left.a[:, 0, 0] @ right.a[:, 0, 0].T
     b = left.b.flatten(0, 1).flatten(1)
     products = product(b, b if left is right else right.b.flatten(0, 1).flatten(1))
-    whole = products.unflatten(1, (-1, m)).unflatten(0, (-1, m)) * a[:, None, :, None]
-    return whole.flatten(0, 1).flatten(1)
+    whole: Tensor = products.unflatten(1, (-1, m)).unflatten(0, (-1, m)) * a[:, None, :, None]
+    return whole.flatten(0, 1).flatten(1).double()
 
 
 def _from_columns(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
@@ -155,7 +159,7 @@ def _positions_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
             ]
             rows.append(F.pad(torch.cat(parts, 1), (first * m, 0)))
         total = total + torch.cat(rows).double()
-    return mirrored(torch.as_tensor(total)) if left is right else torch.as_tensor(total)
+    return torch.as_tensor(total)
 
 
 def _overlaps(
@@ -174,9 +178,9 @@ def _blocks(start: int, stop: int, size: int) -> list[slice]:
 
 
 def product(left: Float[Tensor, "i d"], right: Float[Tensor, "j d"]) -> Float[Tensor, "i j"]:
-    """Return left rightᵀ; where the two are one tensor, half of it is mirrored."""
-    count = left.shape[0]
-    if left is not right or count < 64:
+    """Return left rightᵀ; where the two are one tensor, perhaps its upper triangle alone."""
+    count, length = left.shape
+    if left is not right or length < LONG or count < LONG // 8:
         return left @ right.T
     starts = range(0, count, -(-count // STRIPS))
     ends = [*starts[1:], count]
@@ -184,7 +188,7 @@ def product(left: Float[Tensor, "i d"], right: Float[Tensor, "j d"]) -> Float[Te
         F.pad(left[start:end] @ left[start:].T, (start, 0))
         for start, end in zip(starts, ends, strict=True)
     ]
-    return mirrored(torch.cat(strips))
+    return torch.cat(strips)
 
 
 def mirrored(upper: Float[Tensor, "i i"]) -> Float[Tensor, "i i"]:
@@ -195,9 +199,9 @@ def mirrored(upper: Float[Tensor, "i i"]) -> Float[Tensor, "i i"]:
 def _combined_outer(outer: Outer, weights: Float[Tensor, "n m"]) -> Float[Tensor, " entries"]:
     """Return the columns' weighted sum, in float64."""
     g, o = outer.b.shape[2:4]
-    b = torch.einsum("nm,nmgot->ngot", weights, outer.b.double())
+    b = torch.einsum("nm,nmgot->ngot", weights.to(outer.b.dtype), outer.b)
     if outer.a.is_floating_point():
-        total = torch.einsum("ngot,ngtp->gop", b, outer.a.double())
+        total = torch.einsum("ngot,ngtp->gop", b, outer.a)
     else:
         size = sum(outer.widths)
         rows = b.permute(0, 3, 1, 2).flatten(0, 1).flatten(1)
@@ -205,7 +209,7 @@ def _combined_outer(outer: Outer, weights: Float[Tensor, "n m"]) -> Float[Tensor
         total = (
             rows.new_zeros(size + 1, g * o).index_add(0, places, rows)[:-1].T.unflatten(0, (g, o))
         )
-    return torch.cat([part.reshape(-1) for part in total.split(outer.widths, -1)])
+    return torch.cat([part.reshape(-1) for part in total.split(outer.widths, -1)]).double()
 
 
 def _of_rows(left: Float[Tensor, "nm d"], right: Float[Tensor, "nm2 d"]) -> Float[Tensor, "nm nm2"]:

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.contraction import combined, formed, in_order, inner
+from ddnewton.checks import check_derivatives
+from ddnewton.contraction import combined, formed, in_order, inner, mirrored
 from ddnewton.jacobians import Jacobian
 
 
@@ -42,6 +43,15 @@ def columns_of(jacobian: Jacobian) -> Columns:
     )
 
 
+def small_matrix(
+    columns: Columns, weights: Float[Tensor, " i"], d: int
+) -> Float[Tensor, "side side"]:
+    """Return AᵀA [i, i], or A diag(w) Aᵀ [d, d] where that is smaller."""
+    matrix = columns.gram() if weights.shape[0] <= d else columns.outer(weights)
+    check_derivatives(matrix)
+    return matrix
+
+
 def _gram(jacobian: Jacobian) -> Float[Tensor, "i i"]:
     """Return AᵀA, in blocks on and above the diagonal; the rest is their mirror image."""
     m, chunks = jacobian.columns, jacobian.chunks
@@ -51,7 +61,9 @@ def _gram(jacobian: Jacobian) -> Float[Tensor, "i i"]:
         for j, other in enumerate(chunks[i:], start=i):
             right = left if i == j else jacobian.visit(other)
             products = (inner(a, b) for a, b in zip(left, right, strict=True))
-            block = torch.as_tensor(sum(products)).unflatten(1, (-1, m)).unflatten(0, (-1, m))
+            block = torch.as_tensor(sum(products))
+            block = mirrored(block) if i == j else block
+            block = block.unflatten(1, (-1, m)).unflatten(0, (-1, m))
             rows[i].append(block)
             if i != j:
                 rows[j].append(block.permute(2, 3, 0, 1))

@@ -47,11 +47,15 @@ class Jacobian(NamedTuple):
 
 
 class Linearization(NamedTuple):
-    """A model at a batch: outputs in its dtype, as precise as can be had, and columns."""
+    """A model at a batch: outputs in its dtype and as precise as they are known, and columns.
+
+    Where it is not in float64 but could be, at twice the cost, ``precisely`` is.
+    """
 
     outputs: Float[Tensor, "n ..."]
     precise: Float[Tensor, "n ..."]
     jacobian: Callable[[Float[Tensor, "n c m"]], Jacobian]
+    precisely: Callable[[], Linearization] | None
 
 
 def jacobian(

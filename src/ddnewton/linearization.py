@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 TINY = 1e9
 """Up to how many flops dense products are cheaper than finding the layers."""
 
-CHEAP = 4e9
+CHEAP = 1e9
 """Up to how many flops a model in float32 is taken in float64 from end to end."""
 
 
@@ -70,27 +70,51 @@ def _dense(model: Model, chunk_size: int | None) -> Linearization:
     wide = widened(model, lambda X: batches(X, chunk_size))
     models = [model] if wide is model else [wide, model]
     return Linearization(
-        model.outputs, wide.outputs, lambda basis: jacobian(models, basis, chunk_size)
+        model.outputs, wide.outputs, lambda basis: jacobian(models, basis, chunk_size), None
     )
 
 
 def _structured(
     prepared: Prepared, params: PyTree, X: PyTree, chunk_size: int | None
 ) -> Linearization:
-    """Return the model by its layers: run once, where all samples fit into memory at a time."""
+    """Return the model by its layers, in float64 where that costs little, or on demand."""
     leaves, samples = prepared.leaves(params, X)
-    n, program = samples[0].shape[0], prepared.narrow
-    if prepared.wide is not None and _cost(program, n, prepared.width) <= CHEAP:
-        program = prepared.wide
-        leaves, samples = tree_map(widen_leaf, (leaves, samples))
+    narrow, wide = prepared.narrow, prepared.wide
+
+    if wide is None:
+        return _by_layers(prepared, narrow, leaves, samples, chunk_size)
+
+    def precise() -> Linearization:
+        wider = tree_map(widen_leaf, (leaves, samples))
+        return _by_layers(prepared, wide, wider[0], wider[1], chunk_size)
+
+    if _cost(narrow, samples[0].shape[0], prepared.width) <= CHEAP:
+        return precise()
+    return _by_layers(prepared, narrow, leaves, samples, chunk_size)._replace(precisely=precise)
+
+
+def _by_layers(
+    prepared: Prepared,
+    program: Program,
+    leaves: Sequence[Tensor],
+    samples: Sequence[Tensor],
+    chunk_size: int | None,
+) -> Linearization:
+    """Return a model by a program: run once, where all samples fit into memory at a time."""
+    n = samples[0].shape[0]
     size = min(n, chunk_size or _sensible_chunk(program, leaves, prepared.width))
     chunks = [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
     def at(chunk: slice) -> Visit:
         return visit(program, leaves, [sample[chunk] for sample in samples])
 
-    def columns(basis: Float[Tensor, "n c m"]) -> Jacobian:
-        factors = visits[0].pullback(basis) if len(chunks) == 1 else []
+    first = at(chunks[0])
+    outputs = torch.cat([first.outputs, *(at(chunk).outputs for chunk in chunks[1:])])
+    check_outputs(outputs, n)
+    eps = max(torch.finfo(x.dtype).eps for x in (outputs, *leaves))
+
+    def jacobian(basis: Float[Tensor, "n c m"]) -> Jacobian:
+        factors = first.pullback(basis) if len(chunks) == 1 else []
         return Jacobian(
             visit=lambda chunk: factors or at(chunk).pullback(basis[chunk]),
             chunks=chunks,
@@ -98,14 +122,10 @@ def _structured(
             columns=basis.shape[2],
             order=program.order,
             eps=eps,
-            sums=0.0 if precise.dtype == torch.float64 else torch.finfo(precise.dtype).eps,
+            sums=0.0 if outputs.dtype == torch.float64 else torch.finfo(outputs.dtype).eps,
         )
 
-    visits = [at(chunk) for chunk in chunks[:1]]
-    precise = torch.cat([visits[0].outputs, *(at(chunk).outputs for chunk in chunks[1:])])
-    check_outputs(precise, n)
-    eps = max(torch.finfo(x.dtype).eps for x in (precise, *leaves))
-    return Linearization(precise.to(prepared.dtype), precise, columns)
+    return Linearization(outputs.to(prepared.dtype), outputs, jacobian, None)
 
 
 def _cost(program: Program, n: int, m: int) -> float:
@@ -121,7 +141,7 @@ def _cost(program: Program, n: int, m: int) -> float:
     return total + 2 * direct * (n * m) ** 2
 
 
-def _sensible_chunk(program: Program, leaves: list[Tensor], m: int) -> int:
+def _sensible_chunk(program: Program, leaves: Sequence[Tensor], m: int) -> int:
     """Return how many samples' cotangents, twice over, take a quarter of the memory."""
     inputs = sum(
         layer.positions * sum(index.shape[0] * index.shape[2] for index in layer.indices)

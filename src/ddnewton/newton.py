@@ -9,6 +9,8 @@ low-rank structure", TMLR 2022, arXiv 2106.02624.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,18 +18,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ddnewton.checks import check_batch, check_functions, check_options, check_params
+from ddnewton.cholesky import damped_step
 from ddnewton.complement import outside, stray, vanishing
 from ddnewton.criteria import Loss, as_loss, expand_batch
 from ddnewton.damping import as_rule, check_dampings
 from ddnewton.derivatives import Derivatives, directional_derivatives
 from ddnewton.errors import public
-from ddnewton.gram import columns_of
+from ddnewton.gram import Columns, columns_of, small_matrix
 from ddnewton.jacobians import Linearization
 from ddnewton.linearization import linearized
-from ddnewton.select import Directions, keep
+from ddnewton.select import Directions, Leading, keep
 from ddnewton.spectrum import Spectrum, decompose
+from ddnewton.transforms import bare
 from ddnewton.trees import parameter_count, unflatten
 from ddnewton.types import Criterion, DampingRule, ModelFn, PyTree, Select
+
+RESOLUTION = 1e4
+"""From the largest curvature down to which ratio float32 is enough."""
 
 
 class NewtonInfo(NamedTuple):
@@ -125,10 +132,18 @@ def newton_step(
     >>> {name: round(value.item(), 5) for name, value in step.items()}
     {'slope': 3.0, 'offset': 1.0}
     """
-    step, _, _ = _step(
-        model_fn, params, X, y, criterion, damping, select, complement, gram, chunk_size
-    )
-    return step
+    check_functions(model_fn, select)
+    check_options(damping, complement, gram, chunk_size)
+    smallest = _smallest(select, damping)
+    with _problem(model_fn, params, X, y, criterion, smallest, gram, chunk_size) as problem:
+        flat = None
+        if select is None and not callable(damping) and complement is None:
+            flat = damped_step(*problem.system, problem.shares, damping)
+        if flat is None:
+            leading = select.k if isinstance(select, Leading) and complement is None else None
+            spectrum = decompose(*problem.system, leading)
+            flat = spectrum.lift(_solve(problem, spectrum, damping, select, complement).coordinates)
+    return unflatten(flat, params)
 
 
 @public
@@ -160,21 +175,33 @@ def newton_step_and_info(
     >>> int(info.rank), [round(value, 4) for value in info.evals.tolist()]
     (2, [0.5585, 4.7749])
     """
-    step, problem, solution = _step(
-        model_fn, params, X, y, criterion, damping, select, complement, gram, chunk_size
-    )
-    return step, _info(problem, solution)
+    check_functions(model_fn, select)
+    check_options(damping, complement, gram, chunk_size)
+    smallest = _smallest(select, damping)
+    with _problem(model_fn, params, X, y, criterion, smallest, gram, chunk_size) as problem:
+        spectrum = decompose(*problem.system)
+        solution = _solve(problem, spectrum, damping, select, complement)
+        step = unflatten(spectrum.lift(solution.coordinates), params)
+        return step, _info(problem, spectrum, solution)
+
+
+class System(NamedTuple):
+    """The Gauss-Newton matrix A diag(w) Aᵀ: the products of A, w = h / N, the smaller side."""
+
+    columns: Columns
+    weights: Float[Tensor, " i"]
+    matrix: Float[Tensor, "side side"]
 
 
 class Problem(NamedTuple):
-    """The loss to second order on a batch: its values and factors per sample, its eigenpairs."""
+    """The loss to second order on a batch: its values and factors per sample, and the matrix."""
 
     dtype: torch.dtype
     values: Float[Tensor, " n"]
     slopes: Float[Tensor, "m n"]  # z
     curvatures: Float[Tensor, "m n"]  # h
     shares: Float[Tensor, " i"]  # z / N: the gradient is A z / N
-    spectrum: Spectrum
+    system: System
 
 
 class Solution(NamedTuple):
@@ -187,49 +214,68 @@ class Solution(NamedTuple):
     coordinates: Float[Tensor, " j"]
 
 
-def _step(  # noqa: PLR0917 - the public functions' arguments, in their order
+@contextmanager
+def _problem(  # noqa: PLR0917 - the public functions' arguments, in their order
     model_fn: ModelFn,
     params: PyTree,
     X: PyTree,
     y: PyTree,
     criterion: Criterion | Loss,
-    damping: float | Tensor | DampingRule,
-    select: Select | None,
-    complement: float | None,
+    smallest: float | Tensor | None,
     gram: str,
     chunk_size: int | None,
-) -> tuple[PyTree, Problem, Solution]:
-    """Check the arguments, go down to the eigenpairs, and come back with a step."""
-    check_functions(model_fn, select)
-    check_options(damping, complement, gram, chunk_size)
+) -> Iterator[Problem]:
+    """Go down from the batch to its Gauss-Newton matrix.
+
+    Curvatures matter down to the size of ``smallest``, None for those of the leading directions.
+    """
     check_params(params)
     check_batch(X=X, y=y)
-    loss = as_loss(criterion)
+    loss, d = as_loss(criterion), parameter_count(params)
     with linearized(model_fn, params, X, gram, chunk_size) as model:
-        problem = _expand(model, parameter_count(params), y, loss)
-        solution = _solve(problem, damping, select, complement)
-        step = unflatten(problem.spectrum.lift(solution.coordinates), params)
-    return step, problem, solution
+        problem = _expanded(model, loss, y, d)
+        if model.precisely and smallest is not None and not _resolves(problem.system, smallest):
+            problem = _expanded(model.precisely(), loss, y, d)
+        yield problem
 
 
-def _expand(model: Linearization, d: int, y: PyTree, loss: Loss) -> Problem:
-    """Go down from the outputs to the eigenpairs of the Gauss-Newton matrix."""
+def _expanded(model: Linearization, loss: Loss, y: PyTree, d: int) -> Problem:
+    """Expand the loss around the outputs, and pull it back to the parameters."""
     values, basis, slopes, curvatures = expand_batch(loss, model.outputs, model.precise, y)
     n = basis.shape[0]
     weights, shares = curvatures.T.reshape(-1) / n, slopes.T.reshape(-1) / n  # the mean's 1/N
-    spectrum = decompose(columns_of(model.jacobian(basis)), weights, d)
+    columns = columns_of(model.jacobian(basis))
+    system = System(columns, weights, small_matrix(columns, weights, d))
     dtype = torch.promote_types(model.outputs.dtype, torch.float32)
-    return Problem(dtype, values, slopes.T, curvatures.T, shares, spectrum)
+    return Problem(dtype, values, slopes.T, curvatures.T, shares, system)
+
+
+def _smallest(
+    select: Select | None, damping: float | Tensor | DampingRule
+) -> float | Tensor | None:
+    """Return down to which size curvatures count: to δ where all directions do, or to none."""
+    if select is not None:
+        return None
+    return 0.0 if callable(damping) else damping
+
+
+def _resolves(system: System, smallest: float | Tensor) -> bool:
+    """Return whether curvatures that small stand out from the rounding of float32."""
+    diagonal = system.matrix.diagonal()
+    if system.matrix.shape == 2 * system.weights.shape:
+        diagonal = system.weights * diagonal
+    return bool(bare(torch.as_tensor(smallest * RESOLUTION >= diagonal.sum())).all())
 
 
 def _solve(
     problem: Problem,
+    spectrum: Spectrum,
     damping: float | Tensor | DampingRule,
     select: Select | None,
     complement: float | None,
 ) -> Solution:
     """Choose the directions, ask for their dampings, and walk along them."""
-    kept = keep(problem.spectrum, select, problem.dtype)
+    kept = keep(spectrum, select, problem.dtype)
     derivatives = directional_derivatives(kept.slopes, problem.slopes, problem.curvatures)
     known = [kept.evals, kept.evecs, *derivatives]
     if callable(damping):  # the rule's own copies, to be changed as it likes
@@ -240,16 +286,16 @@ def _solve(
     coefficients = torch.where(kept.live, -gamma / (curvature + dampings.double()), 0)
     coordinates = kept.span @ coefficients
     if complement is not None:
-        coordinates = coordinates - outside(problem.spectrum, problem.shares, kept) / complement
+        coordinates = coordinates - outside(spectrum, problem.shares, kept) / complement
     elif select is None and not callable(damping):
         curved = problem.curvatures.reshape(-1) > 0
-        coordinates = coordinates - vanishing(problem.spectrum, problem.shares, curved, damping)
+        coordinates = coordinates - vanishing(spectrum, problem.shares, curved, damping)
     return Solution(kept, derivatives, dampings, coefficients, coordinates)
 
 
-def _info(problem: Problem, solution: Solution) -> NewtonInfo:
+def _info(problem: Problem, spectrum: Spectrum, solution: Solution) -> NewtonInfo:
     """Return the record of a step."""
-    spectrum, kept = problem.spectrum, solution.kept
+    kept = solution.kept
     gammas, lambdas = solution.derivatives
     gamma, curvature = gammas.mean(0), lambdas.mean(0)
     slopes = torch.where(spectrum.live, spectrum.slopes.mT @ problem.shares, 0)

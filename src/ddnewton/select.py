@@ -16,7 +16,18 @@ from ddnewton.transforms import bare, is_batched
 from ddnewton.types import Select
 
 
-def top_k(k: int) -> Select:
+class Leading(NamedTuple):
+    """The rule of `top_k`, which tells that no other eigenpairs are needed."""
+
+    k: int
+
+    def __call__(self, evals: Float[Tensor, " i"]) -> Int[Tensor, " k"]:
+        """Return the indices of the k largest."""
+        count = evals.shape[0]
+        return torch.arange(max(0, count - self.k), count, device=evals.device)
+
+
+def top_k(k: int) -> Leading:
     """Return a rule that takes the k largest eigenvalues, or all if there are fewer.
 
     Examples
@@ -29,12 +40,7 @@ def top_k(k: int) -> Select:
         raise BadType(sentence("top_k: k must be an integer", type(k).__name__, "Pass a count."))
     if k < 1:
         raise BadValue(sentence("top_k: k must be at least 1", k, "Pass a count."))
-
-    def leading(evals: Float[Tensor, " i"]) -> Int[Tensor, " k"]:
-        count = evals.shape[0]
-        return torch.arange(max(0, count - k), count, device=evals.device)
-
-    return leading
+    return Leading(k)
 
 
 def above(threshold: float, relative: bool = True) -> Select:

@@ -15,6 +15,7 @@ the gradient but not for the curvature; its slopes are the inner products AᵀA 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -22,12 +23,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ddnewton.checks import check_derivatives
 from ddnewton.gram import Columns
-from ddnewton.transforms import possibly
+from ddnewton.transforms import is_batched, possibly
 
 ROUNDINGS = 32.0
 """From how many roundings upwards a length counts: a singular value, a part of the gradient."""
+
+
+LARGE, FEW = 256, 8
+"""From which size on, and from how many times fewer, leading eigenpairs are taken alone."""
 
 
 class Spectrum(NamedTuple):
@@ -53,20 +57,30 @@ class Spectrum(NamedTuple):
     lift: Callable[[Float[Tensor, " j"]], Float[Tensor, " d"]]
 
 
-def decompose(columns: Columns, weights: Float[Tensor, " i"], d: int) -> Spectrum:
-    """Return the eigenpairs of A diag(w) Aᵀ."""
-    return (_gram_side if weights.shape[0] <= d else _parameter_side)(columns, weights)
+def decompose(
+    columns: Columns,
+    weights: Float[Tensor, " i"],
+    matrix: Float[Tensor, "side side"],
+    leading: int | None = None,
+) -> Spectrum:
+    """Return the eigenpairs of A diag(w) Aᵀ, given `small_matrix`; the leading ones if so many do.
+
+    The leading ones alone are half the work, or less.
+    """
+    if matrix.shape != 2 * weights.shape:
+        return _parameter_side(columns, weights, matrix)
+    return _gram_side(columns, weights, matrix, leading)
 
 
-def _gram_side(columns: Columns, weights: Float[Tensor, " i"]) -> Spectrum:
-    inner = columns.gram()
-    check_derivatives(inner)
+def _gram_side(
+    columns: Columns, weights: Float[Tensor, " i"], inner: Float[Tensor, "i i"], leading: int | None
+) -> Spectrum:
     sizes = inner.diagonal().sqrt()
     diagonal = weights * inner.diagonal()
     resolved = _resolved(diagonal)
     root = torch.where(resolved, weights, 0).sqrt()
-    evals, evecs = torch.linalg.eigh(root[:, None] * inner * root)
-    live, faint, rounding = _judge(evals, evecs, diagonal, (columns.eps, columns.sums))
+    evals, evecs = _eigh(root[:, None] * inner * root, leading)
+    live, faint, rounding = _judge(evals, evecs, diagonal, columns, inner.shape[0])
     scale = torch.where(live, evals, 1).sqrt()
     span = torch.where(live, root[:, None] * evecs / scale, 0)
     # Dividing by √w keeps all digits where the column is resolved, multiplying by AᵀA does not.
@@ -95,9 +109,9 @@ def _gram_side(columns: Columns, weights: Float[Tensor, " i"]) -> Spectrum:
     )
 
 
-def _parameter_side(columns: Columns, weights: Float[Tensor, " i"]) -> Spectrum:
-    ggn = columns.outer(weights)
-    check_derivatives(ggn)
+def _parameter_side(
+    columns: Columns, weights: Float[Tensor, " i"], ggn: Float[Tensor, "d d"]
+) -> Spectrum:
     evals, span = torch.linalg.eigh(ggn)
     slopes = columns.project(span)
     sizes = slopes.square().sum(1).sqrt()
@@ -105,7 +119,7 @@ def _parameter_side(columns: Columns, weights: Float[Tensor, " i"]) -> Spectrum:
     resolved = _resolved(diagonal)
     root = torch.where(resolved, weights, 0).sqrt()
     evecs: Tensor = F.normalize(root[:, None] * slopes, dim=0)
-    live, faint, rounding = _judge(evals, evecs, diagonal, (columns.eps, columns.sums))
+    live, faint, rounding = _judge(evals, evecs, diagonal, columns, ggn.shape[0])
     slopes = torch.where(live | faint | ~resolved[:, None], slopes, 0)
 
     def stray(z: Float[Tensor, " i"]) -> Float[Tensor, " d"]:
@@ -127,6 +141,22 @@ def _parameter_side(columns: Columns, weights: Float[Tensor, " i"]) -> Spectrum:
     )
 
 
+def _eigh(
+    matrix: Float[Tensor, "i i"], leading: int | None
+) -> tuple[Float[Tensor, " k"], Float[Tensor, "i k"]]:
+    """Return eigenpairs, the leading ones by LAPACK's subset driver where SciPy has it at hand."""
+    count = matrix.shape[0]
+    few = leading is not None and FEW * leading <= count and count >= LARGE
+    if few and not (matrix.is_cuda or is_batched(matrix)) and find_spec("scipy"):
+        from scipy.linalg import eigh  # noqa: PLC0415 - importing ddnewton must stay light
+
+        subset = (count - (leading or 0), count - 1)
+        evals, evecs = eigh(matrix.numpy(), subset_by_index=subset, driver="evr")
+        return torch.from_numpy(evals), torch.from_numpy(evecs)
+    evals, evecs = torch.linalg.eigh(matrix)
+    return evals, evecs
+
+
 def _resolved(diagonal: Float[Tensor, " i"]) -> Bool[Tensor, " i"]:
     """Return which columns stand out from the rounding of the decomposition itself."""
     rounding = torch.finfo(diagonal.dtype).eps * diagonal.shape[0]
@@ -137,7 +167,8 @@ def _judge(
     evals: Float[Tensor, " r"],
     evecs: Float[Tensor, "i r"],
     diagonal: Float[Tensor, " i"],
-    eps: tuple[float, float],
+    columns: Columns,
+    side: int,
 ) -> tuple[Bool[Tensor, " r"], Bool[Tensor, " r"], Float[Tensor, ""]]:
     """Return which directions are live, which are faint, and the decomposition's rounding.
 
@@ -147,8 +178,8 @@ def _judge(
     samples columns differ by orders of magnitude, and a small eigenvalue made of small columns is
     as good as a large one; a tolerance relative to λ_max alone would lose the step.
     """
-    column, total = (ROUNDINGS * each for each in eps)
+    column, total = ROUNDINGS * columns.eps, ROUNDINGS * columns.sums
     of_columns: Tensor = (column**2 + total) * (evecs.square().mT @ diagonal)
-    rounding: Tensor = torch.finfo(evals.dtype).eps * evals.shape[0] * evals[-1].abs()
+    rounding: Tensor = torch.finfo(evals.dtype).eps * side * evals[-1].abs()
     live = evals > of_columns + rounding
     return live, ~live & (of_columns < rounding), rounding

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch.func import vmap
+from torch.func import vjp, vmap
 from torch.utils._pytree import tree_map
 
 from ddnewton.trees import sample_count
@@ -46,6 +46,38 @@ def first_member(tensor: Tensor) -> Tensor:
 def possibly(mask: Tensor) -> bool:
     """Return whether an entry is true, or may be: under ``vmap`` nobody can tell."""
     return is_batched(mask) or bool(mask.any())
+
+
+def linear_map(
+    function: Callable[..., tuple[Tensor, PyTree]], *primals: Tensor
+) -> tuple[Tensor, Callable[[Tensor], list[Tensor]], PyTree]:
+    """Return a function's value, its pullback of several cotangents at once, and what it adds.
+
+    This is `torch.func.vjp` under ``vmap``, which autograd alone does in half the time where no
+    transform is around.
+    """
+    if _functorch.peek_interpreter_stack() is not None:
+        value, pull, added = vjp(function, *primals, has_aux=True)  # type: ignore[misc]
+        return value, lambda cotangents: list(vmap(pull)(cotangents)), added
+    with torch.enable_grad():
+        inputs = [primal.detach().requires_grad_() for primal in primals]
+        value, added = function(*inputs)
+
+    def pullback(cotangents: Tensor) -> list[Tensor]:
+        if not value.requires_grad:
+            return [primal.new_zeros(cotangents.shape[0], *primal.shape) for primal in primals]
+        return list(
+            torch.autograd.grad(
+                value,
+                inputs,
+                cotangents,
+                retain_graph=True,
+                is_grads_batched=True,
+                materialize_grads=True,
+            )
+        )
+
+    return value.detach(), pullback, tree_map(torch.detach, added)
 
 
 def over_samples(function: Callable[..., PyTree], *batches: PyTree) -> PyTree:

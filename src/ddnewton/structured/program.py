@@ -75,7 +75,7 @@ class Program(NamedTuple):
 class _Found(NamedTuple):
     """A layer in the making: its uses, whose nodes are not yet numbered."""
 
-    index: Int[Tensor, "g o p"]
+    entries: Int[Tensor, "g o p"]
     uses: list[Use]
 
 
@@ -90,7 +90,7 @@ def compile_program(
     for number in range(len(leaves)):
         uses, path = _uses(survey, number)
         merged = _merged(uses) if path.obstacle is None else []
-        entries = [layer.index.reshape(-1) for layer in merged]
+        entries = [layer.entries.reshape(-1) for layer in merged]
         if entries and torch.cat(entries).unique().numel() < sum(map(Tensor.numel, entries)):
             merged, path = [], path._replace(obstacle="its uses differ and overlap")
         found += merged
@@ -136,7 +136,8 @@ class _Survey(Interpreter):
         n.meta[SHAPE] = getattr(result, "shape", None)
         source = n.args[0] if n.args else None
         if n.target in REARRANGING and isinstance(source, Node) and source in self.entries:
-            self.entries[n] = n.target(self.entries[source], *n.args[1:], **n.kwargs)
+            rearrange: Any = n.target
+            self.entries[n] = rearrange(self.entries[source], *n.args[1:], **n.kwargs)
             self.owner[n] = self.owner[source]
         return result
 
@@ -186,11 +187,11 @@ def _merged(uses: Sequence[Use]) -> list[_Found]:
     found: list[_Found] = []
     for use in uses:
         for layer in found:
-            if torch.equal(layer.index, use.index):
+            if torch.equal(layer.entries, use.entries):
                 layer.uses.append(use)
                 break
         else:
-            found.append(_Found(use.index, [use]))
+            found.append(_Found(use.entries, [use]))
     return found
 
 
@@ -237,7 +238,7 @@ def _numbered(pair: Sequence[_Found], sites: list[Node], others: list[Node]) -> 
         for uses in zip(*(layer.uses for layer in pair), strict=True)
     ]
     positions = sum(_layout(use)[1].shape[-1] for use in pair[0].uses)
-    return Layer([layer.index for layer in pair], parts, positions)
+    return Layer([layer.entries for layer in pair], parts, positions)
 
 
 def _order(
@@ -268,6 +269,6 @@ def _probed(graph: GraphModule, sites: Sequence[Node], others: Sequence[Node]) -
         copies[node] = probed.node_copy(node, copies.__getitem__)
         if node in sites:
             copies[node] = probed.call_function(aten.add.Tensor, (copies[node], probes[node]))
-    output = graph.graph.output_node().args[0]
+    output: Any = graph.graph.output_node().args[0]
     probed.output((copies[output], [copies[node] for node in others]))
     return GraphModule(graph, probed)

@@ -37,7 +37,7 @@ class Use(NamedTuple):
 
     node: Node
     other: Node | None
-    index: Int[Tensor, "g o p"]
+    entries: Int[Tensor, "g o p"]
     inputs: Callable[[Num[Tensor, "n ..."]], Num[Tensor, "n g t ..."]]
     outputs: Callable[[Float[Tensor, "n m ..."]], Float[Tensor, "n m g o t"]]
 
@@ -84,7 +84,7 @@ def _matrix(node: Node, other: Any, operand: int, index: Int[Tensor, "_ _"]) -> 
 @rule(aten.bmm.default)
 def matrices(node: Node, operand: int, index: Int[Tensor, "_ _ _"]) -> Use | None:
     """y_g = A_g W_g, or y_g = W_g A_g; where all W_g are one, the products are its positions."""
-    other = node.args[1 - operand]
+    other: Any = node.args[1 - operand]
     if not bool((index == index[:1]).all()):
         if operand == 1:
             return Use(node, other, index.mT, lambda x: x, lambda b: b.mT)
@@ -109,7 +109,7 @@ def matrices(node: Node, operand: int, index: Int[Tensor, "_ _ _"]) -> Use | Non
 @rule(aten.mv.default)
 def matrix_vector(node: Node, operand: int, index: Int[Tensor, "..."]) -> Use | None:
     """Y = W x, or y = X w."""
-    other = node.args[1 - operand]
+    other: Any = node.args[1 - operand]
     if operand == 0:
         return Use(
             node, other, index[None], lambda x: x[:, None, None], lambda b: b[:, :, None, :, None]
@@ -120,9 +120,10 @@ def matrix_vector(node: Node, operand: int, index: Int[Tensor, "..."]) -> Use | 
 @rule(aten.dot.default)
 def inner_product(node: Node, operand: int, index: Int[Tensor, "_"]) -> Use | None:
     """Y = wᵀx."""
+    other: Any = node.args[1 - operand]
     return Use(
         node,
-        node.args[1 - operand],
+        other,
         index[None, None],
         lambda x: x[:, None, None],
         lambda b: b[:, :, None, None, None],
@@ -158,7 +159,8 @@ def _shift(node: Node, index: Int[Tensor, "..."], kept: Sequence[int]) -> Use:
 @rule(aten.embedding.default)
 def embedding(node: Node, operand: int, index: Int[Tensor, "_ _"]) -> Use | None:
     """y_t = row number x_t of W, whose padding row does not learn."""
-    _, other, *options = node.args
+    arguments: Any = node.args
+    _, other, *options = arguments
     padding = options[0] if options else -1
     if operand != 0 or any(options[1:2]) or node.kwargs:  # scaled by frequency
         return None
@@ -178,14 +180,18 @@ def convolution(node: Node, operand: int, index: Int[Tensor, "..."]) -> Use | No
 
     Transposed, y and x change places, and the patches are b's.
     """
-    x, _, _, stride, padding, dilation, transposed, _, groups = node.args
+    arguments: Any = node.args
+    x, _, _, stride, padding, dilation, transposed, _, groups = arguments
     if operand == 0:
         return None
     if operand == 2:
         return _shift(node, index, [1])
-    small = x if transposed else node
+    small: Node = x if transposed else node
+    axes = index.ndim - 2
     windows = _Windows(
-        *(_each(option, index.ndim - 2) for option in (stride, padding, dilation)),
+        stride=_each(stride, axes),
+        padding=_each(padding, axes),
+        dilation=_each(dilation, axes),
         kernel=index.shape[2:],
         counts=small.meta[SHAPE][2:],
         groups=groups,
@@ -222,7 +228,7 @@ class _Windows(NamedTuple):
 
 
 def _each(option: Sequence[int], axes: int) -> Sequence[int]:
-    return option * axes if len(option) == 1 else option
+    return list(option) * (axes if len(option) == 1 else 1)
 
 
 def _pixels(x: Float[Tensor, "..."], windows: _Windows) -> Float[Tensor, "... g c t"]:

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import vjp, vmap
+from torch.func import vmap
 
 from ddnewton.contraction import Factor, Outer
 from ddnewton.structured.program import Layer, Program
+from ddnewton.transforms import linear_map
 
 TOGETHER = 2**20
 """How many cotangents are pulled back at once: more of them leave the processor's cache."""
@@ -31,25 +32,26 @@ def visit(program: Program, leaves: Sequence[Tensor], samples: Sequence[Tensor])
     probes = [zero.expand(n, *shape) for shape in program.sites]
     copies = [leaves[i].expand(n, *leaves[i].shape) for i in program.direct]
     mapped = [0 if i in program.direct else None for i in range(len(leaves))]
-    over = vmap(program.graph, (*mapped, *(0 for _ in (*samples, *probes))))
+    over = vmap(program.graph.forward, (*mapped, *(0 for _ in (*samples, *probes))))
 
-    def forward(probes: list[Tensor], copies: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        given = list(leaves)
+    def forward(*given: Tensor) -> tuple[Tensor, list[Tensor]]:
+        probes, copies = given[: len(program.sites)], given[len(program.sites) :]
+        arguments = list(leaves)
         for i, copy in zip(program.direct, copies, strict=True):
-            given[i] = copy
-        return over(*given, *samples, *probes)
+            arguments[i] = copy
+        outputs, inputs = over(*arguments, *samples, *probes)
+        return outputs, inputs
 
-    outputs, pull, inputs = vjp(forward, probes, copies, has_aux=True)
+    outputs, pull, inputs = linear_map(forward, *probes, *copies)
 
     def pullback(basis: Float[Tensor, "n c m"]) -> list[Factor]:
         cotangents = basis.to(outputs).movedim(-1, 0).reshape(-1, *outputs.shape)
         parts: list[list[Tensor]] = [[] for _ in (*probes, *copies)]
         for group in cotangents.split(max(1, TOGETHER // (n * program.size))):
-            at_probes, at_copies = vmap(pull)(group)
-            for part, piece in zip(parts, (*at_probes, *at_copies), strict=True):
-                part.append(piece)
+            for part, piece in zip(parts, pull(group), strict=True):
+                part.append(piece.transpose(0, 1))
         # One after another, so that the pieces can go.
-        joined = [torch.cat(parts.pop(0)).transpose(0, 1) for _ in (*probes, *copies)]
+        joined = [_joined(parts.pop(0), 1) for _ in (*probes, *copies)]
         at_sites, rows = joined[: len(probes)], joined[len(probes) :]
         factors = [_outer(layer, at_sites, inputs, outputs) for layer in program.layers]
         return [*factors, *(row.reshape(row.shape[0] * row.shape[1], -1) for row in rows)]
