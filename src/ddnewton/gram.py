@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.checks import check_derivatives
-from ddnewton.contraction import combined, formed, in_order, inner, mirrored
+from ddnewton.contraction import combined, formed, in_order, inner, mirrored, product
 from ddnewton.jacobians import Jacobian
 
 
@@ -74,9 +74,10 @@ def _gram(jacobian: Jacobian) -> Float[Tensor, "i i"]:
 def _outer(jacobian: Jacobian, weights: Float[Tensor, " i"]) -> Float[Tensor, "d d"]:
     total: Tensor | float = 0.0
     for chunk in jacobian.chunks:
-        a = _side_by_side(jacobian, chunk)
-        total = total + a.mT @ (_of_chunk(jacobian, weights, chunk).reshape(-1, 1) * a)
-    return torch.as_tensor(total)
+        root = _of_chunk(jacobian, weights, chunk).sqrt()
+        a = (root.reshape(-1, 1) * _side_by_side(jacobian, chunk)).mT
+        total = total + product(a, a)
+    return mirrored(torch.as_tensor(total))
 
 
 def _project(jacobian: Jacobian, vectors: Float[Tensor, "d k"]) -> Float[Tensor, "i k"]:

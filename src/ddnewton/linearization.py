@@ -137,8 +137,9 @@ def _cost(program: Program, n: int, m: int) -> float:
         a = torch.empty(n, g, layer.positions, sum(widths), device="meta")
         b = torch.empty(n, m, g, o, layer.positions, device="meta")
         total += flops(Outer(a, b, widths)) + 2 * (m + 3) * a.numel() * o
-    direct = program.size - sum(shape.numel() for shape in program.sites)
-    return total + 2 * direct * (n * m) ** 2
+    rows = program.size - sum(shape.numel() for shape in program.sites)
+    rows += sum(each.size for each in program.sums)
+    return total + 2 * rows * (n * m) ** 2
 
 
 def _sensible_chunk(program: Program, leaves: Sequence[Tensor], m: int) -> int:

@@ -64,18 +64,22 @@ def linear_map(
         value, added = function(*inputs)
 
     def pullback(cotangents: Tensor) -> list[Tensor]:
+        def zeros(primal: Tensor) -> Tensor:
+            return primal.new_zeros(cotangents.shape[0], *primal.shape)
+
         if not value.requires_grad:
-            return [primal.new_zeros(cotangents.shape[0], *primal.shape) for primal in primals]
-        return list(
-            torch.autograd.grad(
-                value,
-                inputs,
-                cotangents,
-                retain_graph=True,
-                is_grads_batched=True,
-                materialize_grads=True,
-            )
+            return list(map(zeros, primals))
+        alone = cotangents.shape[0] == 1  # cheaper without a batch of one
+        pulled = torch.autograd.grad(
+            value,
+            inputs,
+            cotangents[0] if alone else cotangents,
+            retain_graph=True,
+            is_grads_batched=not alone,
+            allow_unused=True,
         )
+        found = (p[None] if alone and p is not None else p for p in pulled)
+        return [zeros(x) if p is None else p for x, p in zip(primals, found, strict=True)]
 
     return value.detach(), pullback, tree_map(torch.detach, added)
 

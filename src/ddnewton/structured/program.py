@@ -50,6 +50,15 @@ class Layer(NamedTuple):
     positions: int  # of all uses
 
 
+class Sum(NamedTuple):
+    """A leaf in different uses, transposed in one, say, whose columns are added up."""
+
+    leaf: int
+    start: int  # of the leaf among the parameters
+    size: int
+    layers: Sequence[Layer]
+
+
 class Path(NamedTuple):
     """How the columns of one leaf are had: through which operations, or why directly."""
 
@@ -67,6 +76,7 @@ class Program(NamedTuple):
     sites: Sequence[torch.Size]  # the shapes of the probes
     size: int  # how many cotangents a sample and column has
     layers: Sequence[Layer]
+    sums: Sequence[Sum]
     direct: Sequence[int]
     paths: Sequence[Path]
     order: Int[Tensor, " d"] | None  # where the parameters are among the entries; None: in order
@@ -86,33 +96,51 @@ def compile_program(
     survey = _Survey(graph, leaves)
     survey.run(*leaves, *sample)
     found: list[_Found] = []
+    overlapping: list[tuple[int, list[_Found]]] = []
     paths: list[Path] = []
     for number in range(len(leaves)):
         uses, path = _uses(survey, number)
         merged = _merged(uses) if path.obstacle is None else []
-        entries = [layer.entries.reshape(-1) for layer in merged]
-        if entries and torch.cat(entries).unique().numel() < sum(map(Tensor.numel, entries)):
-            merged, path = [], path._replace(obstacle="its uses differ and overlap")
-        found += merged
+        if _overlap(merged):
+            overlapping.append((number, merged))
+        else:
+            found += merged
         paths.append(path)
     direct = [number for number, path in enumerate(paths) if path.obstacle is not None]
-    pairs = _with_shifts(found)
-    sites = list(dict.fromkeys(use.node for layer in found for use in layer.uses))
-    others = list(
-        dict.fromkeys(use.other for layer in found for use in layer.uses if use.other is not None)
-    )
-    layers = [_numbered(pair, sites, others) for pair in pairs]
-    shapes = [site.meta[SHAPE] for site in sites]
+    uses = [use for layer in found for use in layer.uses]
+    uses += [use for _, layers in overlapping for layer in layers for use in layer.uses]
     sizes = [leaf.numel() for leaf in leaves]
+    sites = list(dict.fromkeys(use.node for use in uses))
+    others = list(dict.fromkeys(use.other for use in uses if use.other is not None))
+    layers = [_numbered(pair, sites, others) for pair in _with_shifts(found)]
+    sums = [
+        Sum(
+            leaf=number,
+            start=sum(sizes[:number]),
+            size=sizes[number],
+            layers=[_numbered([layer], sites, others) for layer in merged],
+        )
+        for number, merged in overlapping
+    ]
+    shapes = [site.meta[SHAPE] for site in sites]
     return Program(
         graph=_probed(graph, sites, others),
         sites=shapes,
         size=sum(map(torch.Size.numel, shapes)) + sum(sizes[i] for i in direct),
         layers=layers,
+        sums=sums,
         direct=direct,
         paths=paths,
-        order=_order(layers, sizes, direct, leaves[0].device),
+        order=_order(layers, sizes, [*(each.leaf for each in sums), *direct], leaves[0].device),
     )
+
+
+def _overlap(layers: Sequence[_Found]) -> bool:
+    """Return whether some parameter is an entry of two layers, or twice of one."""
+    if not layers:
+        return False
+    entries = torch.cat([layer.entries.reshape(-1) for layer in layers])
+    return bool(entries.unique().numel() < entries.numel())
 
 
 class _Survey(Interpreter):
@@ -242,12 +270,12 @@ def _numbered(pair: Sequence[_Found], sites: list[Node], others: list[Node]) -> 
 
 
 def _order(
-    layers: Sequence[Layer], sizes: Sequence[int], direct: Sequence[int], device: torch.device
+    layers: Sequence[Layer], sizes: Sequence[int], whole: Sequence[int], device: torch.device
 ) -> Int[Tensor, " d"] | None:
     """Return for every parameter which entry it is; one past the last for those unused."""
     starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
     entries = [index.reshape(-1) for layer in layers for index in layer.indices]
-    entries += [torch.arange(starts[i], starts[i + 1], device=device) for i in direct]
+    entries += [torch.arange(starts[i], starts[i + 1], device=device) for i in whole]
     entry = torch.cat([*entries, torch.arange(0, device=device)])
     order = entry.new_full((starts[-1],), entry.numel())
     order[entry] = torch.arange(entry.numel(), device=device)

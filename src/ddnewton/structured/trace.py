@@ -83,7 +83,7 @@ def _tidy(graph: GraphModule) -> GraphModule:
 
 
 def _differentiable(graph: GraphModule) -> GraphModule:
-    """Rewrite what functionalization makes of writing in place, and torch cannot pull back."""
+    """Rewrite what functionalization makes of writing in place, and torch cannot map or pull."""
     nodes, call = graph.graph.nodes, graph.graph.call_function
     for node in nodes:
         with graph.graph.inserting_before(node):
@@ -96,6 +96,8 @@ def _differentiable(graph: GraphModule) -> GraphModule:
                 source = call(aten.unsqueeze.default, (source, axis))
                 stop = place + 1 or None
                 new = call(aten.slice_scatter.default, (to, source, axis, place, stop))
+            elif node.target == aten.fill.Scalar:
+                new = call(aten.full_like.default, node.args)
             else:
                 continue
         node.replace_all_uses_with(new)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vmap
 
-from ddnewton.contraction import Factor, Outer
-from ddnewton.structured.program import Layer, Program
+from ddnewton.contraction import Factor, Outer, formed
+from ddnewton.structured.program import Layer, Program, Sum
 from ddnewton.transforms import linear_map
 
 TOGETHER = 2**20
@@ -53,14 +54,25 @@ def visit(program: Program, leaves: Sequence[Tensor], samples: Sequence[Tensor])
         # One after another, so that the pieces can go.
         joined = [_joined(parts.pop(0), 1) for _ in (*probes, *copies)]
         at_sites, rows = joined[: len(probes)], joined[len(probes) :]
-        factors = [_outer(layer, at_sites, inputs, outputs) for layer in program.layers]
+        read = partial(_outer, at_sites, inputs, outputs)
+        factors: list[Factor] = [read(layer) for layer in program.layers]
+        factors += [_summed(each, [read(layer) for layer in each.layers]) for each in program.sums]
         return [*factors, *(row.reshape(row.shape[0] * row.shape[1], -1) for row in rows)]
 
     return Visit(outputs, pullback)
 
 
+def _summed(leaf: Sum, uses: Sequence[Outer]) -> Float[Tensor, "nm d"]:
+    """Return the columns of a leaf as the sum of those of its uses."""
+    total: Tensor | float = 0.0
+    for layer, use in zip(leaf.layers, uses, strict=True):
+        part, places = formed(use), layer.indices[0].reshape(-1) - leaf.start
+        total = total + part.new_zeros(part.shape[0], leaf.size).index_add(1, places, part)
+    return torch.as_tensor(total)
+
+
 def _outer(
-    layer: Layer, at_sites: Sequence[Tensor], inputs: Sequence[Tensor], batch: Tensor
+    at_sites: Sequence[Tensor], inputs: Sequence[Tensor], batch: Tensor, layer: Layer
 ) -> Outer:
     """Read a and b off the inputs of a layer and the cotangents at its sites."""
     a = [
