@@ -53,3 +53,22 @@ def demo(session: nox.Session) -> None:
     """Run ``python -m ddnewton``; arguments go to it."""
     install(session)
     session.run("python", "-m", "ddnewton", *session.posargs)
+
+
+# Peers whose dependencies name torchvision, which does not import beside a CPU build of torch.
+ALONE = (
+    "backpack-for-pytorch==1.7.1",
+    "curvlinops-for-pytorch",
+    "nngeometry",
+    "vivit-for-pytorch==1.0.0",
+)
+JAX = ("netket", "python-somax")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure time, memory and accuracy beside the peers; arguments go to the benchmark."""
+    install(session, "bench")
+    session.install("--no-deps", *ALONE)
+    session.install(*JAX, success_codes=range(256))  # a peer that is missing is an entry
+    session.run("python", "benchmarks/bench.py", *session.posargs)

@@ -198,9 +198,12 @@ def mirrored(upper: Float[Tensor, "i i"]) -> Float[Tensor, "i i"]:
 
 def _combined_outer(outer: Outer, weights: Float[Tensor, "n m"]) -> Float[Tensor, " entries"]:
     """Return the columns' weighted sum, in float64."""
-    g, o = outer.b.shape[2:4]
-    b = torch.einsum("nm,nmgot->ngot", weights.to(outer.b.dtype), outer.b)
-    if outer.a.is_floating_point():
+    shape = outer.b.shape[2:]
+    g, o, _ = shape
+    b = (weights.to(outer.b.dtype)[:, None] @ outer.b.flatten(2))[:, 0].unflatten(1, shape)
+    if _alone(outer):
+        total = (b[:, 0, :, 0].T @ outer.a[:, 0, 0])[None]
+    elif outer.a.is_floating_point():
         total = torch.einsum("ngot,ngtp->gop", b, outer.a)
     else:
         size = sum(outer.widths)

@@ -109,7 +109,8 @@ def _by_layers(
         return visit(program, leaves, [sample[chunk] for sample in samples])
 
     first = at(chunks[0])
-    outputs = torch.cat([first.outputs, *(at(chunk).outputs for chunk in chunks[1:])])
+    rest = [at(chunk).outputs for chunk in chunks[1:]]
+    outputs = torch.cat([first.outputs, *rest]) if rest else first.outputs
     check_outputs(outputs, n)
     eps = max(torch.finfo(x.dtype).eps for x in (outputs, *leaves))
 
