@@ -50,10 +50,22 @@ Factor: TypeAlias = Tensor | Outer
 
 
 def inner(left: Factor, right: Factor) -> Float[Tensor, "nm nm2"]:
-    """Return all inner products of two sets of columns, in float64.
+    """Return all inner products of two sets of columns, in float64."""
+    return mirrored(upper(left)) if left is right else _products(left, right)
 
-    Of a set with itself, what lies below the diagonal is left open: see `mirrored`.
-    """
+
+def upper(factor: Factor) -> Float[Tensor, "nm nm"]:
+    """Return the inner products of columns with each other, right on and above the diagonal."""
+    return _products(factor, factor)
+
+
+def mirrored(upper: Float[Tensor, "i i"]) -> Float[Tensor, "i i"]:
+    """Return a symmetric matrix, given its upper triangle."""
+    return upper.triu() + upper.triu(1).T
+
+
+def _products(left: Factor, right: Factor) -> Float[Tensor, "nm nm2"]:
+    """Return inner products, of a set with itself perhaps those on and above the diagonal alone."""
     if not (isinstance(left, Outer) and isinstance(right, Outer)):
         return _of_rows(formed(left), formed(right))
     if _alone(left) and _alone(right):
@@ -189,11 +201,6 @@ def product(left: Float[Tensor, "i d"], right: Float[Tensor, "j d"]) -> Float[Te
         for start, end in zip(starts, ends, strict=True)
     ]
     return torch.cat(strips)
-
-
-def mirrored(upper: Float[Tensor, "i i"]) -> Float[Tensor, "i i"]:
-    """Return a symmetric matrix, given its upper triangle."""
-    return upper.triu() + upper.triu(1).T
 
 
 def _combined_outer(outer: Outer, weights: Float[Tensor, "n m"]) -> Float[Tensor, " entries"]:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.checks import check_derivatives
-from ddnewton.contraction import combined, formed, in_order, inner, mirrored, product
+from ddnewton.contraction import combined, formed, in_order, inner, mirrored, product, upper
 from ddnewton.jacobians import Jacobian
 
 
@@ -59,10 +59,10 @@ def _gram(jacobian: Jacobian) -> Float[Tensor, "i i"]:
     for i, chunk in enumerate(chunks):
         left = jacobian.visit(chunk)
         for j, other in enumerate(chunks[i:], start=i):
-            right = left if i == j else jacobian.visit(other)
-            products = (inner(a, b) for a, b in zip(left, right, strict=True))
-            block = torch.as_tensor(sum(products))
-            block = mirrored(block) if i == j else block
+            if i == j:
+                block = mirrored(torch.as_tensor(sum(map(upper, left))))
+            else:
+                block = torch.as_tensor(sum(map(inner, left, jacobian.visit(other))))
             block = block.unflatten(1, (-1, m)).unflatten(0, (-1, m))
             rows[i].append(block)
             if i != j:

@@ -53,10 +53,10 @@ def linear_map(
 ) -> tuple[Tensor, Callable[[Tensor], list[Tensor]], PyTree]:
     """Return a function's value, its pullback of several cotangents at once, and what it adds.
 
-    This is `torch.func.vjp` under ``vmap``, which autograd alone does in half the time where no
-    transform is around.
+    This is `torch.func.vjp` under ``vmap``, which autograd alone does in half the time where it
+    may: with no transform around, and no inference mode.
     """
-    if _functorch.peek_interpreter_stack() is not None:
+    if _functorch.peek_interpreter_stack() is not None or torch.is_inference_mode_enabled():
         value, pull, added = vjp(function, *primals, has_aux=True)  # type: ignore[misc]
         return value, lambda cotangents: list(vmap(pull)(cotangents)), added
     with torch.enable_grad():

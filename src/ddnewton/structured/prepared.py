@@ -148,12 +148,12 @@ def prepared_model(model: Model) -> Prepared:
     """Find the layers of a model, and compare what comes of them with the model on its batch."""
     params, X, outputs = tree_map(first_member, (model.params, model.X, model.outputs))
     model = Model(model.function, params, X, outputs)
-    one = Model(model.function, params, take(X, slice(0, 1)), outputs[:1])
+    first = take(X, slice(0, 1))
+    one = Model(model.function, params, first, model.function(params, first))
     leaves, samples = tree_leaves(params), tree_leaves(X)
-    first = [sample[0] for sample in samples]
     try:
         graph = trace(model.function, params, tree_map(lambda x: x[0], X))
-        narrow = compile_program(graph, leaves, first)
+        narrow = compile_program(graph, leaves, [sample[0] for sample in samples])
         _check(narrow, one)
     except torch.OutOfMemoryError:
         raise
@@ -184,7 +184,8 @@ def _check(program: Program, model: Model) -> None:
     check_alone(model.outputs, v.outputs, size, size, "outputs")
     expected, mine = _expected(model), _pulled_back(program, v)
     sizes = [leaf.numel() for leaf in tree_leaves(model.params)]
-    expected, mine = expected.to(model.outputs.dtype), mine.to(model.outputs.dtype)
+    dtype = _narrowest([model.outputs, *tree_leaves(model.params)])
+    expected, mine = expected.to(dtype), mine.to(dtype)
     largest = torch.maximum(expected.abs().amax(), size)
     for together, alone in zip(expected.split(sizes), mine.split(sizes), strict=True):
         if together.numel():
@@ -211,8 +212,7 @@ def _pulled_back(program: Program, visited: Visit) -> Float[Tensor, " d"]:
 
 def _wide(program: Program, leaves: list[Tensor], samples: list[Tensor]) -> Program | None:
     """Return the program in float64, if it is narrower and that makes no other function of it."""
-    dtypes = {leaf.dtype for leaf in (*leaves, *samples) if leaf.is_floating_point()}
-    dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    dtype = _narrowest([*leaves, *samples])
     if dtype == torch.float64:
         return None
     graph, rounded = widen(program.graph, dtype)
@@ -230,6 +230,11 @@ def _wide(program: Program, leaves: list[Tensor], samples: list[Tensor]) -> Prog
         reason = error
     logger.info("the model is not evaluated in float64: %s", reason)
     return None
+
+
+def _narrowest(tensors: Sequence[Tensor]) -> torch.dtype:
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _signature(name: str, tree: PyTree, skip: int) -> Signature:

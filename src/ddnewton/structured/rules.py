@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Num
+from jaxtyping import Int, Num
 from torch import Tensor
 from torch.fx import Node
 
@@ -39,7 +39,7 @@ class Use(NamedTuple):
     other: Node | None
     entries: Int[Tensor, "g o p"]
     inputs: Callable[[Num[Tensor, "n ..."]], Num[Tensor, "n g t ..."]]
-    outputs: Callable[[Float[Tensor, "n m ..."]], Float[Tensor, "n m g o t"]]
+    outputs: Callable[[Num[Tensor, "n m ..."]], Num[Tensor, "n m g o t"]]
 
 
 Rule: TypeAlias = Callable[[Node, int, Tensor], Use | None]
@@ -231,14 +231,14 @@ def _each(option: Sequence[int], axes: int) -> Sequence[int]:
     return list(option) * (axes if len(option) == 1 else 1)
 
 
-def _pixels(x: Float[Tensor, "..."], windows: _Windows) -> Float[Tensor, "... g c t"]:
+def _pixels(x: Num[Tensor, "..."], windows: _Windows) -> Num[Tensor, "... g c t"]:
     """Return the values [... batch channels *space] of every channel, in groups."""
     channels = x.ndim - len(windows.kernel) - 1
     x = x.unflatten(channels, (windows.groups, -1))
     return x.movedim(channels - 1, channels + 1).flatten(channels + 1)
 
 
-def _patches(x: Float[Tensor, "..."], windows: _Windows) -> Float[Tensor, "... g t p"]:
+def _patches(x: Num[Tensor, "..."], windows: _Windows) -> Num[Tensor, "... g t p"]:
     """Return what the kernel sees of [... batch channels *space] at each of its places."""
     axes = len(windows.kernel)
     batch = x.ndim - axes - 2

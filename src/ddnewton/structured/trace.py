@@ -7,7 +7,8 @@ its number of samples baked in, and a trace above dispatch loses what an inner `
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,7 +47,9 @@ def trace(function: ModelFn, params: PyTree, x: PyTree) -> GraphModule:
     with _plain_kernels(), torch.no_grad():
         graph = _tidy(make_fx(one)(*leaves))
         # Writing into a tensor that is the same for all samples does not survive vmap.
-        return _tidy(_differentiable(make_fx(functionalize(graph))(*leaves)))
+        graph = _tidy(_differentiable(make_fx(functionalize(graph))(*leaves)))
+    _map_constants(graph, lambda constant: constant.detach().clone())
+    return graph
 
 
 def widen(graph: GraphModule, dtype: torch.dtype) -> tuple[GraphModule, bool]:
@@ -68,12 +71,18 @@ def widen(graph: GraphModule, dtype: torch.dtype) -> tuple[GraphModule, bool]:
     copy = GraphModule(graph, nodes)
     for node in copy.graph.nodes:
         node.args, node.kwargs = map_aggregate(node.args, wide), map_aggregate(node.kwargs, wide)
-        if node.op == "get_attr":
-            constant = getattr(copy, node.target)
-            if isinstance(constant, Tensor) and constant.dtype == dtype:
-                setattr(copy, node.target, constant.double())
+    _map_constants(copy, lambda x: x.double() if x.dtype == dtype else x)
     copy.recompile()
     return copy, rounded
+
+
+def _map_constants(graph: GraphModule, function: Callable[[Tensor], Tensor]) -> None:
+    """Replace the tensors that the model refers to, be they parameters, buffers or others."""
+    for name in {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}:
+        constant = getattr(graph, name)
+        if isinstance(constant, Tensor):
+            delattr(graph, name)
+            graph.register_buffer(name, function(constant))
 
 
 def _tidy(graph: GraphModule) -> GraphModule:
@@ -87,14 +96,14 @@ def _differentiable(graph: GraphModule) -> GraphModule:
     nodes, call = graph.graph.nodes, graph.graph.call_function
     for node in nodes:
         with graph.graph.inserting_before(node):
-            if node.target == aten.copy.default:
+            if node.target in (aten.copy.default, aten.fill.Tensor):
                 to, source = node.args[:2]
                 new = call(aten.add.Tensor, (call(aten.zeros_like.default, (to,)), source))
             elif node.target == aten.select_scatter.default:
                 # Under vmap, torch 2.13 pulls back twice what is written to an unmapped tensor.
                 to, source, axis, place = node.args
                 source = call(aten.unsqueeze.default, (source, axis))
-                stop = place + 1 or None
+                stop = place + 1 or sys.maxsize
                 new = call(aten.slice_scatter.default, (to, source, axis, place, stop))
             elif node.target == aten.fill.Scalar:
                 new = call(aten.full_like.default, node.args)
