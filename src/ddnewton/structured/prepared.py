@@ -88,7 +88,11 @@ class Prepared:
         """Return the tensors of arguments that fit; refuse others."""
         _check_signature(self.params, params)
         _check_signature(self.X, X)
-        return tree_leaves(params), tree_leaves(X)
+        leaves, samples = tree_leaves(params), tree_leaves(X)
+        if not torch.is_inference_mode_enabled():  # what was made in it, autograd refuses
+            leaves = [leaf.clone() if leaf.is_inference() else leaf for leaf in leaves]
+            samples = [leaf.clone() if leaf.is_inference() else leaf for leaf in samples]
+        return leaves, samples
 
     def __repr__(self) -> str:
         rows = [

@@ -7,7 +7,6 @@ its number of samples baked in, and a trace above dispatch loses what an inner `
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from torch.func import functionalize
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
+from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -47,7 +47,9 @@ def trace(function: ModelFn, params: PyTree, x: PyTree) -> GraphModule:
     with _plain_kernels(), torch.no_grad():
         graph = _tidy(make_fx(one)(*leaves))
         # Writing into a tensor that is the same for all samples does not survive vmap.
-        graph = _tidy(_differentiable(make_fx(functionalize(graph))(*leaves)))
+        graph = make_fx(functionalize(graph))(*leaves)
+        ShapeProp(graph).propagate(*leaves)
+        graph = _tidy(_differentiable(graph))
     _map_constants(graph, lambda constant: constant.detach().clone())
     return graph
 
@@ -82,7 +84,8 @@ def _map_constants(graph: GraphModule, function: Callable[[Tensor], Tensor]) -> 
         constant = getattr(graph, name)
         if isinstance(constant, Tensor):
             delattr(graph, name)
-            graph.register_buffer(name, function(constant))
+            with torch.inference_mode(False):  # or autograd would refuse it
+                graph.register_buffer(name, function(constant))
 
 
 def _tidy(graph: GraphModule) -> GraphModule:
@@ -102,13 +105,19 @@ def _differentiable(graph: GraphModule) -> GraphModule:
             elif node.target == aten.select_scatter.default:
                 # Under vmap, torch 2.13 pulls back twice what is written to an unmapped tensor.
                 to, source, axis, place = node.args
+                place %= to.meta["tensor_meta"].shape[axis]
                 source = call(aten.unsqueeze.default, (source, axis))
-                stop = place + 1 or sys.maxsize
-                new = call(aten.slice_scatter.default, (to, source, axis, place, stop))
+                new = call(aten.slice_scatter.default, (to, source, axis, place, place + 1))
+            elif node.target == aten.slice_scatter.default:
+                # Nor does it know, under vmap, a slice without a start or an end.
+                to, source, axis, *ends = (*node.args, 0)[: max(3, len(node.args))]
+                start, stop, step = slice(*ends).indices(to.meta["tensor_meta"].shape[axis])
+                new = call(aten.slice_scatter.default, (to, source, axis, start, stop, step))
             elif node.target == aten.fill.Scalar:
                 new = call(aten.full_like.default, node.args)
             else:
                 continue
+        new.meta = node.meta
         node.replace_all_uses_with(new)
     return graph
 
