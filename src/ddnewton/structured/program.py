@@ -140,7 +140,7 @@ def _overlap(layers: Sequence[_Found]) -> bool:
     if not layers:
         return False
     entries = torch.cat([layer.entries.reshape(-1) for layer in layers])
-    return bool(entries.unique().numel() < entries.numel())
+    return bool(((entries - entries.min()).bincount() > 1).any())
 
 
 class _Survey(Interpreter):
