@@ -106,8 +106,10 @@ def newton_step(
     gram
         How the Gram matrix is formed: "structured", from what goes into the layers and what is
         pulled back to them; "dense", from per-sample Jacobians; "auto", the faster of the two.
+        "structured" refuses a model that cannot be traced. A model from `ddnewton.prepare` is
+        structured unless this says "dense".
     chunk_size
-        How many samples' Jacobians may exist at once. None chooses from the memory at hand.
+        How many samples' temporaries may exist at once. None chooses from the memory at hand.
         Chunks are paired, so that time grows with their number where the samples do not fit.
 
     Returns

@@ -134,9 +134,9 @@ def prepare(model_fn: ModelFn, params: PyTree, X: PyTree) -> Prepared:
     >>> params = {"W": torch.ones(3, 2), "b": torch.zeros(2), "scale": torch.ones(2)}
     >>> prepare(model_fn, params, torch.ones(1, 3))
     Prepared(
-      params['W']: mm
-      params['b']: add
-      params['scale']: directly (no rule for mul)
+      ['W']: mm
+      ['b']: add
+      ['scale']: directly (no rule for mul)
     )
     """
     check_functions(model_fn, None)
