@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddnewton.errors import BadType, BadValue, sentence
-from ddnewton.transforms import bare
+from ddnewton.transforms import bare, surely
 from ddnewton.trees import named_leaves
 from ddnewton.types import PyTree
 
@@ -82,7 +82,7 @@ def check_outputs(outputs: object, samples: int) -> None:
     if outputs.numel() == 0:
         rule = "model_fn must return at least one output a sample"
         raise BadValue(sentence(rule, list(outputs.shape), "Check the model's last layer."))
-    if not bare(outputs).isfinite().all():
+    if surely(~outputs.isfinite()):
         rule, got = "the outputs of model_fn must be finite", "nan or inf"
         raise BadValue(sentence(rule, got, "Check params and X; lower the last step."))
 
@@ -98,7 +98,7 @@ def check_sample_axis(outputs: Tensor, samples: int) -> None:
 
 def check_derivatives(values: Tensor) -> None:
     """Require finite derivatives of the outputs."""
-    if not bare(values).isfinite().all():
+    if surely(~values.isfinite()):
         rule, got = "the derivatives of model_fn must be finite", "nan or inf"
         remedy = "Look for square roots, norms or logarithms at zero in model_fn."
         raise BadValue(sentence(rule, got, remedy))
@@ -120,7 +120,7 @@ def check_options(damping: object, complement: object, gram: object, chunk_size:
         check_nonnegative("damping", damping)
     if complement is not None:
         check_nonnegative("complement", complement)
-        if not (bare(torch.as_tensor(complement)) > 0).all():
+        if surely(~(torch.as_tensor(complement) > 0)):
             rule = "complement must be positive, or None"
             raise BadValue(sentence(rule, complement, "Pass a damping, such as 1.0."))
     if gram not in GRAMS:
@@ -143,6 +143,8 @@ def check_nonnegative(name: str, value: object) -> None:
         got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
         remedy = "Pass a number" + (", or a function." if name == "damping" else ".")
         raise BadType(sentence(f"{name} must be a number ≥ 0", got, remedy))
+    if isinstance(value, Tensor) and torch.compiler.is_compiling():
+        return
     number = bare(value) if isinstance(value, Tensor) else value
     low = float(number.min() if isinstance(number, Tensor) else number)  # type: ignore[arg-type]
     if math.isnan(low) or low < 0:

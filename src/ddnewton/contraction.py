@@ -70,7 +70,7 @@ def _products(left: Factor, right: Factor) -> Float[Tensor, "nm nm2"]:
         return _of_rows(formed(left), formed(right))
     if _alone(left) and _alone(right):
         return _one_position(left, right)
-    if _flops(left, right, COLUMNS) <= IRREGULAR * _flops(left, right, POSITIONS):
+    if _columns_pay(left, right):
         return _from_columns(left, right)
     return _positions_first(left, right)
 
@@ -104,6 +104,13 @@ def flops(outer: Outer) -> float:
         count = outer.b.shape[0] * outer.b.shape[1]
         return float(count**2 * outer.b.shape[3])
     return min(_flops(outer, outer, order) for order in (COLUMNS, POSITIONS))
+
+
+def _columns_pay(left: Outer, right: Outer) -> bool:
+    """Return whether forming the columns is cheaper than contracting positions first."""
+    if torch.compiler.is_compiling():  # opt_einsum cannot be compiled
+        return True
+    return _flops(left, right, COLUMNS) <= IRREGULAR * _flops(left, right, POSITIONS)
 
 
 def _alone(outer: Outer) -> bool:

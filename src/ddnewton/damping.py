@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ddnewton.checks import check_nonnegative
 from ddnewton.errors import BadType, BadValue, sentence
-from ddnewton.transforms import bare
+from ddnewton.transforms import bare, surely
 from ddnewton.types import DampingRule
 
 
@@ -50,8 +50,8 @@ def check_dampings(dampings: object, directions: int) -> None:
         rule = f"damping must return one value for each of the K = {directions} directions"
         remedy = "Return a tensor of shape [K], such as δ * torch.ones_like(evals)."
         raise BadValue(sentence(rule, f"shape {list(dampings.shape)}", remedy))
-    values = bare(dampings)
-    if not (values >= 0).all():
+    if surely(~(dampings >= 0)):
+        values = bare(dampings)
         rule = "damping must not be negative or nan"
         got = f"{float(values[~(values >= 0)][0])}"
         raise BadValue(sentence(rule, got, "Return 0 or more; inf skips a direction."))

@@ -88,7 +88,7 @@ def _structured(
         wider = tree_map(widen_leaf, (leaves, samples))
         return _by_layers(prepared, wide, wider[0], wider[1], chunk_size)
 
-    if _cost(narrow, samples[0].shape[0], prepared.width) <= CHEAP:
+    if torch.compiler.is_compiling() or _cost(narrow, samples[0].shape[0], prepared.width) <= CHEAP:
         return precise()
     return _by_layers(prepared, narrow, leaves, samples, chunk_size)._replace(precisely=precise)
 

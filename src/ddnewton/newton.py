@@ -29,7 +29,7 @@ from ddnewton.jacobians import Linearization
 from ddnewton.linearization import linearized
 from ddnewton.select import Directions, Leading, keep
 from ddnewton.spectrum import Spectrum, decompose
-from ddnewton.transforms import bare
+from ddnewton.transforms import surely
 from ddnewton.trees import parameter_count, unflatten
 from ddnewton.types import Criterion, DampingRule, ModelFn, PyTree, Select
 
@@ -236,7 +236,7 @@ def _problem(  # noqa: PLR0917 - the public functions' arguments, in their order
     loss, d = as_loss(criterion), parameter_count(params)
     with linearized(model_fn, params, X, gram, chunk_size) as model:
         problem = _expanded(model, loss, y, d)
-        if model.precisely and smallest is not None and not _resolves(problem.system, smallest):
+        if model.precisely and smallest is not None and _unresolved(problem.system, smallest):
             problem = _expanded(model.precisely(), loss, y, d)
         yield problem
 
@@ -261,12 +261,12 @@ def _smallest(
     return 0.0 if callable(damping) else damping
 
 
-def _resolves(system: System, smallest: float | Tensor) -> bool:
-    """Return whether curvatures that small stand out from the rounding of float32."""
+def _unresolved(system: System, smallest: float | Tensor) -> bool:
+    """Return whether curvatures that small are lost in the rounding of float32."""
     diagonal = system.matrix.diagonal()
     if system.matrix.shape == 2 * system.weights.shape:
         diagonal = system.weights * diagonal
-    return bool(bare(torch.as_tensor(smallest * RESOLUTION >= diagonal.sum())).all())
+    return surely(~torch.as_tensor(smallest * RESOLUTION >= diagonal.sum()))
 
 
 def _solve(

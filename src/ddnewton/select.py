@@ -12,7 +12,7 @@ from torch import Tensor
 from ddnewton.checks import check_nonnegative
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.spectrum import Spectrum
-from ddnewton.transforms import bare, is_batched
+from ddnewton.transforms import bare, is_batched, surely
 from ddnewton.types import Select
 
 
@@ -151,11 +151,11 @@ def _answer(
     if chosen.is_floating_point() or chosen.is_complex():
         raise BadType(sentence(rule, f"numbers of {chosen.dtype}", remedy))
     values = bare(chosen)
-    if ((values < -count) | (values >= count)).any():
+    if surely((values < -count) | (values >= count)):
         got = f"indices from {int(values.min())} to {int(values.max())}"
         raise BadValue(sentence(rule, got, remedy))
     indices = torch.where(chosen < 0, chosen + count, chosen).long()
     ordered = bare(indices).sort(-1).values
-    if (ordered.diff(dim=-1) == 0).any():
+    if surely(ordered.diff(dim=-1) == 0):
         raise BadValue(sentence(rule, f"repeats in {values.tolist()}", remedy))
     return indices, torch.ones_like(indices, dtype=torch.bool)

@@ -19,13 +19,15 @@ logger = logging.getLogger(__name__)
 
 def bare(tensor: Tensor) -> Tensor:
     """Return the plain tensor below every ``vmap`` and ``grad``: an ensemble's members at once."""
-    while _functorch.is_functorch_wrapped_tensor(tensor):
+    while not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor.detach()
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Return whether a ``vmap`` around the caller maps over the tensor: its values cannot steer."""
+    """Return whether values cannot steer: a ``vmap`` around maps over them, or all is compiled."""
+    if torch.compiler.is_compiling():
+        return True
     while _functorch.is_functorch_wrapped_tensor(tensor):
         if _functorch.is_batchedtensor(tensor):
             return True
@@ -48,6 +50,11 @@ def possibly(mask: Tensor) -> bool:
     return is_batched(mask) or bool(mask.any())
 
 
+def surely(mask: Tensor) -> bool:
+    """Return whether an entry is known to be true, of any member; what is compiled is not known."""
+    return not torch.compiler.is_compiling() and bool(bare(mask).any())
+
+
 def linear_map(
     function: Callable[..., tuple[Tensor, PyTree]], *primals: Tensor
 ) -> tuple[Tensor, Callable[[Tensor], list[Tensor]], PyTree]:
@@ -56,7 +63,7 @@ def linear_map(
     This is `torch.func.vjp` under ``vmap``, which autograd alone does in half the time where it
     may: with no transform around, and no inference mode.
     """
-    if _functorch.peek_interpreter_stack() is not None or torch.is_inference_mode_enabled():
+    if not _is_plain():
         value, pull, added = vjp(function, *primals, has_aux=True)  # type: ignore[misc]
         return value, lambda cotangents: list(vmap(pull)(cotangents)), added
     with torch.enable_grad():
@@ -82,6 +89,13 @@ def linear_map(
         return [zeros(x) if p is None else p for x, p in zip(primals, found, strict=True)]
 
     return value.detach(), pullback, tree_map(torch.detach, added)
+
+
+def _is_plain() -> bool:
+    """Return whether autograd records what is computed, and nothing else is around."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    return _functorch.peek_interpreter_stack() is None
 
 
 def over_samples(function: Callable[..., PyTree], *batches: PyTree) -> PyTree:

@@ -15,7 +15,7 @@ from ddnewton.criteria.closed import bce_with_logits, cross_entropy, mse
 from ddnewton.criteria.convex import convex
 from ddnewton.criteria.record import Expansion, Loss, check_reduction
 from ddnewton.errors import BadType, BadValue, sentence
-from ddnewton.transforms import bare, over_samples
+from ddnewton.transforms import bare, over_samples, surely
 from ddnewton.types import Criterion, PyTree
 
 CLOSED_FORMS: list[tuple[type[nn.Module], Callable[..., Tensor], Callable[..., Loss]]] = [
@@ -92,11 +92,12 @@ def _same(value: object, default: object) -> bool:
 
 def _check_expansion(expansion: Expansion) -> None:
     """Require a finite loss and Hessians without negative eigenvalues."""
-    if not all(bare(part).isfinite().all() for part in expansion):
+    if any(surely(~part.isfinite()) for part in expansion):
         got = "nan or inf in the loss or its derivatives"
         raise BadValue(sentence("the loss must be finite", got, "Check the outputs and y."))
-    curvatures = bare(expansion.curvatures)
-    if (curvatures < -CONVEXITY * curvatures.abs().amax()).any():
+    curvatures = expansion.curvatures
+    if surely(curvatures < -CONVEXITY * bare(curvatures).abs().amax()):
+        curvatures = bare(curvatures)
         rule = "criterion must be convex in the outputs"
         got = f"a Hessian eigenvalue of {curvatures.min().item():.3g}"
         remedy = "The Gauss-Newton matrix needs a convex loss: move what bends it into the model."

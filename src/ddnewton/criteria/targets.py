@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ddnewton.errors import BadType, BadValue, sentence
-from ddnewton.transforms import bare
+from ddnewton.transforms import bare, surely
 from ddnewton.types import PyTree
 
 
@@ -21,15 +21,15 @@ def check_real(outputs: Tensor, y: PyTree) -> None:
         rule = "y must have the shape of the model's outputs"
         got = f"outputs: {list(outputs.shape)}, y: {list(y.shape)}"
         raise BadValue(sentence(rule, got, "Reshape one of them; nothing is broadcast."))
-    if not bare(y).isfinite().all():
+    if surely(~y.isfinite()):
         raise BadValue(sentence("y must be finite", "nan or inf in y", "Clean the targets."))
 
 
 def check_probabilities(outputs: Tensor, y: PyTree) -> None:
     """Require one target in [0, 1] per output."""
     check_real(outputs, y)
-    values = bare(y)
-    if values.numel() and (values.amin() < 0 or values.amax() > 1):
+    if surely((y < 0) | (y > 1)):
+        values = bare(y)
         rule = "y must lie in [0, 1] for binary cross-entropy"
         got = f"y from {values.amin().item():.3g} to {values.amax().item():.3g}"
         raise BadValue(sentence(rule, got, "Pass labels 0 and 1, or probabilities."))
@@ -47,7 +47,7 @@ def check_classes(outputs: Tensor, y: PyTree) -> None:
         )
     if y.is_floating_point():
         check_real(outputs, y)
-        if (bare(y) < 0).any():
+        if surely(y < 0):
             rule = "class probabilities in y must not be negative"
             raise BadValue(sentence(rule, f"{bare(y).amin().item():.3g}", "Pass probabilities."))
     else:
@@ -63,8 +63,9 @@ def _check_class_indices(outputs: Tensor, y: Tensor) -> None:
         rule = "class indices in y must have shape [N]"
         got = f"outputs: {list(outputs.shape)}, y: {list(y.shape)}"
         raise BadValue(sentence(rule, got, "Pass y.reshape(-1), or probabilities as floats."))
-    low, high, classes = int(bare(y).amin()), int(bare(y).amax()), outputs.shape[1]
-    if low < 0 or high >= classes:
+    classes = outputs.shape[1]
+    if surely((y < 0) | (y >= classes)):
+        low, high = int(bare(y).amin()), int(bare(y).amax())
         rule = f"class indices in y must lie in 0 to {classes - 1} for {classes} outputs"
         remedy = "Count classes from 0, and give the model one output a class."
         raise BadValue(sentence(rule, f"indices from {low} to {high}", remedy))

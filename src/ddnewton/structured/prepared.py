@@ -89,7 +89,8 @@ class Prepared:
         _check_signature(self.params, params)
         _check_signature(self.X, X)
         leaves, samples = tree_leaves(params), tree_leaves(X)
-        if not torch.is_inference_mode_enabled():  # what was made in it, autograd refuses
+        if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
+            # What was made in inference mode, autograd refuses outside.
             leaves = [leaf.clone() if leaf.is_inference() else leaf for leaf in leaves]
             samples = [leaf.clone() if leaf.is_inference() else leaf for leaf in samples]
         return leaves, samples

@@ -47,13 +47,16 @@ def visit(program: Program, leaves: Sequence[Tensor], samples: Sequence[Tensor])
 
     def pullback(basis: Float[Tensor, "n c m"]) -> list[Factor]:
         cotangents = basis.to(outputs).movedim(-1, 0).reshape(-1, *outputs.shape)
-        parts: list[list[Tensor]] = [[] for _ in (*probes, *copies)]
-        for group in cotangents.split(max(1, TOGETHER // (n * program.size))):
-            for part, piece in zip(parts, pull(group), strict=True):
-                part.append(piece.transpose(0, 1))
-        # One after another, so that the pieces can go.
-        joined = [_joined(parts.pop(0), 1) for _ in (*probes, *copies)]
-        at_sites, rows = joined[: len(probes)], joined[len(probes) :]
+        together, start = max(1, TOGETHER // (n * program.size)), 0
+        pulled: list[Tensor] = []
+        for group in cotangents.split(together):
+            pieces, stop = pull(group), start + group.shape[0]
+            # In place, column by column, for all of them are most of what a step takes of memory.
+            pulled = pulled or [x.new_empty(n, len(cotangents), *x.shape[2:]) for x in pieces]
+            for whole, piece in zip(pulled, pieces, strict=True):
+                whole[:, start:stop] = piece.transpose(0, 1)
+            start = stop
+        at_sites, rows = pulled[: len(probes)], pulled[len(probes) :]
         read = partial(_outer, at_sites, inputs, outputs)
         factors: list[Factor] = [read(layer) for layer in program.layers]
         factors += [_summed(each, [read(layer) for layer in each.layers]) for each in program.sums]
