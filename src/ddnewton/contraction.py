@@ -30,6 +30,9 @@ STRIPS, LONG = 4, 1024
 """Into how many strips of rows a symmetric product is cut, to leave out what lies below, and from
 which length of the rows on that pays."""
 
+ABREAST = 8
+"""Of how many samples at a time a is multiplied with a': few columns make slow products."""
+
 IRREGULAR = 1.6
 """How much longer a flop takes in many small products than in one large one."""
 
@@ -165,30 +168,29 @@ def _positions_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
         mine = left.b[:, :, group].flatten(2)  # [n m ot]
         theirs = right.b[:, :, group].flatten(1, 2)  # [n mo t]
         rows = []
-        for sample in range(n):
-            first = sample if left is right else 0
-            parts = [
-                mine[sample]
-                @ (theirs[block] @ _overlaps(left, right, group, sample, block))
-                .unflatten(1, (m, o))
-                .flatten(0, 1)
-                .flatten(1)
-                .T
-                for block in _blocks(first, theirs.shape[0], size)
-            ]
-            rows.append(F.pad(torch.cat(parts, 1), (first * m, 0)))
+        for few in _blocks(0, n, ABREAST):
+            first = few.start if left is right else 0
+            overlaps = _overlaps(left, right, group, few, slice(first, None))
+            for sample, overlap in zip(range(few.start, few.stop), overlaps, strict=True):
+                parts = [
+                    mine[sample] @ (b @ a).unflatten(1, (m, o)).flatten(0, 1).flatten(1).T
+                    for b, a in zip(theirs[first:].split(size), overlap.split(size), strict=True)
+                ]
+                rows.append(F.pad(torch.cat(parts, 1), (first * m, 0)))
         total = total + torch.cat(rows).double()
     return torch.as_tensor(total)
 
 
 def _overlaps(
-    left: Outer, right: Outer, group: int, sample: int, block: slice
-) -> Float[Tensor, "n t2 t"]:
-    """Return a' · a for some samples on the right and one on the left."""
-    a, others = left.a[sample, group], right.a[block, group]
+    left: Outer, right: Outer, group: int, mine: slice, theirs: slice
+) -> Float[Tensor, "n n2 t2 t"]:
+    """Return a' · a for some samples on either side."""
+    a, others = left.a[mine, group], right.a[theirs, group]
     if a.is_floating_point():
-        return others @ a.T
-    same = (others[..., None] == a) & (a >= 0)
+        products: Tensor = others.flatten(0, 1) @ a.flatten(0, 1).T
+        products = products.unflatten(1, a.shape[:2])
+        return products.unflatten(0, others.shape[:2]).movedim(2, 0)
+    same = (others[None, :, :, None] == a[:, None, None, :]) & (a >= 0)[:, None, None, :]
     return same.to(left.b.dtype)
 
 

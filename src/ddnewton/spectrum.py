@@ -147,14 +147,24 @@ def _eigh(
     """Return eigenpairs, the leading ones by LAPACK's subset driver where SciPy has it at hand."""
     count = matrix.shape[0]
     few = leading is not None and FEW * leading <= count and count >= LARGE
-    if few and not (matrix.is_cuda or is_batched(matrix)) and find_spec("scipy"):
-        from scipy.linalg import eigh  # noqa: PLC0415 - importing ddnewton must stay light
-
-        subset = (count - (leading or 0), count - 1)
-        evals, evecs = eigh(matrix.numpy(), subset_by_index=subset, driver="evr")
-        return torch.from_numpy(evals), torch.from_numpy(evecs)
+    at_hand = find_spec("scipy") and find_spec("threadpoolctl")
+    if few and at_hand and not (matrix.is_cuda or is_batched(matrix)):
+        return _subset(matrix, range(count - (leading or 0), count))
     evals, evecs = torch.linalg.eigh(matrix)
     return evals, evecs
+
+
+def _subset(
+    matrix: Float[Tensor, "i i"], which: range
+) -> tuple[Float[Tensor, " k"], Float[Tensor, "i k"]]:
+    from scipy.linalg import eigh  # noqa: PLC0415 - importing ddnewton must stay light
+    from threadpoolctl import threadpool_limits  # noqa: PLC0415
+
+    # SciPy's threads and torch's would wait for each other's cores.
+    with threadpool_limits(1, user_api="blas"):
+        subset = (which[0], which[-1])
+        evals, evecs = eigh(matrix.numpy(), subset_by_index=subset, driver="evr")
+    return torch.from_numpy(evals), torch.from_numpy(evecs)
 
 
 def _resolved(diagonal: Float[Tensor, " i"]) -> Bool[Tensor, " i"]:
