@@ -1029,10 +1029,10 @@ def test_batch_normalisation_in_train_mode_is_refused_by_name(gram):
 
 def count_traces(monkeypatch) -> list:
     """A list that grows with every model that is traced."""
-    from ddnewton.structured import prepared
+    from ddnewton.structured import prepare
 
-    traced, trace = [], prepared.trace
-    monkeypatch.setattr(prepared, "trace", lambda *args: traced.append(1) or trace(*args))
+    traced, trace = [], prepare.trace
+    monkeypatch.setattr(prepare, "trace", lambda *args: traced.append(1) or trace(*args))
     return traced
 
 

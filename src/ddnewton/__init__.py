@@ -2,7 +2,8 @@
 
 from ddnewton.newton import NewtonInfo, newton_step, newton_step_and_info
 from ddnewton.select import above, energy, top_k
-from ddnewton.structured.prepared import Prepared, prepare
+from ddnewton.structured.prepare import prepare
+from ddnewton.structured.prepared import Prepared
 
 __all__ = [
     "NewtonInfo",

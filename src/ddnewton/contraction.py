@@ -31,7 +31,7 @@ STRIPS, LONG = 4, 1024
 which length of the rows on that pays."""
 
 ABREAST = 8
-"""Of how many samples at a time a is multiplied with a': few columns make slow products."""
+"""Of how many samples at a time a is multiplied with a', at best: few columns are slow ones."""
 
 IRREGULAR = 1.6
 """How much longer a flop takes in many small products than in one large one."""
@@ -40,7 +40,7 @@ IRREGULAR = 1.6
 class Outer(NamedTuple):
     """Columns of some samples as outer products.
 
-    Integers [n g t] in place of ``a`` are the positions of ones in rows of zeros; −1 is no one.
+    Integers [n 1 t] in place of ``a`` are the positions of ones in rows of zeros; −1 is no one.
     """
 
     a: Num[Tensor, "n g t ..."]
@@ -162,13 +162,15 @@ def _some(outer: Outer, group: int, outputs: slice) -> Float[Tensor, "nm op"]:
 def _positions_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
     """Contract a with a', then with b', then with b, for one sample of the left at a time."""
     n, m, g, o, t = left.b.shape
-    size = max(1, BYTES // (4 * m * o * t * left.b.element_size()))
+    each = t * left.b.element_size()
+    size = max(1, BYTES // (4 * m * o * each))
+    abreast = max(1, min(ABREAST, BYTES // (each * right.b.shape[0] * right.b.shape[4])))
     total: Tensor | float = 0.0
     for group in range(g):
         mine = left.b[:, :, group].flatten(2)  # [n m ot]
         theirs = right.b[:, :, group].flatten(1, 2)  # [n mo t]
         rows = []
-        for few in _blocks(0, n, ABREAST):
+        for few in _blocks(0, n, abreast):
             first = few.start if left is right else 0
             overlaps = _overlaps(left, right, group, few, slice(first, None))
             for sample, overlap in zip(range(few.start, few.stop), overlaps, strict=True):
@@ -187,9 +189,9 @@ def _overlaps(
     """Return a' · a for some samples on either side."""
     a, others = left.a[mine, group], right.a[theirs, group]
     if a.is_floating_point():
-        products: Tensor = others.flatten(0, 1) @ a.flatten(0, 1).T
-        products = products.unflatten(1, a.shape[:2])
-        return products.unflatten(0, others.shape[:2]).movedim(2, 0)
+        products = others.flatten(0, 1) @ a.flatten(0, 1).T
+        each: Tensor = products.unflatten(1, a.shape[:2]).unflatten(0, others.shape[:2])
+        return each.movedim(2, 0)
     same = (others[None, :, :, None] == a[:, None, None, :]) & (a >= 0)[:, None, None, :]
     return same.to(left.b.dtype)
 
@@ -225,9 +227,8 @@ def _combined_outer(outer: Outer, weights: Float[Tensor, "n m"]) -> Float[Tensor
         size = sum(outer.widths)
         rows = b.permute(0, 3, 1, 2).flatten(0, 1).flatten(1)
         places = torch.where(outer.a < 0, size, outer.a).flatten()
-        total = (
-            rows.new_zeros(size + 1, g * o).index_add(0, places, rows)[:-1].T.unflatten(0, (g, o))
-        )
+        sums = rows.new_zeros(size + 1, g * o).index_add(0, places, rows)
+        total = sums[:-1].T.unflatten(0, (g, o))
     return torch.cat([part.reshape(-1) for part in total.split(outer.widths, -1)]).double()
 
 

@@ -17,7 +17,8 @@ from ddnewton.contraction import Outer, flops
 from ddnewton.independence import Mixed, evaluate
 from ddnewton.jacobians import Jacobian, Linearization, jacobian, memory
 from ddnewton.precision import Model, widen_leaf, widened
-from ddnewton.structured.prepared import FEW, Prepared, Untraceable, prepared_model
+from ddnewton.structured.prepare import FEW, Untraceable, prepared_model
+from ddnewton.structured.prepared import Prepared
 from ddnewton.structured.program import Program
 from ddnewton.structured.visit import Visit, visit
 from ddnewton.trees import batches, parameter_count, take
