@@ -96,10 +96,13 @@ def main() -> None:
             deadline=time.monotonic() + 60 * options.minutes,
             patience=0.02 if options.quick else 3.0,
         )
-        records = [] if options.largest else run_all(bench, [*jobs(options, main=True)], workers)
+        wanted = () if options.largest else (True, False)
+        records = [
+            record
+            for main in wanted
+            for record in run_all(bench, [*jobs(options, main=main)], workers)
+        ]
         sizes = [] if options.quick else batches(bench, options)
-        if not options.largest:
-            records += run_all(bench, [*jobs(options, main=False)], workers)
         records = compare(records)
     about = report.machine(options.device, options.threads)
     report.write(options.output, about, records, sizes)
@@ -110,7 +113,7 @@ def batches(bench: Bench, options: argparse.Namespace) -> list[Record]:
     """Return the largest batches of the chosen problems and peers."""
 
     def measure(problem: str, peer: str, samples: int) -> Record:
-        job = Job(problem, peer, ("top10",), PATIENCE[True], samples)
+        job = Job(problem, peer, ("top10",), PATIENCE[True] // 2, samples)
         (record,) = run(bench._replace(patience=0.0), job)
         say(f"{problem:10} {peer:20} N = {samples:<8} {cell(record)}")
         return record

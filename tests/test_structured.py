@@ -849,7 +849,7 @@ def check_contraction(shape: Shape, others: int, dtype=FLOAT64) -> None:
     assert error(inner(mine.to(dtype), mine.to(dtype)), mine @ mine.T) < tolerance
     weights = normal(shape.n, shape.m).double()
     for factor in (left, formed(left)):
-        assert error(combined(factor, weights), weights.reshape(-1) @ mine) < tolerance
+        assert error(torch.cat(combined(factor, weights)), weights.reshape(-1) @ mine) < tolerance
 
 
 @DTYPES

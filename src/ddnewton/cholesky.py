@@ -39,11 +39,12 @@ def damped_step(
     outside = (weights <= 0) & (shares != 0)
     gram_side = matrix.shape == 2 * weights.shape
     root = weights.sqrt() if gram_side else weights.new_ones(())
-    matrix = root[:, None] * matrix * root if gram_side else matrix
+    matrix = (root[:, None] * matrix).mul_(root) if gram_side else matrix.clone()
     if outside.any() or not matrix.trace() <= CONDITION * delta < math.inf:
         return None
     right = torch.where(weights > 0, shares / root, 0) if gram_side else columns.combine(shares)
-    factor, failed = torch.linalg.cholesky_ex(matrix + delta * torch.eye(*matrix.shape).to(matrix))
+    matrix.diagonal().add_(delta)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
     solution = -torch.cholesky_solve(right[:, None], factor)[:, 0]
     if failed or not solution.isfinite().all():
         return None

@@ -53,22 +53,7 @@ Factor: TypeAlias = Tensor | Outer
 
 
 def inner(left: Factor, right: Factor) -> Float[Tensor, "nm nm2"]:
-    """Return all inner products of two sets of columns, in float64."""
-    return mirrored(upper(left)) if left is right else _products(left, right)
-
-
-def upper(factor: Factor) -> Float[Tensor, "nm nm"]:
-    """Return the inner products of columns with each other, right on and above the diagonal."""
-    return _products(factor, factor)
-
-
-def mirrored(upper: Float[Tensor, "i i"]) -> Float[Tensor, "i i"]:
-    """Return a symmetric matrix, given its upper triangle."""
-    return upper.triu() + upper.triu(1).T
-
-
-def _products(left: Factor, right: Factor) -> Float[Tensor, "nm nm2"]:
-    """Return inner products, of a set with itself perhaps those on and above the diagonal alone."""
+    """Return all inner products of two sets of columns, in float64; half the work for one set."""
     if not (isinstance(left, Outer) and isinstance(right, Outer)):
         return _of_rows(formed(left), formed(right))
     if _alone(left) and _alone(right):
@@ -78,12 +63,12 @@ def _products(left: Factor, right: Factor) -> Float[Tensor, "nm nm2"]:
     return _positions_first(left, right)
 
 
-def combined(factor: Factor, weights: Float[Tensor, "n m"]) -> Float[Tensor, " _"]:
-    """Return the weighted sum of columns, in float64."""
+def combined(factor: Factor, weights: Float[Tensor, "n m"]) -> list[Float[Tensor, " _"]]:
+    """Return the weighted sum of columns in float64, in pieces."""
     if isinstance(factor, Outer):
         return _combined_outer(factor, weights)
     w = weights.reshape(-1)
-    return torch.cat([w @ part.double() for part in factor.split(_width(factor), 1)])
+    return [w @ part.double() for part in factor.split(_width(factor), 1)]
 
 
 def formed(factor: Factor) -> Float[Tensor, "nm _"]:
@@ -136,6 +121,7 @@ def _one_position(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
     a = left.a[:, 0, 0] @ right.a[:, 0, 0].T
     b = left.b.flatten(0, 1).flatten(1)
     products = product(b, b if left is right else right.b.flatten(0, 1).flatten(1))
+    products = completed(products, left is right and b.shape[1] >= LONG)
     whole: Tensor = products.unflatten(1, (-1, m)).unflatten(0, (-1, m)) * a[:, None, :, None]
     return whole.flatten(0, 1).flatten(1).double()
 
@@ -151,7 +137,7 @@ def _from_columns(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
             mine = _some(left, group, some)
             theirs = mine if left is right else _some(right, group, some)
             total = total + product(mine, theirs).double()
-    return torch.as_tensor(total)
+    return completed(torch.as_tensor(total), left is right)
 
 
 def _some(outer: Outer, group: int, outputs: slice) -> Float[Tensor, "nm op"]:
@@ -180,7 +166,7 @@ def _positions_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
                 ]
                 rows.append(F.pad(torch.cat(parts, 1), (first * m, 0)))
         total = total + torch.cat(rows).double()
-    return torch.as_tensor(total)
+    return completed(torch.as_tensor(total), left is right)
 
 
 def _overlaps(
@@ -201,7 +187,7 @@ def _blocks(start: int, stop: int, size: int) -> list[slice]:
 
 
 def product(left: Float[Tensor, "i d"], right: Float[Tensor, "j d"]) -> Float[Tensor, "i j"]:
-    """Return left rightᵀ; where the two are one tensor, perhaps its upper triangle alone."""
+    """Return left rightᵀ; of one tensor with itself perhaps the upper triangle: see `completed`."""
     count, length = left.shape
     if left is not right or length < LONG or count < LONG // 8:
         return left @ right.T
@@ -214,8 +200,12 @@ def product(left: Float[Tensor, "i d"], right: Float[Tensor, "j d"]) -> Float[Te
     return torch.cat(strips)
 
 
-def _combined_outer(outer: Outer, weights: Float[Tensor, "n m"]) -> Float[Tensor, " entries"]:
-    """Return the columns' weighted sum, in float64."""
+def completed(products: Float[Tensor, "i j"], symmetric: bool) -> Float[Tensor, "i j"]:
+    """Return all products, given the upper triangle of those that are symmetric."""
+    return products.triu() + products.triu(1).T if symmetric else products
+
+
+def _combined_outer(outer: Outer, weights: Float[Tensor, "n m"]) -> list[Float[Tensor, " _"]]:
     shape = outer.b.shape[2:]
     g, o, _ = shape
     b = (weights.to(outer.b.dtype)[:, None] @ outer.b.flatten(2))[:, 0].unflatten(1, shape)
@@ -229,7 +219,7 @@ def _combined_outer(outer: Outer, weights: Float[Tensor, "n m"]) -> Float[Tensor
         places = torch.where(outer.a < 0, size, outer.a).flatten()
         sums = rows.new_zeros(size + 1, g * o).index_add(0, places, rows)
         total = sums[:-1].T.unflatten(0, (g, o))
-    return torch.cat([part.reshape(-1) for part in total.split(outer.widths, -1)]).double()
+    return [part.reshape(-1).double() for part in total.split(outer.widths, -1)]
 
 
 def _of_rows(left: Float[Tensor, "nm d"], right: Float[Tensor, "nm2 d"]) -> Float[Tensor, "nm nm2"]:
@@ -239,7 +229,7 @@ def _of_rows(left: Float[Tensor, "nm d"], right: Float[Tensor, "nm2 d"]) -> Floa
     for a, b in zip(left.split(width, 1), right.split(width, 1), strict=True):
         wide = a.double()
         total = total + product(wide, wide if left is right else b.double())
-    return torch.as_tensor(total)
+    return completed(torch.as_tensor(total), left is right)
 
 
 def _width(rows: Tensor) -> int:

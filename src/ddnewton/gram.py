@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.checks import check_derivatives
-from ddnewton.contraction import combined, formed, in_order, inner, mirrored, product, upper
+from ddnewton.contraction import combined, completed, formed, in_order, inner, product
 from ddnewton.jacobians import Jacobian
 
 
@@ -59,10 +59,8 @@ def _gram(jacobian: Jacobian) -> Float[Tensor, "i i"]:
     for i, chunk in enumerate(chunks):
         left = jacobian.visit(chunk)
         for j, other in enumerate(chunks[i:], start=i):
-            if i == j:
-                block = mirrored(torch.as_tensor(sum(map(upper, left))))
-            else:
-                block = torch.as_tensor(sum(map(inner, left, jacobian.visit(other))))
+            right = left if i == j else jacobian.visit(other)
+            block = torch.as_tensor(sum(map(inner, left, right)))
             block = block.unflatten(1, (-1, m)).unflatten(0, (-1, m))
             rows[i].append(block)
             if i != j:
@@ -77,7 +75,7 @@ def _outer(jacobian: Jacobian, weights: Float[Tensor, " i"]) -> Float[Tensor, "d
         root = _of_chunk(jacobian, weights, chunk).sqrt()
         a = (root.reshape(-1, 1) * _side_by_side(jacobian, chunk)).mT
         total = total + product(a, a)
-    return mirrored(torch.as_tensor(total))
+    return completed(torch.as_tensor(total), symmetric=True)
 
 
 def _project(jacobian: Jacobian, vectors: Float[Tensor, "d k"]) -> Float[Tensor, "i k"]:
@@ -92,7 +90,8 @@ def _combine(jacobian: Jacobian, weights: Float[Tensor, " i"]) -> Float[Tensor, 
     total: Tensor | float = 0.0
     for chunk in jacobian.chunks:
         mine = _of_chunk(jacobian, weights, chunk)
-        total = total + torch.cat([combined(factor, mine) for factor in jacobian.visit(chunk)])
+        pieces = (combined(factor, mine) for factor in jacobian.visit(chunk))
+        total = total + torch.cat([part for each in pieces for part in each])
     return in_order(torch.as_tensor(total), jacobian.order)
 
 

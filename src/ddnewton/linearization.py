@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from ddnewton.buffers import kept_buffers
 from ddnewton.checks import check_outputs
@@ -86,8 +85,8 @@ def _structured(
         return _by_layers(prepared, narrow, leaves, samples, chunk_size)
 
     def precise() -> Linearization:
-        wider = tree_map(widen_leaf, (leaves, samples))
-        return _by_layers(prepared, wide, wider[0], wider[1], chunk_size)
+        wider = [[widen_leaf(x) for x in each] for each in (leaves, samples)]
+        return _by_layers(prepared, wide, *wider, chunk_size)
 
     if torch.compiler.is_compiling() or _cost(narrow, samples[0].shape[0], prepared.width) <= CHEAP:
         return precise()

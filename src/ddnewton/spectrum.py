@@ -79,7 +79,7 @@ def _gram_side(
     diagonal = weights * inner.diagonal()
     resolved = _resolved(diagonal)
     root = torch.where(resolved, weights, 0).sqrt()
-    evals, evecs = _eigh(root[:, None] * inner * root, leading)
+    evals, evecs = _eigh((root[:, None] * inner).mul_(root), leading)
     live, faint, rounding = _judge(evals, evecs, diagonal, columns, inner.shape[0])
     scale = torch.where(live, evals, 1).sqrt()
     span = torch.where(live, root[:, None] * evecs / scale, 0)

@@ -15,7 +15,7 @@ from ddnewton.criteria.closed import bce_with_logits, cross_entropy, mse
 from ddnewton.criteria.convex import convex
 from ddnewton.criteria.record import Expansion, Loss, check_reduction
 from ddnewton.errors import BadType, BadValue, sentence
-from ddnewton.transforms import bare, over_samples, surely
+from ddnewton.transforms import bare, surely
 from ddnewton.types import Criterion, PyTree
 
 CLOSED_FORMS: list[tuple[type[nn.Module], Callable[..., Tensor], Callable[..., Loss]]] = [
@@ -59,12 +59,12 @@ def expand_batch(
     """
     loss.check(outputs, y)
     try:
-        expansion = over_samples(loss.expand, precise.double(), y)
+        expansion = loss.expand(precise.double(), y)
         denominator = loss.denominator(precise.double(), y)
     except (torch.OutOfMemoryError, BadType, BadValue):
         raise
     except Exception:  # noqa: BLE001 - the loss was never asked to take float64
-        expansion = over_samples(loss.expand, outputs, y)
+        expansion = loss.expand(outputs, y)
         denominator = loss.denominator(outputs, y)
     _check_expansion(expansion)
     scale = outputs.shape[0] / denominator

@@ -22,13 +22,13 @@ def mse(reduction: Reduction = "mean") -> Loss:
     Examples
     --------
     >>> import torch
-    >>> expansion = mse().expand(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0]))
+    >>> expansion = mse().expand(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0]]))
     >>> expansion.value.item(), expansion.slopes.tolist(), expansion.curvatures.tolist()
-    (5.0, [2.0, 4.0], [2.0, 2.0])
+    (5.0, [[2.0, 4.0]], [[2.0, 2.0]])
     """
 
-    def expand(f: Float[Tensor, "..."], y: Float[Tensor, "..."]) -> Expansion:
-        residual = (f.double() - y.double()).reshape(-1)
+    def expand(f: Float[Tensor, "n ..."], y: Float[Tensor, "n ..."]) -> Expansion:
+        residual = (f.double() - y.double()).reshape(f.shape[0], -1)
         return _separable(residual.square(), 2 * residual, torch.full_like(residual, 2))
 
     return Loss(expand, per_element(reduction), check_real)
@@ -40,13 +40,13 @@ def bce_with_logits(reduction: Reduction = "mean") -> Loss:
     Examples
     --------
     >>> import torch
-    >>> expansion = bce_with_logits().expand(torch.zeros(1), torch.ones(1))
+    >>> expansion = bce_with_logits().expand(torch.zeros(1, 1), torch.ones(1, 1))
     >>> expansion.slopes.item(), expansion.curvatures.item()
     (-0.5, 0.25)
     """
 
-    def expand(f: Float[Tensor, "..."], y: Float[Tensor, "..."]) -> Expansion:
-        f, y = f.double().reshape(-1), y.double().reshape(-1)
+    def expand(f: Float[Tensor, "n ..."], y: Float[Tensor, "n ..."]) -> Expansion:
+        f, y = (x.double().reshape(x.shape[0], -1) for x in (f, y))
         on, off = f.sigmoid(), (-f).sigmoid()
         value = -(1 - y) * F.logsigmoid(-f) - y * F.logsigmoid(f)
         # σ(f) − y without cancellation: for y = 0 and y = 1 one of the terms is exactly zero.
@@ -75,40 +75,43 @@ def cross_entropy(reduction: Reduction = "mean") -> Loss:
     Examples
     --------
     >>> import torch
-    >>> expansion = cross_entropy().expand(torch.tensor([0.0, 40.0]), torch.tensor(1))
+    >>> expansion = cross_entropy().expand(torch.tensor([[0.0, 40.0]]), torch.tensor([1]))
     >>> f"{expansion.slopes.item():.6e} {expansion.curvatures.item():.6e}"
     '4.248354e-18 4.248354e-18'
     """
 
-    def expand(f: Float[Tensor, " c"], y: Num[Tensor, "..."]) -> Expansion:
+    def expand(f: Float[Tensor, "n c"], y: Num[Tensor, "n ..."]) -> Expansion:
         f = f.double()
-        c = f.shape[0]
+        n, c = f.shape
         if c == 1:  # the loss is constant: one flat, level column keeps all shapes in order
-            return _separable(*f.new_zeros(3, 1))
+            return _separable(*f.new_zeros(3, n, 1))
         targets = y.double() if y.is_floating_point() else F.one_hot(y, c).double()
-        log_p = f.log_softmax(0)
-        order = f.argsort()
-        log_p_up, y_up = log_p[order], targets[order]
+        log_p, order = f.log_softmax(1), f.argsort(1)
+        log_p_up, y_up = log_p.gather(1, order), targets.gather(1, order)
         log_q, y_tail = _tail(log_p_up, torch.logcumsumexp), _tail(y_up, torch.cumsum)
         # Quotients are differences of logarithms: p and q may underflow, their quotients need not.
-        share, rest = (log_p_up - log_q)[:-1], log_q[1:] - log_q[:-1]
-        curvatures = y_tail[0] * (log_p_up[:-1] + rest).exp().clamp(min=SMALLEST)
-        slopes = share.exp() * y_tail[1:] - y_up[:-1] * rest.exp()
-        below = (log_p_up[:, None] - log_q[None, 1:]).exp().tril(-1)
+        share, rest = (log_p_up - log_q)[:, :-1], log_q[:, 1:] - log_q[:, :-1]
+        curvatures = y_tail[:, :1] * (log_p_up[:, :-1] + rest).exp().clamp(min=SMALLEST)
+        slopes = share.exp() * y_tail[:, 1:] - y_up[:, :-1] * rest.exp()
+        below = (log_p_up[:, :, None] - log_q[:, None, 1:]).exp().tril(-1)
         unit = torch.eye(c, c - 1, dtype=f.dtype, device=f.device) - below
-        return Expansion(-(targets * log_p).sum(), unit[order.argsort()], slopes, curvatures)
+        basis = unit.gather(1, order.argsort(1)[:, :, None].expand(unit.shape))
+        return Expansion(-(targets * log_p).sum(1), basis, slopes, curvatures)
 
     return Loss(expand, per_sample(reduction), check_classes)
 
 
 def _separable(
-    values: Float[Tensor, " c"], slopes: Float[Tensor, " c"], curvatures: Float[Tensor, " c"]
+    values: Float[Tensor, "n c"], slopes: Float[Tensor, "n c"], curvatures: Float[Tensor, "n c"]
 ) -> Expansion:
     """Return the expansion of a loss whose outputs do not interact: L = I."""
-    identity = torch.eye(slopes.shape[0], dtype=slopes.dtype, device=slopes.device)
-    return Expansion(values.sum(), identity, slopes, curvatures)
+    n, c = slopes.shape
+    identity = torch.eye(c, dtype=slopes.dtype, device=slopes.device)
+    return Expansion(values.sum(1), identity.expand(n, c, c), slopes, curvatures)
 
 
-def _tail(x: Float[Tensor, " c"], cumulate: Callable[[Tensor, int], Tensor]) -> Float[Tensor, " c"]:
+def _tail(
+    x: Float[Tensor, "n c"], cumulate: Callable[[Tensor, int], Tensor]
+) -> Float[Tensor, "n c"]:
     """Cumulate from the end: entry j holds Σ_{i≥j}."""
-    return cumulate(x.flip(0), 0).flip(0)
+    return cumulate(x.flip(1), 1).flip(1)

@@ -34,12 +34,12 @@ def convex(criterion: Criterion) -> Loss:
     --------
     >>> import torch
     >>> log_cosh = convex(lambda outputs, y: torch.cosh(outputs - y).log().mean())
-    >>> log_cosh.expand(torch.zeros(2), torch.zeros(2)).curvatures.tolist()
-    [0.5, 0.5]
+    >>> log_cosh.expand(torch.zeros(1, 2), torch.zeros(1, 2)).curvatures.tolist()
+    [[0.5, 0.5]]
     """
     criterion = on_copies(criterion)
 
-    def expand(f: Float[Tensor, "..."], y: PyTree) -> Expansion:
+    def of_sample(f: Float[Tensor, "..."], y: PyTree) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         function = _in_dtype(criterion, f)
 
         def of_outputs(u: Float[Tensor, " c"]) -> Float[Tensor, ""]:
@@ -55,7 +55,10 @@ def convex(criterion: Criterion) -> Loss:
         size = torch.stack([H.abs().amax(), r.abs().amax(), origin]).amax()
         rounding = ROUNDINGS * torch.finfo(u.dtype).eps * u.shape[0] * size
         curvatures = torch.where(curvatures.abs() <= rounding, 0, curvatures)
-        return Expansion(*(x.double() for x in (of_outputs(u), basis, basis.mT @ r, curvatures)))
+        return of_outputs(u), basis, basis.mT @ r, curvatures
+
+    def expand(outputs: Float[Tensor, "n ..."], y: PyTree) -> Expansion:
+        return Expansion(*(part.double() for part in over_samples(of_sample, outputs, y)))
 
     def denominator(outputs: Tensor, y: PyTree) -> float:
         outputs = first_member(outputs)

@@ -26,18 +26,18 @@ Reduction: TypeAlias = Literal["mean", "sum"]
 
 
 class Expansion(NamedTuple):
-    """A loss around its outputs: ℓ(f + u) ≈ value + (L z)ᵀu + ½ uᵀL diag(h) Lᵀu."""
+    """Losses around their outputs: ℓ(f + u) ≈ value + (L z)ᵀu + ½ uᵀL diag(h) Lᵀu."""
 
-    value: Float[Tensor, "*n"]
-    basis: Float[Tensor, "*n c m"]  # L
-    slopes: Float[Tensor, "*n m"]  # z
-    curvatures: Float[Tensor, "*n m"]  # h
+    value: Float[Tensor, " n"]
+    basis: Float[Tensor, "n c m"]  # L
+    slopes: Float[Tensor, "n m"]  # z
+    curvatures: Float[Tensor, "n m"]  # h
 
 
 class Loss(NamedTuple):
     """A convex loss as a record of functions.
 
-    ``expand(f, y)`` gives the `Expansion` of one sample's loss ℓ, with nothing averaged;
+    ``expand(outputs, y)`` gives the `Expansion` of every sample's loss ℓ, with nothing averaged;
     ``denominator(outputs, y)`` is what the reduction divides Σ_n ℓ_n by; ``check(outputs, y)``
     raises where a batch does not fit the loss.
     """

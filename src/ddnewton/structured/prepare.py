@@ -161,7 +161,8 @@ def _pulled_back(program: Program, visited: Visit) -> Float[Tensor, " d"]:
     n = outputs.shape[0]
     factors = visited.pullback(ramp(outputs).reshape(n, -1, 1))
     weights = torch.ones(n, 1, dtype=torch.float64, device=outputs.device)
-    return in_order(torch.cat([combined(factor, weights) for factor in factors]), program.order)
+    pieces = [part for factor in factors for part in combined(factor, weights)]
+    return in_order(torch.cat(pieces), program.order)
 
 
 def _wide(program: Program, leaves: list[Tensor], samples: list[Tensor]) -> Program | None:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vmap
 from torch.fx import GraphModule
-from torch.utils._pytree import TreeSpec, tree_leaves, tree_structure
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_structure
 
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.structured.program import Program
@@ -53,9 +53,7 @@ class Prepared:
 
     def leaves(self, params: PyTree, X: PyTree) -> tuple[list[Tensor], list[Tensor]]:
         """Return the tensors of arguments that fit; refuse others."""
-        _check_signature(self.params, params)
-        _check_signature(self.X, X)
-        leaves, samples = tree_leaves(params), tree_leaves(X)
+        leaves, samples = _checked(self.params, params), _checked(self.X, X)
         if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
             # What was made in inference mode, autograd refuses outside.
             leaves = [leaf.clone() if leaf.is_inference() else leaf for leaf in leaves]
@@ -78,16 +76,15 @@ def signature(name: str, tree: PyTree, skip: int) -> Signature:
     return Signature(name, tree_structure(tree), skip, leaves)
 
 
-def _check_signature(expected: Signature, tree: PyTree) -> None:
-    """Refuse arguments that are not like those that the model was prepared with."""
+def _checked(expected: Signature, tree: PyTree) -> list[Tensor]:
+    """Return the leaves of an argument; refuse what the model was not prepared for."""
+    leaves, structure = tree_flatten(tree)
     name, remedy = expected.name, "Prepare the model anew for these."
-    if tree_structure(tree) != expected.structure:
+    if structure != expected.structure:
         rule = f"{name} must have the structure that the model was prepared with"
-        got = "other keys, lengths or types: " + " ".join(str(tree_structure(tree)).split())
+        got = "other keys, lengths or types: " + " ".join(str(structure).split())
         raise BadType(sentence(rule, got, remedy))
-    for (path, leaf), (_, shape, dtype, device) in zip(
-        named_leaves(tree), expected.leaves, strict=True
-    ):
+    for leaf, (path, shape, dtype, device) in zip(leaves, expected.leaves, strict=True):
         if not isinstance(leaf, Tensor):
             rule = f"{name} must hold tensors"
             raise BadType(sentence(rule, f"{name}{path}: {type(leaf).__name__}", remedy))
@@ -96,3 +93,4 @@ def _check_signature(expected: Signature, tree: PyTree) -> None:
             per = " a sample" if expected.skip else ""
             rule = f"{name}{path} must be {dtype}{list(shape)}{per} on {device}, as prepared"
             raise BadValue(sentence(rule, f"{like[1]}{list(like[0])} on {like[2]}", remedy))
+    return leaves
