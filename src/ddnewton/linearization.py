@@ -85,8 +85,8 @@ def _structured(
         return _by_layers(prepared, narrow, leaves, samples, chunk_size)
 
     def precise() -> Linearization:
-        wider = [[widen_leaf(x) for x in each] for each in (leaves, samples)]
-        return _by_layers(prepared, wide, *wider, chunk_size)
+        wider, X = ([widen_leaf(x) for x in each] for each in (leaves, samples))
+        return _by_layers(prepared, wide, wider, X, chunk_size)
 
     if torch.compiler.is_compiling() or _cost(narrow, samples[0].shape[0], prepared.width) <= CHEAP:
         return precise()
