@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.gram import Columns
+from ddnewton.gram import Columns, is_gram
 from ddnewton.transforms import is_batched
 
 CONDITION = 1e6
@@ -37,7 +37,7 @@ def damped_step(
     if any(map(is_batched, (weights, matrix, shares, delta))):
         return None
     outside = (weights <= 0) & (shares != 0)
-    gram_side = matrix.shape == 2 * weights.shape
+    gram_side = is_gram(matrix, weights)
     root = weights.sqrt() if gram_side else weights.new_ones(())
     matrix = (root[:, None] * matrix).mul_(root) if gram_side else matrix.clone()
     if outside.any() or not matrix.trace() <= CONDITION * delta < math.inf:

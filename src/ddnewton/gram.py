@@ -52,6 +52,11 @@ def small_matrix(
     return matrix
 
 
+def is_gram(matrix: Float[Tensor, "side side"], weights: Float[Tensor, " i"]) -> bool:
+    """Return which of the two `small_matrix` is."""
+    return matrix.shape[0] == weights.shape[0]
+
+
 def _gram(jacobian: Jacobian) -> Float[Tensor, "i i"]:
     """Return AᵀA, in blocks on and above the diagonal; the rest is their mirror image."""
     m, chunks = jacobian.columns, jacobian.chunks

@@ -24,7 +24,7 @@ from ddnewton.criteria import Loss, as_loss, expand_batch
 from ddnewton.damping import as_rule, check_dampings
 from ddnewton.derivatives import Derivatives, directional_derivatives
 from ddnewton.errors import public
-from ddnewton.gram import Columns, columns_of, small_matrix
+from ddnewton.gram import Columns, columns_of, is_gram, small_matrix
 from ddnewton.jacobians import Linearization
 from ddnewton.linearization import linearized
 from ddnewton.select import Directions, Leading, keep
@@ -264,7 +264,7 @@ def _smallest(
 def _unresolved(system: System, smallest: float | Tensor) -> bool:
     """Return whether curvatures that small are lost in the rounding of float32."""
     diagonal = system.matrix.diagonal()
-    if system.matrix.shape == 2 * system.weights.shape:
+    if is_gram(system.matrix, system.weights):
         diagonal = system.weights * diagonal
     return surely(~torch.as_tensor(smallest * RESOLUTION >= diagonal.sum()))
 

@@ -90,9 +90,7 @@ def widened(model: Model, batches: Callable[[PyTree], Sequence[PyTree]]) -> Mode
     A model that calls a kernel that has no float64, or writes into a narrow tensor from outside,
     cannot; whatever the reason, it shows in an error, in the values or in a pullback.
     """
-    leaves = tree_leaves((model.outputs, model.params, model.X))
-    dtypes = {leaf.dtype for leaf in leaves if leaf.is_floating_point()}
-    dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    dtype = narrowest(tree_leaves((model.outputs, model.params, model.X)))
     if dtype == torch.float64:
         return model
     mode = Widen(dtype)
@@ -102,7 +100,7 @@ def widened(model: Model, batches: Callable[[PyTree], Sequence[PyTree]]) -> Mode
         outputs = torch.cat([function(params, batch) for batch in batches(X)])
         wide = Model(function, params, X, outputs)
         same = outputs.shape == model.outputs.shape and outputs.dtype == torch.float64
-        values = VALUES if mode.rounded else torch.finfo(dtype).eps ** 0.5
+        values = tolerance(dtype, mode.rounded)
         if same and near(outputs, model.outputs, values) and _same_slopes(wide, model, batches):
             return wide
         reason: object = "its outputs or derivatives change"
@@ -110,6 +108,17 @@ def widened(model: Model, batches: Callable[[PyTree], Sequence[PyTree]]) -> Mode
         reason = error
     logger.info("the model is not evaluated in float64: %s", reason)
     return model
+
+
+def narrowest(tensors: Sequence[Tensor]) -> torch.dtype:
+    """Return the floating-point dtype with the fewest digits."""
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def tolerance(dtype: torch.dtype, rounded: bool) -> float:
+    """Return how far values in float64 may lie from those of a model that may round on purpose."""
+    return VALUES if rounded else torch.finfo(dtype).eps ** 0.5
 
 
 def _same_slopes(wide: Model, narrow: Model, batches: Callable[[PyTree], Sequence[PyTree]]) -> bool:

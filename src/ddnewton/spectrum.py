@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ddnewton.gram import Columns
+from ddnewton.gram import Columns, is_gram
 from ddnewton.transforms import is_batched, possibly
 
 ROUNDINGS = 32.0
@@ -67,7 +67,7 @@ def decompose(
 
     The leading ones alone are half the work, or less.
     """
-    if matrix.shape != 2 * weights.shape:
+    if not is_gram(matrix, weights):
         return _parameter_side(columns, weights, matrix)
     return _gram_side(columns, weights, matrix, leading)
 
@@ -146,10 +146,11 @@ def _eigh(
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, "i k"]]:
     """Return eigenpairs, the leading ones by LAPACK's subset driver where SciPy has it at hand."""
     count = matrix.shape[0]
-    few = leading is not None and FEW * leading <= count and count >= LARGE
-    at_hand = find_spec("scipy") and find_spec("threadpoolctl")
-    if few and at_hand and not (matrix.is_cuda or is_batched(matrix)):
-        return _subset(matrix, range(count - (leading or 0), count))
+    if leading is not None and FEW * leading <= count and count >= LARGE:
+        # Looked for only here: on small problems the search would take as long as the rest.
+        at_hand = find_spec("scipy") and find_spec("threadpoolctl")
+        if at_hand and not (matrix.is_cuda or is_batched(matrix)):
+            return _subset(matrix, range(count - leading, count))
     evals, evecs = torch.linalg.eigh(matrix)
     return evals, evecs
 

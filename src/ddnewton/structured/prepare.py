@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -17,12 +16,13 @@ from ddnewton.errors import BadValue, public, sentence
 from ddnewton.independence import Mixed, check_alone, evaluate
 from ddnewton.precision import (
     PULLBACKS,
-    VALUES,
     Model,
     in_float64,
+    narrowest,
     near,
     pulled_back,
     ramp,
+    tolerance,
     widen_leaf,
 )
 from ddnewton.structured.prepared import Prepared, signature
@@ -119,11 +119,11 @@ def prepared_model(model: Model) -> Prepared:
     except Exception as error:
         got = " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
         raise Untraceable(sentence("model_fn must be traceable", got, REMEDY)) from error
-    _check(narrow, model)
+    agreed = _check(narrow, model)
     return Prepared(
         sample=graph,
         narrow=narrow,
-        wide=_wide(narrow, leaves, samples),
+        wide=_wide(narrow, leaves, samples, *agreed),
         params=signature("params", params, 0),
         X=signature("X", X, 1),
         width=outputs[0].numel(),
@@ -131,19 +131,20 @@ def prepared_model(model: Model) -> Prepared:
     )
 
 
-def _check(program: Program, model: Model) -> None:
-    """Require that outputs and a pullback of all samples are those of the model."""
+def _check(program: Program, model: Model) -> tuple[Tensor, Tensor]:
+    """Return outputs and a pullback of all samples, which must be those of the model."""
     v = visit(program, tree_leaves(model.params), tree_leaves(model.X))
     size = model.outputs.abs().amax()
     check_alone(model.outputs, v.outputs, size, size, "outputs")
-    expected, mine = _expected(model), _pulled_back(program, v)
+    expected, pulled = _expected(model), _pulled_back(program, v)
     sizes = [leaf.numel() for leaf in tree_leaves(model.params)]
-    dtype = _narrowest([model.outputs, *tree_leaves(model.params)])
-    expected, mine = expected.to(dtype), mine.to(dtype)
+    dtype = narrowest([model.outputs, *tree_leaves(model.params)])
+    expected, mine = expected.to(dtype), pulled.to(dtype)
     largest = torch.maximum(expected.abs().amax(), size)
     for together, alone in zip(expected.split(sizes), mine.split(sizes), strict=True):
         if together.numel():
             check_alone(together, alone, together.abs().amax(), largest, "derivatives")
+    return v.outputs, pulled
 
 
 def _expected(model: Model) -> Float[Tensor, " d"]:
@@ -165,28 +166,29 @@ def _pulled_back(program: Program, visited: Visit) -> Float[Tensor, " d"]:
     return in_order(torch.cat(pieces), program.order)
 
 
-def _wide(program: Program, leaves: list[Tensor], samples: list[Tensor]) -> Program | None:
-    """Return the program in float64, if it is narrower and that makes no other function of it."""
-    dtype = _narrowest([*leaves, *samples])
+def _wide(
+    program: Program,
+    leaves: list[Tensor],
+    samples: list[Tensor],
+    outputs: Float[Tensor, "n ..."],
+    slopes: Float[Tensor, " d"],
+) -> Program | None:
+    """Return the program in float64, if it is narrower and that makes no other function of it.
+
+    Of the program as it is the outputs and a pullback are known.
+    """
+    dtype = narrowest([*leaves, *samples])
     if dtype == torch.float64:
         return None
     graph, rounded = widen(program.graph, dtype)
     wide = program._replace(graph=graph)
     try:
-        narrow = visit(program, leaves, samples)
         precise = visit(wide, *tree_map(widen_leaf, (leaves, samples)))
-        tolerance = VALUES if rounded else torch.finfo(dtype).eps ** 0.5
-        outputs_agree = near(precise.outputs, narrow.outputs, tolerance)
-        slopes = _pulled_back(program, narrow), _pulled_back(wide, precise)
-        if outputs_agree and near(slopes[1], slopes[0], PULLBACKS):
+        same = near(precise.outputs, outputs, tolerance(dtype, rounded))
+        if same and near(_pulled_back(wide, precise), slopes, PULLBACKS):
             return wide
         reason: object = "its outputs or derivatives change"
     except Exception as error:  # noqa: BLE001 - the model was never asked to run in float64
         reason = error
     logger.info("the model is not evaluated in float64: %s", reason)
     return None
-
-
-def _narrowest(tensors: Sequence[Tensor]) -> torch.dtype:
-    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)

@@ -147,16 +147,14 @@ def _order(
 def _probed(graph: GraphModule, sites: Sequence[Node], others: Sequence[Node]) -> GraphModule:
     """Return the graph with a probe added at every site, and the other operands as outputs."""
     probed = Graph()
-    copies: dict[Node, Node] = {}
-    last = None
+    inputs = graph.graph.find_nodes(op="placeholder")
+    copies: dict[Node, Node] = {node: probed.node_copy(node) for node in inputs}
+    probes = {site: probed.placeholder(f"probe_{i}") for i, site in enumerate(sites)}
     for node in graph.graph.nodes:
-        if node.op == "output":
+        if node.op in ("placeholder", "output"):
             continue
-        if node.op != "placeholder" and last is None:
-            last = copies.get(node.prev)
-            probes = {site: probed.placeholder(f"probe_{i}") for i, site in enumerate(sites)}
         copies[node] = probed.node_copy(node, copies.__getitem__)
-        if node in sites:
+        if node in probes:
             copies[node] = probed.call_function(aten.add.Tensor, (copies[node], probes[node]))
     output: Any = graph.graph.output_node().args[0]
     probed.output((copies[output], [copies[node] for node in others]))
