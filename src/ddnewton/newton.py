@@ -243,7 +243,7 @@ def _problem(  # noqa: PLR0917 - the public functions' arguments, in their order
 
 def _expanded(model: Linearization, loss: Loss, y: PyTree, d: int) -> Problem:
     """Expand the loss around the outputs, and pull it back to the parameters."""
-    values, basis, slopes, curvatures = expand_batch(loss, model.outputs, model.precise, y)
+    values, basis, slopes, curvatures, _ = expand_batch(loss, model.outputs, model.precise, y)
     n = basis.shape[0]
     weights, shares = curvatures.T.reshape(-1) / n, slopes.T.reshape(-1) / n  # the mean's 1/N
     columns = columns_of(model.jacobian(basis))

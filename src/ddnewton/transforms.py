@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.func import vjp, vmap
 from torch.utils._pytree import tree_map
 
@@ -53,6 +55,14 @@ def possibly(mask: Tensor) -> bool:
 def surely(mask: Tensor) -> bool:
     """Return whether an entry is known to be true, of any member; what is compiled is not known."""
     return not torch.compiler.is_compiling() and bool(bare(mask).any())
+
+
+def untransformed() -> AbstractContextManager[object]:
+    """Return a context outside of every transform, where random numbers are drawn once for all."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    cleared: AbstractContextManager[object] = temporarily_clear_interpreter_stack()
+    return cleared
 
 
 def linear_map(

@@ -73,6 +73,7 @@ def expand_batch(
         basis=expansion.basis,
         slopes=scale * expansion.slopes,
         curvatures=scale * expansion.curvatures.clamp(min=0),
+        rest=scale * expansion.rest,
     )
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Num
 from torch import Tensor
 
-from ddnewton.criteria.record import Expansion, Loss, Reduction, per_element, per_sample
+from ddnewton.criteria.record import Expansion, Loss, Reduction, per_element, per_sample, spanned
 from ddnewton.criteria.targets import check_classes, check_probabilities, check_real
 
 SMALLEST = 1e-200
@@ -96,7 +96,7 @@ def cross_entropy(reduction: Reduction = "mean") -> Loss:
         below = (log_p_up[:, :, None] - log_q[:, None, 1:]).exp().tril(-1)
         unit = torch.eye(c, c - 1, dtype=f.dtype, device=f.device) - below
         basis = unit.gather(1, order.argsort(1)[:, :, None].expand(unit.shape))
-        return Expansion(-(targets * log_p).sum(1), basis, slopes, curvatures)
+        return spanned(-(targets * log_p).sum(1), basis, slopes, curvatures)
 
     return Loss(expand, per_sample(reduction), check_classes)
 
@@ -107,7 +107,7 @@ def _separable(
     """Return the expansion of a loss whose outputs do not interact: L = I."""
     n, c = slopes.shape
     identity = torch.eye(c, dtype=slopes.dtype, device=slopes.device)
-    return Expansion(values.sum(1), identity.expand(n, c, c), slopes, curvatures)
+    return spanned(values.sum(1), identity.expand(n, c, c), slopes, curvatures)
 
 
 def _tail(

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import grad, jacrev
 from torch.utils._pytree import tree_map
 
-from ddnewton.criteria.record import Expansion, Loss
+from ddnewton.criteria.record import Expansion, Loss, spanned
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.precision import in_float64
 from ddnewton.transforms import first_member, over_samples
@@ -58,7 +58,7 @@ def convex(criterion: Criterion) -> Loss:
         return of_outputs(u), basis, basis.mT @ r, curvatures
 
     def expand(outputs: Float[Tensor, "n ..."], y: PyTree) -> Expansion:
-        return Expansion(*(part.double() for part in over_samples(of_sample, outputs, y)))
+        return spanned(*(part.double() for part in over_samples(of_sample, outputs, y)))
 
     def denominator(outputs: Tensor, y: PyTree) -> float:
         outputs = first_member(outputs)

@@ -3,9 +3,10 @@ r"""What the library knows of a loss.
 A convex loss enters the Gauss-Newton matrix through its gradient and Hessian in the outputs.
 Every loss here gives both in one factored form,
 
-    ∇ℓ = L z,        ∇²ℓ = L diag(h) Lᵀ,        h ≥ 0,
+    ∇ℓ = L z + R 1,        ∇²ℓ = L diag(h) Lᵀ,        h ≥ 0,
 
-with L [c, m] of moderate size whatever the outputs. The textbook root of the Hessian is
+with L [c, m] of moderate size whatever the outputs, and R [c, q] for what of the gradient L does
+not span: no column at all but for curvature that is sampled. The textbook root of the Hessian is
 S = L √h, and the gradient is S t with t = z / √h; but where a net is confident h underflows and t
 overflows, while L and z stay what they are. So slope and curvature travel apart. A sample whose
 loss is locally flat (h = 0) but not level (z ≠ 0) is no special case either.
@@ -13,7 +14,7 @@ loss is locally flat (h = 0) but not level (z ≠ 0) is no special case either.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 from jaxtyping import Float
@@ -26,12 +27,17 @@ Reduction: TypeAlias = Literal["mean", "sum"]
 
 
 class Expansion(NamedTuple):
-    """Losses around their outputs: ℓ(f + u) ≈ value + (L z)ᵀu + ½ uᵀL diag(h) Lᵀu."""
+    """Losses around their outputs: ℓ(f + u) ≈ value + (L z + R 1)ᵀu + ½ uᵀL diag(h) Lᵀu."""
 
     value: Float[Tensor, " n"]
     basis: Float[Tensor, "n c m"]  # L
     slopes: Float[Tensor, "n m"]  # z
     curvatures: Float[Tensor, "n m"]  # h
+    rest: Float[Tensor, "n c q"]  # R, where q is 0 or 1
+
+
+Uniform: TypeAlias = Callable[[Sequence[int]], Tensor]
+"""``uniform(shape)``: random numbers between 0 and 1, in float64."""
 
 
 class Loss(NamedTuple):
@@ -39,12 +45,25 @@ class Loss(NamedTuple):
 
     ``expand(outputs, y)`` gives the `Expansion` of every sample's loss ℓ, with nothing averaged;
     ``denominator(outputs, y)`` is what the reduction divides Σ_n ℓ_n by; ``check(outputs, y)``
-    raises where a batch does not fit the loss.
+    raises where a batch does not fit the loss. ``scores(outputs, y, count, uniform)`` are columns
+    [n c m], gradients of the loss at ``count`` targets drawn from the model's own likelihood, whose
+    mean square E[s sᵀ] is the Hessian; None where the loss is the likelihood of nothing.
     """
 
     expand: Callable[[Tensor, PyTree], Expansion]
-    denominator: Callable[[Tensor, PyTree], float]
+    denominator: Callable[[Tensor, PyTree], float | Tensor]
     check: Callable[[Tensor, PyTree], None]
+    scores: Callable[[Tensor, PyTree, int, Uniform], Tensor] | None = None
+
+
+def spanned(
+    value: Float[Tensor, " n"],
+    basis: Float[Tensor, "n c m"],
+    slopes: Float[Tensor, "n m"],
+    curvatures: Float[Tensor, "n m"],
+) -> Expansion:
+    """Return the expansion of losses whose gradient is L z."""
+    return Expansion(value, basis, slopes, curvatures, rest=basis[:, :, :0])
 
 
 def per_sample(reduction: Reduction) -> Callable[[Tensor, PyTree], float]:
