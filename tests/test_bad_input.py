@@ -68,6 +68,21 @@ CASES = {
         ValueError,
         "indices from -1 to 0",
     ),
+    "all ignored": (
+        {"criterion": nn.CrossEntropyLoss(ignore_index=1), "y": torch.ones_like(CLASSES)},
+        ValueError,
+        "newton_step: a weighted mean needs a target of positive weight",
+    ),
+    "class weights": (
+        {"criterion": nn.CrossEntropyLoss(weight=torch.tensor([1.0, -3.0])), "y": CLASSES},
+        ValueError,
+        "newton_step: weight must hold finite numbers ≥ 0; got numbers from -3 to 1",
+    ),
+    "no variance": (
+        {"criterion": nn.GaussianNLLLoss()},
+        TypeError,
+        r"newton_step: y must be a tuple \(target, var\)",
+    ),
     "class column": (
         {"criterion": nn.CrossEntropyLoss(), "y": CLASSES[:, None]},
         ValueError,
@@ -91,7 +106,7 @@ CASES = {
     "cross-entropy outputs": (
         {"model_fn": lambda p, x: linear(p, x)[:, 0], "criterion": cross_entropy(), "y": CLASSES},
         ValueError,
-        r"needs outputs of shape \[N, C\]; got outputs: \[4\]",
+        r"needs outputs of shape \[N, C\] or \[N, C, …\]; got outputs: \[4\]",
     ),
     "bce range": ({"criterion": nn.BCEWithLogitsLoss(), "y": 2 * Y}, ValueError, r"\[0, 1\]"),
     "bce shape": ({"criterion": nn.BCEWithLogitsLoss(), "y": Y[:, 0]}, ValueError, "shape"),
@@ -105,7 +120,7 @@ CASES = {
         "reduction='none'",
     ),
     "other loss, none": (
-        {"criterion": nn.HuberLoss(reduction="none")},
+        {"criterion": nn.SoftMarginLoss(reduction="none")},
         ValueError,
         "reduction='none'",
     ),
@@ -122,7 +137,10 @@ CASES = {
         "does neither",
     ),
     "weighted mean": (
-        {"criterion": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0])), "y": CLASSES},
+        {
+            "criterion": lambda f, y: F.cross_entropy(f, y, torch.tensor([1.0, 3.0])),
+            "y": CLASSES,
+        },
         ValueError,
         "does neither",
     ),

@@ -199,7 +199,7 @@ def log_sum_exp(f, y, reduction):
 
 
 def smoothed(f, y, reduction):
-    """Cross-entropy with an option that no closed form here knows."""
+    """Cross-entropy of labels that are made from y, inside a callable."""
     return F.cross_entropy(f, y.argmax(1), label_smoothing=0.1, reduction=reduction)
 
 
@@ -241,7 +241,7 @@ OPTIONS = {
 @DTYPES
 @pytest.mark.parametrize("name", OPTIONS)
 def test_torch_losses_with_options(name, dtype):
-    """Options that a closed form does not know lead to torch's own derivatives, not to silence."""
+    """In closed form or by torch's own derivatives, never by leaving an option out."""
     criterion, y = OPTIONS[name]
     double = copy.deepcopy(criterion).double() if isinstance(criterion, nn.Module) else criterion
     reference = dense(*problem("relu_mlp")._replace(y=cast(y, FLOAT64), criterion=double))

@@ -1,17 +1,29 @@
 """Losses as records of functions: closed forms for torch's, torch.func for any other convex one."""
 
-from ddnewton.criteria.batch import as_loss, expand_batch
-from ddnewton.criteria.closed import bce_with_logits, cross_entropy, mse
+from ddnewton.criteria.batch import AnyCriterion, as_loss, expand_batch
 from ddnewton.criteria.convex import convex
+from ddnewton.criteria.distances import huber, mse, smooth_l1
+from ddnewton.criteria.empirical import empirical_fisher
+from ddnewton.criteria.likelihoods import bce_with_logits, gaussian_nll, poisson_nll
+from ddnewton.criteria.monte_carlo import MonteCarlo, monte_carlo
 from ddnewton.criteria.record import Expansion, Loss
+from ddnewton.criteria.softmax import cross_entropy
 
 __all__ = [
+    "AnyCriterion",
     "Expansion",
     "Loss",
+    "MonteCarlo",
     "as_loss",
     "bce_with_logits",
     "convex",
     "cross_entropy",
+    "empirical_fisher",
     "expand_batch",
+    "gaussian_nll",
+    "huber",
+    "monte_carlo",
     "mse",
+    "poisson_nll",
+    "smooth_l1",
 ]

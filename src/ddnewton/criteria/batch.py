@@ -2,52 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from ddnewton.criteria.closed import bce_with_logits, cross_entropy, mse
-from ddnewton.criteria.convex import convex
-from ddnewton.criteria.record import Expansion, Loss, check_reduction
+from ddnewton.criteria.monte_carlo import MonteCarlo, sampled
+from ddnewton.criteria.record import Expansion, Loss
+from ddnewton.criteria.torch_losses import record_of
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.transforms import bare, surely
 from ddnewton.types import Criterion, PyTree
 
-CLOSED_FORMS: list[tuple[type[nn.Module], Callable[..., Tensor], Callable[..., Loss]]] = [
-    (nn.MSELoss, F.mse_loss, mse),
-    (nn.CrossEntropyLoss, F.cross_entropy, cross_entropy),
-    (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits, bce_with_logits),
-]
-
-DEFAULTS = {"weight": None, "pos_weight": None, "ignore_index": -100, "label_smoothing": 0.0}
-"""The options a closed form knows nothing of, and the values at which they change nothing."""
+AnyCriterion: TypeAlias = Criterion | Loss | MonteCarlo
+"""What the public functions take as a criterion."""
 
 CONVEXITY = 1e-6
 """How negative, relative to the largest, an eigenvalue of a loss Hessian may come out."""
 
 
-def as_loss(criterion: Criterion | Loss) -> Loss:
-    """Return the record of a criterion: in closed form for a torch loss, by torch.func else."""
-    if isinstance(criterion, Loss):
-        return criterion
-    if not callable(criterion) or isinstance(criterion, type):
-        rule = "criterion must be a loss function"
-        remedy = "Pass a loss module such as torch.nn.MSELoss(), a function, or a Loss record."
-        raise BadType(sentence(rule, repr(criterion), remedy))
-    kind, options = _torch_loss(criterion)
-    reduction = options.pop("reduction", "mean")
-    if isinstance(criterion, nn.Module) and reduction == "none":
-        check_reduction(reduction)
-    plain = all(k in DEFAULTS and _same(v, DEFAULTS[k]) for k, v in options.items())
-    for module, function, factory in CLOSED_FORMS:
-        if plain and (kind is module or kind is function):
-            return factory(reduction)
-    return convex(criterion)
+def as_loss(criterion: AnyCriterion) -> Loss:
+    """Return the record of a criterion, once for every call: here Monte-Carlo draws its seed."""
+    return sampled(criterion) if isinstance(criterion, MonteCarlo) else record_of(criterion)
 
 
 def expand_batch(
@@ -75,20 +52,6 @@ def expand_batch(
         curvatures=scale * expansion.curvatures.clamp(min=0),
         rest=scale * expansion.rest,
     )
-
-
-def _torch_loss(criterion: Criterion) -> tuple[object, dict[str, Any]]:
-    """Return what a callable is an instance or a partial of, and its options."""
-    if isinstance(criterion, partial) and not criterion.args:
-        return criterion.func, dict(criterion.keywords)
-    if isinstance(criterion, nn.Module):
-        names = ("reduction", *DEFAULTS)
-        return type(criterion), {k: getattr(criterion, k) for k in names if hasattr(criterion, k)}
-    return criterion, {}
-
-
-def _same(value: object, default: object) -> bool:
-    return value is default if default is None else value == default
 
 
 def _check_expansion(expansion: Expansion) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -39,26 +41,33 @@ def convex(criterion: Criterion) -> Loss:
     """
     criterion = on_copies(criterion)
 
-    def of_sample(f: Float[Tensor, "..."], y: PyTree) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def of_outputs(f: Float[Tensor, "..."], y: PyTree) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         function = _in_dtype(criterion, f)
+        return f.reshape(-1), lambda u: function(as_batch(u.reshape(f.shape)), as_batch(y))
 
-        def of_outputs(u: Float[Tensor, " c"]) -> Float[Tensor, ""]:
-            return function(as_batch(u.reshape(f.shape)), as_batch(y))
-
-        u = f.reshape(-1)
-        r, H = grad(of_outputs)(u), jacrev(grad(of_outputs))(u)
+    def of_sample(f: Float[Tensor, "..."], y: PyTree) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        u, loss = of_outputs(f, y)
+        r, H = grad(loss)(u), jacrev(grad(loss))(u)
         curvatures, basis = torch.linalg.eigh(H)
         # A flat direction must come out flat: a curvature of 1e-17 is still a curvature. Where all
         # of H vanishes, its rounding shows beside the gradient, or, where a net is right and
         # certain of it, beside H at the origin; there it may also diverge.
-        origin = jacrev(grad(of_outputs))(0 * u).nan_to_num(0, 0, 0).abs().amax().clamp(max=1)
+        origin = jacrev(grad(loss))(0 * u).nan_to_num(0, 0, 0).abs().amax().clamp(max=1)
         size = torch.stack([H.abs().amax(), r.abs().amax(), origin]).amax()
         rounding = ROUNDINGS * torch.finfo(u.dtype).eps * u.shape[0] * size
         curvatures = torch.where(curvatures.abs() <= rounding, 0, curvatures)
-        return of_outputs(u), basis, basis.mT @ r, curvatures
+        return loss(u), basis, basis.mT @ r, curvatures
+
+    def slopes(f: Float[Tensor, "..."], y: PyTree) -> tuple[Tensor, Tensor]:
+        u, loss = of_outputs(f, y)
+        return loss(u), grad(loss)(u)
 
     def expand(outputs: Float[Tensor, "n ..."], y: PyTree) -> Expansion:
         return spanned(*(part.double() for part in over_samples(of_sample, outputs, y)))
+
+    def gradient(outputs: Float[Tensor, "n ..."], y: PyTree) -> tuple[Tensor, Tensor]:
+        value, slope = (part.double() for part in over_samples(slopes, outputs, y))
+        return value, slope
 
     def denominator(outputs: Tensor, y: PyTree) -> float:
         outputs = first_member(outputs)
@@ -67,7 +76,7 @@ def convex(criterion: Criterion) -> Loss:
     def check(outputs: Tensor, y: PyTree) -> None:
         _check_scalar(criterion(first_member(outputs), tree_map(first_member, y)))
 
-    return Loss(expand, denominator, check)
+    return Loss(expand, denominator, check, gradient=gradient)
 
 
 def _in_dtype(criterion: Criterion, outputs: Tensor) -> Criterion:

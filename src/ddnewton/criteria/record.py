@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -24,6 +25,9 @@ from ddnewton.errors import BadValue, sentence
 from ddnewton.types import PyTree
 
 Reduction: TypeAlias = Literal["mean", "sum"]
+
+SMALLEST = 1e-200
+"""Floor of the curvature of a loss that is never flat: it is positive, however sure the net."""
 
 
 class Expansion(NamedTuple):
@@ -37,7 +41,7 @@ class Expansion(NamedTuple):
 
 
 Uniform: TypeAlias = Callable[[Sequence[int]], Tensor]
-"""``uniform(shape)``: random numbers between 0 and 1, in float64."""
+"""``uniform(shape)``: random numbers strictly between 0 and 1, in float64."""
 
 
 class Loss(NamedTuple):
@@ -48,12 +52,15 @@ class Loss(NamedTuple):
     raises where a batch does not fit the loss. ``scores(outputs, y, count, uniform)`` are columns
     [n c m], gradients of the loss at ``count`` targets drawn from the model's own likelihood, whose
     mean square E[s sᵀ] is the Hessian; None where the loss is the likelihood of nothing.
+    ``gradient(outputs, y)`` gives the values [n] and the gradients [n c] alone, for curvature that
+    needs no Hessian; None where only an expansion knows them.
     """
 
     expand: Callable[[Tensor, PyTree], Expansion]
     denominator: Callable[[Tensor, PyTree], float | Tensor]
     check: Callable[[Tensor, PyTree], None]
     scores: Callable[[Tensor, PyTree, int, Uniform], Tensor] | None = None
+    gradient: Callable[[Tensor, PyTree], tuple[Tensor, Tensor]] | None = None
 
 
 def spanned(
@@ -66,10 +73,14 @@ def spanned(
     return Expansion(value, basis, slopes, curvatures, rest=basis[:, :, :0])
 
 
-def per_sample(reduction: Reduction) -> Callable[[Tensor, PyTree], float]:
-    """Return the denominator of a loss whose "mean" runs over samples."""
-    check_reduction(reduction)
-    return lambda outputs, y: float(outputs.shape[0]) if reduction == "mean" else 1.0
+def value_and_gradient(
+    loss: Loss, outputs: Float[Tensor, "n ..."], y: PyTree
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "n c"]]:
+    """Return every sample's loss and its gradient L z + R 1, without L where the loss can."""
+    if loss.gradient is not None:
+        return loss.gradient(outputs, y)
+    value, basis, slopes, _, rest = loss.expand(outputs, y)
+    return value, torch.einsum("ncm,nm->nc", basis, slopes) + rest.sum(2)
 
 
 def per_element(reduction: Reduction) -> Callable[[Tensor, PyTree], float]:

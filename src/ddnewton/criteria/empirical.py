@@ -1,0 +1,64 @@
+"""Curvature from the gradients themselves."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ddnewton.criteria.monte_carlo import MonteCarlo
+from ddnewton.criteria.record import Expansion, Loss, spanned, value_and_gradient
+from ddnewton.criteria.torch_losses import record_of
+from ddnewton.errors import BadValue, public, sentence
+from ddnewton.types import Criterion, PyTree
+
+
+@public
+def empirical_fisher(criterion: Criterion | Loss) -> Loss:
+    r"""Return a criterion whose curvature is the empirical Fisher matrix; its gradient is exact.
+
+    .. math:: G = \frac{1}{d} \sum_n J_n^\top r_n r_n^\top J_n, \qquad r_n = \nabla_f \ell_n
+
+    with d what the reduction divides by: the mean's is N for cross-entropy and N C where torch
+    averages over outputs as well, the sum's is 1. One column a sample, whatever the loss. It is
+    not an estimate of the Hessian: it shrinks where the model fits, and grows where it does not.
+
+    Parameters
+    ----------
+    criterion
+        Any loss that a step takes.
+
+    Returns
+    -------
+    Loss
+        The criterion.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Where the criterion is not a loss, or already drawn by `monte_carlo`.
+
+    Notes
+    -----
+    Source: Kunstner, Hennig, Balles, "Limitations of the empirical Fisher approximation for natural
+    gradient descent", NeurIPS 2019, arXiv 1905.12558.
+
+    Examples
+    --------
+    >>> import torch
+    >>> fisher = empirical_fisher(torch.nn.MSELoss())
+    >>> expansion = fisher.expand(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2))
+    >>> expansion.basis.tolist(), expansion.slopes.tolist(), expansion.curvatures.tolist()
+    ([[[2.0], [6.0]]], [[1.0]], [[1.0]])
+    """
+    if isinstance(criterion, MonteCarlo):
+        rule, got = "criterion must be a loss", "monte_carlo of one"
+        raise BadValue(sentence(rule, got, "Pass the loss itself: nothing is drawn here."))
+    loss = record_of(criterion)
+
+    def expand(outputs: Float[Tensor, "n ..."], y: PyTree) -> Expansion:
+        value, gradient = value_and_gradient(loss, outputs, y)
+        ones = torch.ones_like(gradient[:, :1])
+        return spanned(value, gradient[:, :, None], ones, ones)
+
+    return loss._replace(expand=expand, scores=None)

@@ -1,0 +1,142 @@
+r"""Curvature from targets drawn from the model's own likelihood.
+
+Where a loss is the negative logarithm of a likelihood whose Hessian does not depend on the target,
+the Hessian is the expectation of s sᵀ over gradients s at drawn targets. A few draws have as many
+columns a sample, where the exact Hessian of a softmax has one fewer than classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddnewton.criteria.record import Expansion, Loss, Uniform, value_and_gradient
+from ddnewton.criteria.torch_losses import TORCH_LOSSES, record_of
+from ddnewton.errors import BadType, BadValue, public, sentence
+from ddnewton.transforms import untransformed
+from ddnewton.types import Criterion, PyTree
+
+LEAST = 2.0**-54
+"""Stands for a random number of zero, and is smaller than all others."""
+
+
+class MonteCarlo(NamedTuple):
+    """A loss, how often its targets are drawn, and where the random numbers come from."""
+
+    loss: Loss
+    samples: int
+    generator: torch.Generator
+
+
+@public
+def monte_carlo(
+    criterion: Criterion | Loss, samples: int, generator: torch.Generator
+) -> MonteCarlo:
+    r"""Return a criterion whose curvature is estimated from drawn targets; its gradient is exact.
+
+    .. math:: \nabla^2 \ell_n \approx \frac{1}{S} \sum_{s=1}^S \nabla \ell(f_n, \hat y_{ns})
+              \nabla \ell(f_n, \hat y_{ns})^\top, \quad \hat y_{ns} \sim p(y \mid f_n)
+
+    The right side has the left as its expectation. It has S columns a sample, and for
+    cross-entropy over several positions S a position. Every call of a function that takes the
+    criterion draws one seed from the generator, and all its random numbers from that: they depend
+    neither on chunks nor on how often the loss is expanded, and members of an ensemble share them.
+
+    Parameters
+    ----------
+    criterion
+        Loss that is the negative logarithm of a likelihood: squared error, cross-entropy, binary
+        cross-entropy of logits, Poisson of log-rates, or Gaussian with given variances, in any
+        form; or a `Loss` with ``scores``.
+    samples
+        How many targets are drawn for every sample of the batch: S ≥ 1.
+    generator
+        Source of the randomness.
+
+    Returns
+    -------
+    MonteCarlo
+        The criterion.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Where the criterion has no likelihood, or an argument breaks another rule.
+
+    Notes
+    -----
+    Source: Dangel, Tatzel, Hennig, "ViViT: Curvature access through the generalized Gauss-Newton's
+    low-rank structure", TMLR 2022, arXiv 2106.02624, on Monte-Carlo approximation.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ddnewton.criteria import as_loss, cross_entropy
+    >>> criterion = monte_carlo(torch.nn.CrossEntropyLoss(), 2, torch.Generator().manual_seed(0))
+    >>> logits, y = torch.zeros(5, 10), torch.arange(5)
+    >>> as_loss(criterion).expand(logits, y).basis.shape
+    torch.Size([5, 10, 2])
+    >>> cross_entropy().expand(logits, y).basis.shape
+    torch.Size([5, 10, 9])
+    """
+    if isinstance(samples, bool) or not isinstance(samples, int):
+        rule, got = "samples must be an integer", type(samples).__name__
+        raise BadType(sentence(rule, got, "Pass how many targets to draw, such as 1."))
+    if samples < 1:
+        raise BadValue(sentence("samples must be at least 1", samples, "One draw is the cheapest."))
+    if not isinstance(generator, torch.Generator):
+        rule, got = "generator must be a torch.Generator", type(generator).__name__
+        raise BadType(sentence(rule, got, "Pass torch.Generator().manual_seed(0)."))
+    if isinstance(criterion, MonteCarlo):
+        rule, got = "criterion must be a loss to draw targets from", "monte_carlo of one"
+        raise BadValue(sentence(rule, got, "Pass the loss itself, and more samples."))
+    loss = record_of(criterion)
+    if loss.scores is None:
+        raise BadValue(_without_likelihood(criterion))
+    return MonteCarlo(loss, samples, generator)
+
+
+def sampled(criterion: MonteCarlo) -> Loss:
+    """Return the loss with its curvature from targets drawn now; expanding draws the same ones."""
+    loss, samples, generator = criterion
+    with untransformed():
+        device = generator.device
+        drawn = torch.randint(2**63 - 1, (), generator=generator, device=device)
+        seed = int(drawn)
+
+    def expand(outputs: Tensor, y: PyTree) -> Expansion:
+        assert loss.scores is not None
+        value, gradient = value_and_gradient(loss, outputs, y)
+        columns = loss.scores(outputs, y, samples, _uniform(seed, outputs.device))
+        slopes = columns.new_zeros(columns.shape[0], columns.shape[2])
+        return Expansion(value, columns, slopes, slopes + 1 / samples, gradient[:, :, None])
+
+    return loss._replace(expand=expand, scores=None)
+
+
+def _uniform(seed: int, device: torch.device) -> Uniform:
+    """Return a source of random numbers that starts anew, the same on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+
+    def uniform(shape: Sequence[int]) -> Tensor:
+        with untransformed():
+            numbers = torch.rand(
+                tuple(shape), generator=generator, dtype=torch.float64, device="cpu"
+            )
+        return numbers.clamp(min=LEAST).to(device)
+
+    return uniform
+
+
+def _without_likelihood(criterion: Criterion | Loss) -> str:
+    """Say what was given, and what would do."""
+    function = criterion.func if isinstance(criterion, partial) else criterion
+    named = "a Loss without scores" if isinstance(criterion, Loss) else type(function).__name__
+    able = [loss.module.__name__ for loss in TORCH_LOSSES if loss.factory().scores is not None]
+    rule = "criterion must have a likelihood to draw targets from"
+    remedy = f"{', '.join(able)} have one (Poisson with log_input=True), as has a Loss with scores."
+    return sentence(rule, getattr(function, "__name__", named), remedy)
