@@ -28,13 +28,13 @@ CONDITION = 1e6
 def damped_step(
     columns: Columns,
     weights: Float[Tensor, " i"],
-    matrix: Float[Tensor, "side side"],
-    shares: Float[Tensor, " i"],
+    matrix: Float[Tensor, "side side2"],
+    shares: Float[Tensor, " a"],
     delta: float | Tensor,
 ) -> Float[Tensor, " d"] | None:
-    """Return −(G + δI)⁻¹ g from `small_matrix`, or None where only eigenpairs give all digits."""
+    """Return −(G + δI)⁻¹ g from a small matrix, or None where only eigenpairs give all digits."""
     delta = torch.as_tensor(delta, dtype=weights.dtype, device=weights.device)
-    if any(map(is_batched, (weights, matrix, shares, delta))):
+    if len(shares) > len(weights) or any(map(is_batched, (weights, matrix, shares, delta))):
         return None
     outside = (weights <= 0) & (shares != 0)
     gram_side = is_gram(matrix, weights)
@@ -42,10 +42,14 @@ def damped_step(
     matrix = (root[:, None] * matrix).mul_(root) if gram_side else matrix.clone()
     if outside.any() or not matrix.trace() <= CONDITION * delta < math.inf:
         return None
-    right = torch.where(weights > 0, shares / root, 0) if gram_side else columns.combine(shares)
+    right = (
+        torch.where(weights > 0, shares / root, 0)
+        if gram_side
+        else columns.combine(shares[None])[0]
+    )
     matrix.diagonal().add_(delta)
     factor, failed = torch.linalg.cholesky_ex(matrix)
     solution = -torch.cholesky_solve(right[:, None], factor)[:, 0]
     if failed or not solution.isfinite().all():
         return None
-    return columns.combine(root * solution) if gram_side else solution
+    return columns.combine((root * solution)[None])[0] if gram_side else solution

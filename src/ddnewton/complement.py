@@ -2,8 +2,8 @@
 
 The gradient is A z / N, and z / N are the columns' shares in it. Its live part lies along the
 live directions of the spectrum. What strays from them comes from columns without a curvature of
-their own, of losses that are flat but not level and of samples the net is certain of and wrong
-about, and from faint directions.
+their own, of losses that are flat but not level, of samples the net is certain of and wrong about,
+and of samples that the curvature is not taken of, and from faint directions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ddnewton.transforms import possibly
 
 
 def outside(
-    spectrum: Spectrum, shares: Float[Tensor, " i"], kept: Directions
+    spectrum: Spectrum, shares: Float[Tensor, " a"], kept: Directions
 ) -> Float[Tensor, " j"]:
     """Return the part of the gradient outside the kept directions, g − Pg."""
     rest = torch.where(kept.rest, spectrum.slopes.mT @ shares, 0)
@@ -27,8 +27,8 @@ def outside(
 
 def vanishing(
     spectrum: Spectrum,
-    shares: Float[Tensor, " i"],
-    curved: Bool[Tensor, " i"],
+    shares: Float[Tensor, " a"],
+    curved: Bool[Tensor, " a"],
     delta: float | Tensor,
 ) -> Float[Tensor, " j"]:
     """Return −s along directions whose curvature is positive but too small to resolve, λ → 0.
@@ -42,7 +42,7 @@ def vanishing(
     return torch.where(delta > spectrum.rounding, part / delta, 0)
 
 
-def stray(spectrum: Spectrum, shares: Float[Tensor, " i"]) -> Float[Tensor, " j"]:
+def stray(spectrum: Spectrum, shares: Float[Tensor, " a"]) -> Float[Tensor, " j"]:
     """Return the part of the gradient outside the live directions; most often there is none.
 
     What is no longer than the rounding of a sum of columns is none.
@@ -51,6 +51,6 @@ def stray(spectrum: Spectrum, shares: Float[Tensor, " i"]) -> Float[Tensor, " j"
     if not (possibly(spectrum.faint) or possibly(flat)):
         return spectrum.span.new_zeros(spectrum.span.shape[0])
     part = spectrum.stray(shares)
-    size = spectrum.lift(part).norm()
-    noise = (shares * spectrum.sizes).norm() * torch.finfo(part.dtype).eps
+    size = spectrum.lift(part[None]).norm()
+    noise = (shares[: len(spectrum.sizes)] * spectrum.sizes).norm() * torch.finfo(part.dtype).eps
     return torch.where(size > ROUNDINGS * noise, part, 0)

@@ -63,12 +63,25 @@ def inner(left: Factor, right: Factor) -> Float[Tensor, "nm nm2"]:
     return _positions_first(left, right)
 
 
-def combined(factor: Factor, weights: Float[Tensor, "n m"]) -> list[Float[Tensor, " _"]]:
-    """Return the weighted sum of columns in float64, in pieces."""
+def combined(factor: Factor, weights: Float[Tensor, "k n m"]) -> list[Float[Tensor, "k _"]]:
+    """Return weighted sums of columns in float64, in pieces."""
     if isinstance(factor, Outer):
-        return _combined_outer(factor, weights)
-    w = weights.reshape(-1)
+        few = max(1, BYTES // (factor.b[:, 0].numel() * factor.b.element_size()))
+        sums = [_combined_outer(factor, some) for some in weights.split(few)]
+        return [torch.cat(pieces) for pieces in zip(*sums, strict=True)]
+    w = weights.flatten(1)
     return [w @ part.double() for part in factor.split(_width(factor), 1)]
+
+
+def pieces(factor: Factor, which: Sequence[bool]) -> Factor | None:
+    """Return the columns along some of the pieces that a factor is made of, None for no piece."""
+    if all(which):
+        return factor
+    if not (isinstance(factor, Outer) and any(which)):
+        return None
+    widths = tuple(width for width, wanted in zip(factor.widths, which, strict=True) if wanted)
+    parts = zip(factor.a.split(factor.widths, -1), which, strict=True)
+    return Outer(torch.cat([part for part, wanted in parts if wanted], -1), factor.b, widths)
 
 
 def formed(factor: Factor) -> Float[Tensor, "nm _"]:
@@ -117,12 +130,12 @@ def _flops(left: Outer, right: Outer, order: Sequence[tuple[int, int]]) -> float
 
 def _one_position(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
     """Return (a · a') (b · b'), all of one position."""
-    m = left.b.shape[1]
+    m, m2 = left.b.shape[1], right.b.shape[1]
     a = left.a[:, 0, 0] @ right.a[:, 0, 0].T
     b = left.b.flatten(0, 1).flatten(1)
     products = product(b, b if left is right else right.b.flatten(0, 1).flatten(1))
     products = completed(products, left is right and b.shape[1] >= LONG)
-    whole: Tensor = products.unflatten(1, (-1, m)).unflatten(0, (-1, m)) * a[:, None, :, None]
+    whole: Tensor = products.unflatten(1, (-1, m2)).unflatten(0, (-1, m)) * a[:, None, :, None]
     return whole.flatten(0, 1).flatten(1).double()
 
 
@@ -147,7 +160,8 @@ def _some(outer: Outer, group: int, outputs: slice) -> Float[Tensor, "nm op"]:
 
 def _positions_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
     """Contract a with a', then with b', then with b, for one sample of the left at a time."""
-    n, m, g, o, t = left.b.shape
+    n, _, g, o, t = left.b.shape
+    m = right.b.shape[1]
     each = t * left.b.element_size()
     size = max(1, BYTES // (4 * m * o * each))
     abreast = max(1, min(ABREAST, BYTES // (each * right.b.shape[0] * right.b.shape[4])))
@@ -205,21 +219,21 @@ def completed(products: Float[Tensor, "i j"], symmetric: bool) -> Float[Tensor, 
     return products.triu() + products.triu(1).T if symmetric else products
 
 
-def _combined_outer(outer: Outer, weights: Float[Tensor, "n m"]) -> list[Float[Tensor, " _"]]:
-    shape = outer.b.shape[2:]
+def _combined_outer(outer: Outer, weights: Float[Tensor, "k n m"]) -> list[Float[Tensor, "k _"]]:
+    k, shape = weights.shape[0], outer.b.shape[2:]
     g, o, _ = shape
-    b = (weights.to(outer.b.dtype)[:, None] @ outer.b.flatten(2))[:, 0].unflatten(1, shape)
+    b = (weights.to(outer.b.dtype).transpose(0, 1) @ outer.b.flatten(2)).unflatten(2, shape)
     if _alone(outer):
-        total = (b[:, 0, :, 0].T @ outer.a[:, 0, 0])[None]
+        total = (b.flatten(1).T @ outer.a[:, 0, 0]).unflatten(0, (k, o))
     elif outer.a.is_floating_point():
-        total = torch.einsum("ngot,ngtp->gop", b, outer.a)
+        total = torch.einsum("nkgot,ngtp->kgop", b, outer.a)
     else:
         size = sum(outer.widths)
-        rows = b.permute(0, 3, 1, 2).flatten(0, 1).flatten(1)
+        rows = b.permute(0, 4, 1, 2, 3).flatten(0, 1).flatten(1)
         places = torch.where(outer.a < 0, size, outer.a).flatten()
-        sums = rows.new_zeros(size + 1, g * o).index_add(0, places, rows)
-        total = sums[:-1].T.unflatten(0, (g, o))
-    return [part.reshape(-1).double() for part in total.split(outer.widths, -1)]
+        sums = rows.new_zeros(size + 1, k * g * o).index_add(0, places, rows)
+        total = sums[:-1].T.unflatten(0, (k, g * o))
+    return [part.reshape(k, -1).double() for part in total.split(outer.widths, -1)]
 
 
 def _of_rows(left: Float[Tensor, "nm d"], right: Float[Tensor, "nm2 d"]) -> Float[Tensor, "nm nm2"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -12,25 +13,35 @@ class Derivatives(NamedTuple):
     """First and second derivatives of the samples' losses along directions; units of the loss."""
 
     gammas: Float[Tensor, "n k"]  # γ_nk = e_kᵀ ∇ℓ_n
-    lambdas: Float[Tensor, "n k"]  # λ_nk = e_kᵀ J_nᵀ ∇²ℓ_n J_n e_k
+    lambdas: Float[Tensor, "n2 k"]  # λ_nk = e_kᵀ J_nᵀ ∇²ℓ_n J_n e_k
 
 
-def directional_derivatives(
-    column_slopes: Float[Tensor, "i k"],
-    slopes: Float[Tensor, "m n"],
-    curvatures: Float[Tensor, "m n"],
-) -> Derivatives:
-    """Return γ and λ from the slopes of the columns along the directions, s_ik = a_iᵀ e_k.
+def first_derivatives(
+    column_slopes: Float[Tensor, "a k"], slopes: Float[Tensor, "m n"]
+) -> Float[Tensor, "n2 k"]:
+    """Return γ from the slopes of the columns along the directions, s_ik = a_iᵀ e_k.
 
-    With ∇ℓ_n = L z and ∇²ℓ_n = L diag(h) Lᵀ, and column nm of A the pullback of L's column m,
+    With ∇ℓ_n = L z, and column nm of A the pullback of L's column m,
 
-        γ_nk = Σ_m z_nm s_nmk,        λ_nk = Σ_m h_nm s_nmk²:
+        γ_nk = Σ_m z_nm s_nmk:
 
     no gradient is formed, and nothing is divided by an eigenvalue (Dangel, Tatzel, Hennig, 2022,
-    section 3.2 does so).
+    section 3.2 does so). Columns after the first m n are gradients of further samples themselves.
     """
-    per_sample = column_slopes.unflatten(0, slopes.shape)
-    return Derivatives(
-        gammas=(slopes[..., None] * per_sample).sum(0),
-        lambdas=(curvatures[..., None] * per_sample.square()).sum(0),
-    )
+    own, others = column_slopes.tensor_split([slopes.numel()])
+    gammas = (slopes[..., None] * own.unflatten(0, slopes.shape)).sum(0)
+    return torch.cat([gammas, others]) if len(others) else gammas
+
+
+def second_derivatives(
+    column_slopes: Float[Tensor, "i k"], curvatures: Float[Tensor, "m n"]
+) -> Float[Tensor, "n k"]:
+    """Return λ from the slopes of the columns along the directions, s_ik = a_iᵀ e_k.
+
+    With ∇²ℓ_n = L diag(h) Lᵀ,
+
+        λ_nk = Σ_m h_nm s_nmk².
+    """
+    per_sample = column_slopes.unflatten(0, curvatures.shape)
+    lambdas: Tensor = (curvatures[..., None] * per_sample.square()).sum(0)
+    return lambdas

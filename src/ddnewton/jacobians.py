@@ -33,40 +33,40 @@ Mapping: TypeAlias = Callable[..., PyTree]
 class Jacobian(NamedTuple):
     """The columns of a batch, to be had chunk by chunk, factors side by side.
 
-    ``order`` says for every parameter where it is among the factors' entries, one past the last
-    where it is in none; None where they follow each other.
+    ``pieces`` says of which leaf, and how many of its entries, every factor's pieces are;
+    ``order`` for every parameter where it is among the factors' entries, one past the last where
+    it is in none; None where they follow each other.
     """
 
     visit: Callable[[slice], Sequence[Factor]]
     chunks: Sequence[slice]
     samples: int
     columns: int  # of one sample: m
+    sizes: Sequence[int]  # of the leaves
+    pieces: Sequence[Sequence[tuple[int, int]]]
     order: Int[Tensor, " d"] | None
+    device: torch.device
     eps: float  # the rounding of a column
     sums: float  # and of sums of their products, where those are not in float64
 
 
-class Linearization(NamedTuple):
-    """A model at a batch: outputs in its dtype and as precise as they are known, and columns.
-
-    Where it is not in float64 but could be, at twice the cost, ``precisely`` is.
-    """
-
-    outputs: Float[Tensor, "n ..."]
-    precise: Float[Tensor, "n ..."]
-    jacobian: Callable[[Float[Tensor, "n c m"]], Jacobian]
-    precisely: Callable[[], Linearization] | None
-
-
 def jacobian(
-    models: Sequence[Model], basis: Float[Tensor, "n c m"], chunk_size: int | None
+    models: Sequence[Model],
+    basis: Float[Tensor, "n c m"],
+    samples: Int[Tensor, " n"] | None,
+    chunk_size: int | None,
 ) -> Jacobian:
-    """Return the columns by the first of the models that can be differentiated.
+    """Return the columns of some samples by the first of the models that can be differentiated.
 
     ``vmap`` is tried first, and a loop over the samples where it fails, or is wrong: in torch 2.13
     it mistakes an axis of PReLU's weight for one of the samples.
     """
     errors: list[Exception] = []
+    if samples is not None:
+        models = [
+            model._replace(X=take(model.X, samples), outputs=model.outputs[samples])
+            for model in models
+        ]
     for model in models:
         for mapping in (over_samples, one_by_one):
             try:
@@ -88,7 +88,10 @@ def _of_model(
     first = _visit(model, trial, basis, mapping)
     _check_pullback(model, trial, basis, first)
     eps = max(torch.finfo(leaf.dtype).eps for leaf in (model.outputs, *tree_leaves(model.params)))
-    record = partial(Jacobian, samples=n, columns=m, order=None, eps=eps, sums=0.0)
+    sizes = [leaf.numel() for leaf in tree_leaves(model.params)]
+    pieces = [[piece] for piece in enumerate(sizes)]
+    record = partial(Jacobian, samples=n, columns=m, sizes=sizes, pieces=pieces, order=None)
+    record = partial(record, device=basis.device, eps=eps, sums=0.0)
     if trial.stop == n:  # one visit is all: keep it
         return record(lambda _: first, [trial])
     _check_pullback(model, chunks[-1], basis, _visit(model, chunks[-1], basis, mapping))

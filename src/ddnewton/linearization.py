@@ -1,25 +1,31 @@
-"""A model at a batch, linearized: what it returns there, and its columns, one way or the other."""
+"""A model at a batch, linearized: what it returns there, and its columns, one way or the other.
+
+A pullback of the columns of a basis makes a `Jacobian`; directions are pushed forward where there
+are fewer of them than columns.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ddnewton.buffers import kept_buffers
 from ddnewton.checks import check_outputs
-from ddnewton.contraction import Outer, flops
+from ddnewton.contraction import Factor, Outer, flops
 from ddnewton.independence import Mixed, evaluate
-from ddnewton.jacobians import Jacobian, Linearization, jacobian, memory
+from ddnewton.jacobians import Jacobian, jacobian, memory
 from ddnewton.precision import Model, widen_leaf, widened
 from ddnewton.structured.prepare import FEW, Untraceable, prepared_model
 from ddnewton.structured.prepared import Prepared
 from ddnewton.structured.program import Program
-from ddnewton.structured.visit import Visit, visit
+from ddnewton.structured.visit import Visit, run, visit
 from ddnewton.trees import batches, parameter_count, take
 from ddnewton.types import ModelFn, PyTree
 
@@ -30,6 +36,22 @@ TINY = 1e9
 
 CHEAP = 1e9
 """Up to how many flops a model in float32 is taken in float64 from end to end."""
+
+
+class Linearization(NamedTuple):
+    """A model at a batch: outputs in its dtype and as precise as they are known, and derivatives.
+
+    ``jacobian`` pulls the columns of a basis back from some of the samples, None for all, and
+    ``function`` returns the outputs of some samples for parameters next to these. Where the model
+    is not in float64 but could be, at twice the cost, ``precisely`` is.
+    """
+
+    outputs: Float[Tensor, "n ..."]
+    precise: Float[Tensor, "n ..."]
+    jacobian: Callable[[Float[Tensor, "n c m"], Int[Tensor, " n"] | None], Jacobian]
+    function: Callable[[Sequence[Tensor], Int[Tensor, " n"]], Tensor]
+    leaves: Sequence[Tensor]
+    precisely: Callable[[], Linearization] | None
 
 
 @contextmanager
@@ -69,8 +91,16 @@ def _is_tiny(model: Model) -> bool:
 def _dense(model: Model, chunk_size: int | None) -> Linearization:
     wide = widened(model, lambda X: batches(X, chunk_size))
     models = [model] if wide is model else [wide, model]
+    leaves, spec = tree_flatten(wide.params)
     return Linearization(
-        model.outputs, wide.outputs, lambda basis: jacobian(models, basis, chunk_size), None
+        outputs=model.outputs,
+        precise=wide.outputs,
+        jacobian=lambda basis, samples: jacobian(models, basis, samples, chunk_size),
+        function=lambda leaves, samples: wide.function(
+            tree_unflatten(leaves, spec), take(wide.X, samples)
+        ),
+        leaves=leaves,
+        precisely=None,
     )
 
 
@@ -101,32 +131,53 @@ def _by_layers(
     chunk_size: int | None,
 ) -> Linearization:
     """Return a model by a program: run once, where all samples fit into memory at a time."""
+    size = chunk_size or _sensible_chunk(program, leaves, prepared.width)
+
+    def at(which: Int[Tensor, " n"] | slice) -> Visit:
+        return visit(program, leaves, take(samples, which))
+
     n = samples[0].shape[0]
-    size = min(n, chunk_size or _sensible_chunk(program, leaves, prepared.width))
-    chunks = [slice(start, min(start + size, n)) for start in range(0, n, size)]
-
-    def at(chunk: slice) -> Visit:
-        return visit(program, leaves, [sample[chunk] for sample in samples])
-
-    first = at(chunks[0])
-    rest = [at(chunk).outputs for chunk in chunks[1:]]
+    everything = _chunks(n, size)
+    first = at(everything[0])
+    rest = [at(chunk).outputs for chunk in everything[1:]]
     outputs = torch.cat([first.outputs, *rest]) if rest else first.outputs
     check_outputs(outputs, n)
     eps = max(torch.finfo(x.dtype).eps for x in (outputs, *leaves))
 
-    def jacobian(basis: Float[Tensor, "n c m"]) -> Jacobian:
-        factors = first.pullback(basis) if len(chunks) == 1 else []
+    def jacobian(basis: Float[Tensor, "n c m"], which: Int[Tensor, " n"] | None) -> Jacobian:
+        chunks = _chunks(basis.shape[0], size)
+        factors: Sequence[Factor] = []
+
+        def of_chunk(chunk: slice) -> Sequence[Factor]:
+            return at(chunk if which is None else which[chunk]).pullback(basis[chunk])
+
+        if len(chunks) == 1:  # keep what is visited once and for all
+            factors = of_chunk(chunks[0]) if which is not None else first.pullback(basis)
         return Jacobian(
-            visit=lambda chunk: factors or at(chunk).pullback(basis[chunk]),
+            visit=lambda chunk: factors or of_chunk(chunk),
             chunks=chunks,
-            samples=n,
+            samples=basis.shape[0],
             columns=basis.shape[2],
+            sizes=[leaf.numel() for leaf in leaves],
+            pieces=program.pieces,
             order=program.order,
+            device=basis.device,
             eps=eps,
             sums=0.0 if outputs.dtype == torch.float64 else torch.finfo(outputs.dtype).eps,
         )
 
-    return Linearization(outputs.to(prepared.dtype), outputs, jacobian, None)
+    return Linearization(
+        outputs=outputs.to(prepared.dtype),
+        precise=outputs,
+        jacobian=jacobian,
+        function=lambda leaves, which: run(program, leaves, take(samples, which)),
+        leaves=leaves,
+        precisely=None,
+    )
+
+
+def _chunks(n: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def _cost(program: Program, n: int, m: int) -> float:

@@ -9,32 +9,26 @@ low-rank structure", TMLR 2022, arXiv 2106.02624.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ddnewton.checks import check_batch, check_functions, check_options, check_params
 from ddnewton.cholesky import damped_step
-from ddnewton.complement import outside, stray, vanishing
-from ddnewton.criteria import Loss, as_loss, expand_batch
+from ddnewton.complement import outside, vanishing
+from ddnewton.criteria import AnyCriterion
 from ddnewton.damping import as_rule, check_dampings
-from ddnewton.derivatives import Derivatives, directional_derivatives
+from ddnewton.directions import Along, directions_of
 from ddnewton.errors import public
-from ddnewton.gram import Columns, columns_of, is_gram, small_matrix
-from ddnewton.jacobians import Linearization
-from ddnewton.linearization import linearized
-from ddnewton.select import Directions, Leading, keep
-from ddnewton.spectrum import Spectrum, decompose
-from ddnewton.transforms import surely
-from ddnewton.trees import parameter_count, unflatten
-from ddnewton.types import Criterion, DampingRule, ModelFn, PyTree, Select
-
-RESOLUTION = 1e4
-"""From the largest curvature down to which ratio float32 is enough."""
+from ddnewton.groups import Group
+from ddnewton.problem import Options, Problem, System, opened, systems_of
+from ddnewton.samples import Indices
+from ddnewton.trees import unflatten
+from ddnewton.types import DampingRule, GramWay, ModelFn, PyTree, Select
 
 
 class NewtonInfo(NamedTuple):
@@ -46,7 +40,7 @@ class NewtonInfo(NamedTuple):
     loss: Float[Tensor, ""]
     evals: Float[Tensor, " k"]
     gammas: Float[Tensor, "n k"]
-    lambdas: Float[Tensor, "n k"]
+    lambdas: Float[Tensor, "n2 k"]
     dampings: Float[Tensor, " k"]
     coefficients: Float[Tensor, " k"]
     """−γ_k / (λ_k + δ_k): how far the step goes along each direction."""
@@ -66,12 +60,16 @@ def newton_step(
     params: PyTree,
     X: PyTree,
     y: PyTree,
-    criterion: Criterion | Loss,
+    criterion: AnyCriterion,
     damping: float | Tensor | DampingRule,
     *,
     select: Select | None = None,
     complement: float | None = None,
-    gram: Literal["auto", "structured", "dense"] = "auto",
+    groups: Sequence[Group] | None = None,
+    subsampling_grad: Indices | None = None,
+    subsampling_ggn: Indices | None = None,
+    subsampling_curvature: Indices | None = None,
+    gram: GramWay = "auto",
     chunk_size: int | None = None,
 ) -> PyTree:
     r"""Return the directionally damped Newton step, to be added to the parameters.
@@ -103,6 +101,20 @@ def newton_step(
     complement
         Damping δ⊥ > 0 of the gradient's part outside the kept directions, which adds
         −(g − Pg) / δ⊥. None leaves that part out.
+    groups
+        A sequence of `ddnewton.Group`: each has a block of G, directions and damping of its own,
+        as if there were no curvature between them. Parameters in no group get a zero step. None
+        is one group of all.
+    subsampling_grad, subsampling_ggn
+        Indices of the samples whose mean is the gradient, and of those that G is the mean over,
+        directions and curvatures; None for all. What is summed or averaged is still the loss of
+        the whole batch, so that both are estimates of its derivatives.
+    subsampling_curvature
+        Indices of the samples whose mean curvature along the directions is λ_k, instead of those
+        of ``subsampling_ggn``. On samples that the directions have not seen, λ is free of the bias
+        that makes it too large on those they are made of (Tatzel et al., 2024, arXiv 2410.14325);
+        with ``subsampling_grad`` so is γ. A direction without curvature there, and without
+        damping, is skipped.
     gram
         How the Gram matrix is formed: "structured", from what goes into the layers and what is
         pulled back to them; "dense", from per-sample Jacobians; "auto", the faster of the two.
@@ -134,18 +146,24 @@ def newton_step(
     >>> {name: round(value.item(), 5) for name, value in step.items()}
     {'slope': 3.0, 'offset': 1.0}
     """
-    check_functions(model_fn, select)
-    check_options(damping, complement, gram, chunk_size)
-    smallest = _smallest(select, damping)
-    with _problem(model_fn, params, X, y, criterion, smallest, gram, chunk_size) as problem:
-        flat = None
-        if select is None and not callable(damping) and complement is None:
-            flat = damped_step(*problem.system, problem.shares, damping)
+    options = Options(
+        damping=damping,
+        select=select,
+        complement=complement,
+        groups=groups,
+        subsampling_grad=subsampling_grad,
+        subsampling_ggn=subsampling_ggn,
+        subsampling_curvature=subsampling_curvature,
+        gram=gram,
+        chunk_size=chunk_size,
+    )
+    with opened(model_fn, params, X, y, criterion, options) as columns:
+        problem, systems = systems_of(columns)
+        flat = _without_eigenpairs(problem, systems, options)
         if flat is None:
-            leading = select.k if isinstance(select, Leading) and complement is None else None
-            spectrum = decompose(*problem.system, leading)
-            flat = spectrum.lift(_solve(problem, spectrum, damping, select, complement).coordinates)
-    return unflatten(flat, params)
+            found = directions_of(problem, systems, few=complement is None)
+            flat = [_solve(problem, each, complement).step for each in found]
+    return unflatten(flat, [block.leaves for block in problem.blocks], params)
 
 
 @public
@@ -155,15 +173,19 @@ def newton_step_and_info(
     params: PyTree,
     X: PyTree,
     y: PyTree,
-    criterion: Criterion | Loss,
+    criterion: AnyCriterion,
     damping: float | Tensor | DampingRule,
     *,
     select: Select | None = None,
     complement: float | None = None,
-    gram: Literal["auto", "structured", "dense"] = "auto",
+    groups: Sequence[Group] | None = None,
+    subsampling_grad: Indices | None = None,
+    subsampling_ggn: Indices | None = None,
+    subsampling_curvature: Indices | None = None,
+    gram: GramWay = "auto",
     chunk_size: int | None = None,
-) -> tuple[PyTree, NewtonInfo]:
-    """Return `newton_step` and a record of what it was made of.
+) -> tuple[PyTree, NewtonInfo | Any]:
+    """Return `newton_step` and a record of what it was made of: with groups, one for each.
 
     Parameters, errors and the step itself are those of `newton_step`.
 
@@ -177,132 +199,77 @@ def newton_step_and_info(
     >>> int(info.rank), [round(value, 4) for value in info.evals.tolist()]
     (2, [0.5585, 4.7749])
     """
-    check_functions(model_fn, select)
-    check_options(damping, complement, gram, chunk_size)
-    smallest = _smallest(select, damping)
-    with _problem(model_fn, params, X, y, criterion, smallest, gram, chunk_size) as problem:
-        spectrum = decompose(*problem.system)
-        solution = _solve(problem, spectrum, damping, select, complement)
-        step = unflatten(spectrum.lift(solution.coordinates), params)
-        return step, _info(problem, spectrum, solution)
-
-
-class System(NamedTuple):
-    """The Gauss-Newton matrix A diag(w) Aᵀ: the products of A, w = h / N, the smaller side."""
-
-    columns: Columns
-    weights: Float[Tensor, " i"]
-    matrix: Float[Tensor, "side side"]
-
-
-class Problem(NamedTuple):
-    """The loss to second order on a batch: its values and factors per sample, and the matrix."""
-
-    dtype: torch.dtype
-    values: Float[Tensor, " n"]
-    slopes: Float[Tensor, "m n"]  # z
-    curvatures: Float[Tensor, "m n"]  # h
-    shares: Float[Tensor, " i"]  # z / N: the gradient is A z / N
-    system: System
+    options = Options(
+        damping=damping,
+        select=select,
+        complement=complement,
+        groups=groups,
+        subsampling_grad=subsampling_grad,
+        subsampling_ggn=subsampling_ggn,
+        subsampling_curvature=subsampling_curvature,
+        gram=gram,
+        chunk_size=chunk_size,
+    )
+    with opened(model_fn, params, X, y, criterion, options) as columns:
+        problem, systems = systems_of(columns)
+        found = directions_of(problem, systems)
+        solutions = [_solve(problem, each, complement) for each in found]
+        infos = tuple(map(partial(_info, problem), found, solutions))
+    flat, leaves = [each.step for each in solutions], [block.leaves for block in problem.blocks]
+    return unflatten(flat, leaves, params), infos[0] if groups is None else infos
 
 
 class Solution(NamedTuple):
-    """A step along the kept directions, and in the coordinates of the spectrum."""
+    """A step along the directions of a block, and what it is made of."""
 
-    kept: Directions
-    derivatives: Derivatives
     dampings: Float[Tensor, " k"]
     coefficients: Float[Tensor, " k"]
-    coordinates: Float[Tensor, " j"]
+    step: Float[Tensor, " d"]
 
 
-@contextmanager
-def _problem(  # noqa: PLR0917 - the public functions' arguments, in their order
-    model_fn: ModelFn,
-    params: PyTree,
-    X: PyTree,
-    y: PyTree,
-    criterion: Criterion | Loss,
-    smallest: float | Tensor | None,
-    gram: str,
-    chunk_size: int | None,
-) -> Iterator[Problem]:
-    """Go down from the batch to its Gauss-Newton matrix.
-
-    Curvatures matter down to the size of ``smallest``, None for those of the leading directions.
-    """
-    check_params(params)
-    check_batch(X=X, y=y)
-    loss, d = as_loss(criterion), parameter_count(params)
-    with linearized(model_fn, params, X, gram, chunk_size) as model:
-        problem = _expanded(model, loss, y, d)
-        if model.precisely and smallest is not None and _unresolved(problem.system, smallest):
-            problem = _expanded(model.precisely(), loss, y, d)
-        yield problem
-
-
-def _expanded(model: Linearization, loss: Loss, y: PyTree, d: int) -> Problem:
-    """Expand the loss around the outputs, and pull it back to the parameters."""
-    values, basis, slopes, curvatures, _ = expand_batch(loss, model.outputs, model.precise, y)
-    n = basis.shape[0]
-    weights, shares = curvatures.T.reshape(-1) / n, slopes.T.reshape(-1) / n  # the mean's 1/N
-    columns = columns_of(model.jacobian(basis))
-    system = System(columns, weights, small_matrix(columns, weights, d))
-    dtype = torch.promote_types(model.outputs.dtype, torch.float32)
-    return Problem(dtype, values, slopes.T, curvatures.T, shares, system)
-
-
-def _smallest(
-    select: Select | None, damping: float | Tensor | DampingRule
-) -> float | Tensor | None:
-    """Return down to which size curvatures count: to δ where all directions do, or to none."""
-    if select is not None:
+def _without_eigenpairs(
+    problem: Problem, systems: Sequence[System], options: Options
+) -> list[Float[Tensor, " d"]] | None:
+    """Return the steps of the blocks, if one damping of all directions is all there is to them."""
+    if options.complement is not None or problem.rows[1] is not None:
         return None
-    return 0.0 if callable(damping) else damping
+    steps = []
+    for block, system in zip(problem.blocks, systems, strict=True):
+        if block.select is not None or callable(block.damping):
+            return None
+        step = damped_step(*system, problem.shares, block.damping)
+        if step is None:
+            return None
+        steps.append(step)
+    return steps
 
 
-def _unresolved(system: System, smallest: float | Tensor) -> bool:
-    """Return whether curvatures that small are lost in the rounding of float32."""
-    diagonal = system.matrix.diagonal()
-    if is_gram(system.matrix, system.weights):
-        diagonal = system.weights * diagonal
-    return surely(~torch.as_tensor(smallest * RESOLUTION >= diagonal.sum()))
-
-
-def _solve(
-    problem: Problem,
-    spectrum: Spectrum,
-    damping: float | Tensor | DampingRule,
-    select: Select | None,
-    complement: float | None,
-) -> Solution:
-    """Choose the directions, ask for their dampings, and walk along them."""
-    kept = keep(spectrum, select, problem.dtype)
-    derivatives = directional_derivatives(kept.slopes, problem.slopes, problem.curvatures)
+def _solve(problem: Problem, along: Along, complement: float | None) -> Solution:
+    """Ask for the dampings of the directions, and walk along them."""
+    block, spectrum, kept, derivatives = along.block, along.spectrum, along.kept, along.derivatives
+    i = len(problem.weights)
     known = [kept.evals, kept.evecs, *derivatives]
-    if callable(damping):  # the rule's own copies, to be changed as it likes
+    if callable(block.damping):  # the rule's own copies, to be changed as it likes
         known = [tensor.to(problem.dtype, copy=True) for tensor in known]
-    dampings = as_rule(damping)(*known)
+    dampings = as_rule(block.damping)(*known)
     check_dampings(dampings, kept.evals.shape[0])
     gamma, curvature = derivatives.gammas.mean(0), derivatives.lambdas.mean(0)
-    coefficients = torch.where(kept.live, -gamma / (curvature + dampings.double()), 0)
+    damped = curvature + dampings.double()
+    coefficients = torch.where(kept.live & (damped > 0), -gamma / damped, 0)
     coordinates = kept.span @ coefficients
     if complement is not None:
         coordinates = coordinates - outside(spectrum, problem.shares, kept) / complement
-    elif select is None and not callable(damping):
-        curved = problem.curvatures.reshape(-1) > 0
-        coordinates = coordinates - vanishing(spectrum, problem.shares, curved, damping)
-    return Solution(kept, derivatives, dampings, coefficients, coordinates)
+    elif block.select is None and not callable(block.damping):
+        curved = F.pad(problem.curvatures.reshape(-1) > 0, (0, len(problem.shares) - i))
+        coordinates = coordinates - vanishing(spectrum, problem.shares, curved, block.damping)
+    return Solution(dampings, coefficients, spectrum.lift(coordinates[None])[0])
 
 
-def _info(problem: Problem, spectrum: Spectrum, solution: Solution) -> NewtonInfo:
+def _info(problem: Problem, along: Along, solution: Solution) -> NewtonInfo:
     """Return the record of a step."""
-    kept = solution.kept
-    gammas, lambdas = solution.derivatives
+    spectrum, kept, (gammas, lambdas) = along.spectrum, along.kept, along.derivatives
     gamma, curvature = gammas.mean(0), lambdas.mean(0)
-    slopes = torch.where(spectrum.live, spectrum.slopes.mT @ problem.shares, 0)
-    square = slopes.square().sum()
-    square = square + spectrum.lift(stray(spectrum, problem.shares)).square().sum()
+    square = along.columns.combine(problem.shares[None]).square().sum()
     inside = torch.where(kept.live, gamma, 0).square().sum()
     c = solution.coefficients
     info = NewtonInfo(
@@ -314,7 +281,7 @@ def _info(problem: Problem, spectrum: Spectrum, solution: Solution) -> NewtonInf
         coefficients=c,
         predicted_decrease=-c * (gamma + curvature * c / 2),
         gradient_norm=square.sqrt(),
-        gradient_share=torch.where(square > 0, inside / square, 1),
+        gradient_share=torch.where(square > 0, inside / square, 1).clamp(max=1),
         rank=spectrum.live.sum(),
     )
     cast = (x if x.dtype == torch.int64 else x.to(problem.dtype) for x in info)

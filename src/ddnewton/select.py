@@ -90,7 +90,7 @@ class Directions(NamedTuple):
 
     evals: Float[Tensor, " k"]
     evecs: Float[Tensor, "i k"]
-    slopes: Float[Tensor, "i k"]
+    slopes: Float[Tensor, "a k"]
     span: Float[Tensor, "j k"]
     live: Bool[Tensor, " k"]
     rest: Bool[Tensor, " r"]

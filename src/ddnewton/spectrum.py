@@ -9,7 +9,8 @@ eigenvectors each gives the other:
 What a direction has to do with a single column is its slope along it, a_iᵀ e = √λ u_i / √w_i:
 slopes and curvatures of every sample follow from it (`ddnewton.derivatives`). A column whose
 weight is so small that K does not resolve it, on a sample the net is certain of, say, counts for
-the gradient but not for the curvature; its slopes are the inner products AᵀA √w u / √λ.
+the gradient but not for the curvature; its slopes are the inner products AᵀA √w u / √λ. So are
+those of the columns that never had a weight: parts of the gradient, counted after the others.
 """
 
 from __future__ import annotations
@@ -37,35 +38,36 @@ LARGE, FEW = 256, 8
 class Spectrum(NamedTuple):
     """Eigenpairs, in float64 and ascending: all NM eigenvalues, the last r = min(NM, D) directions.
 
-    A direction is written in coordinates j, weights of the columns on the Gram side and
-    parameters on the other; ``lift`` turns coordinates into parameters. One that is not ``live``
-    has no eigenvalue beyond rounding. If that is the rounding of the decomposition, not of the
-    columns, the direction is ``faint``: of its curvature nothing is known but that it is as good
-    as zero, while the slope along it, the root of the curvature, may be large enough to matter.
+    Columns count those NM of the curvature, i, or, a, all of them. A direction is written in
+    coordinates j: weights of the columns on the Gram side, parameters on the other; ``lift`` turns
+    coordinates into parameters. One that is not ``live`` has no eigenvalue beyond rounding. If that
+    is the rounding of the decomposition, not of the columns, the direction is ``faint``: of its
+    curvature nothing is known but that it is as good as zero, while the slope along it, the root of
+    the curvature, may be large enough to matter.
     """
 
     evals: Float[Tensor, " i"]
     evecs: Float[Tensor, "i r"]  # u_k
-    slopes: Float[Tensor, "i r"]  # a_iᵀ e_k
+    slopes: Float[Tensor, "a r"]  # a_iᵀ e_k
     span: Float[Tensor, "j r"]  # e_k
     live: Bool[Tensor, " r"]
     faint: Bool[Tensor, " r"]
-    resolved: Bool[Tensor, " i"]  # the columns that count for the curvature
+    resolved: Bool[Tensor, " a"]  # the columns that count for the curvature
     rounding: Float[Tensor, ""]  # of the decomposition: eigenvalues below it are not known
     sizes: Float[Tensor, " i"]  # ‖a_i‖
-    stray: Callable[[Float[Tensor, " i"]], Float[Tensor, " j"]]  # Σ z_i a_i off the live directions
-    lift: Callable[[Float[Tensor, " j"]], Float[Tensor, " d"]]
+    stray: Callable[[Float[Tensor, " a"]], Float[Tensor, " j"]]  # Σ z_i a_i off the live directions
+    lift: Callable[[Float[Tensor, "k j"]], Float[Tensor, "k d"]]
 
 
 def decompose(
     columns: Columns,
     weights: Float[Tensor, " i"],
-    matrix: Float[Tensor, "side side"],
+    matrix: Float[Tensor, "side side2"],
     leading: int | None = None,
 ) -> Spectrum:
-    """Return the eigenpairs of A diag(w) Aᵀ, given `small_matrix`; the leading ones if so many do.
+    """Return the eigenpairs of A diag(w) Aᵀ, given its small matrix.
 
-    The leading ones alone are half the work, or less.
+    Where the leading ones will do, they alone are half the work, or less.
     """
     if not is_gram(matrix, weights):
         return _parameter_side(columns, weights, matrix)
@@ -73,25 +75,28 @@ def decompose(
 
 
 def _gram_side(
-    columns: Columns, weights: Float[Tensor, " i"], inner: Float[Tensor, "i i"], leading: int | None
+    columns: Columns, weights: Float[Tensor, " i"], inner: Float[Tensor, "a i"], leading: int | None
 ) -> Spectrum:
-    sizes = inner.diagonal().sqrt()
-    diagonal = weights * inner.diagonal()
-    resolved = _resolved(diagonal)
-    root = torch.where(resolved, weights, 0).sqrt()
-    evals, evecs = _eigh((root[:, None] * inner).mul_(root), leading)
-    live, faint, rounding = _judge(evals, evecs, diagonal, columns, inner.shape[0])
+    i, others = weights.shape[0], (0, inner.shape[0] - weights.shape[0])
+    lengths = inner.diagonal()
+    diagonal = weights * lengths
+    curved = _resolved(diagonal)
+    root = torch.where(curved, weights, 0).sqrt()
+    evals, evecs = _eigh((root[:, None] * inner[:i]).mul_(root), leading)
+    live, faint, rounding = _judge(evals, evecs, diagonal, columns, i)
     scale = torch.where(live, evals, 1).sqrt()
-    span = torch.where(live, root[:, None] * evecs / scale, 0)
+    own = torch.where(live, root[:, None] * evecs / scale, 0)
     # Dividing by √w keeps all digits where the column is resolved, multiplying by AᵀA does not.
-    slopes = torch.where(live, scale * evecs, 0) / torch.where(resolved, root, 1)[:, None]
-    if possibly(~resolved):
-        slopes = torch.where(resolved[:, None], slopes, inner @ span)
+    slopes = torch.where(live, scale * evecs, 0) / torch.where(curved, root, 1)[:, None]
+    if possibly(~curved):
+        slopes = torch.where(curved[:, None], slopes, inner[:i] @ own)
+    slopes = torch.cat([slopes, inner[i:] @ own])
+    span, resolved = F.pad(own, (0, 0, *others)), F.pad(curved, others)
 
-    def stray(z: Float[Tensor, " i"]) -> Float[Tensor, " i"]:
+    def stray(z: Float[Tensor, " a"]) -> Float[Tensor, " a"]:
         flat = torch.where(resolved, 0, z)
-        along = torch.where(faint, evecs.mT @ torch.where(resolved, z / root, 0), 0)
-        part: Tensor = flat - span @ (slopes.mT @ flat) + root * (evecs @ along)
+        along = torch.where(faint, evecs.mT @ torch.where(curved, z[:i] / root, 0), 0)
+        part: Tensor = flat - span @ (slopes.mT @ flat) + F.pad(root * (evecs @ along), others)
         return part
 
     return Spectrum(
@@ -103,7 +108,7 @@ def _gram_side(
         faint=faint,
         resolved=resolved,
         rounding=rounding,
-        sizes=sizes,
+        sizes=lengths.sqrt(),
         stray=stray,
         lift=columns.combine,
     )
@@ -113,13 +118,14 @@ def _parameter_side(
     columns: Columns, weights: Float[Tensor, " i"], ggn: Float[Tensor, "d d"]
 ) -> Spectrum:
     evals, span = torch.linalg.eigh(ggn)
-    slopes = columns.project(span)
-    sizes = slopes.square().sum(1).sqrt()
-    diagonal = weights * sizes.square()
-    resolved = _resolved(diagonal)
-    root = torch.where(resolved, weights, 0).sqrt()
-    evecs: Tensor = F.normalize(root[:, None] * slopes, dim=0)
+    i, slopes = weights.shape[0], columns.project(span)
+    lengths = slopes[:i].square().sum(1)
+    diagonal = weights * lengths
+    curved = _resolved(diagonal)
+    root = torch.where(curved, weights, 0).sqrt()
+    evecs: Tensor = F.normalize(root[:, None] * slopes[:i], dim=0)
     live, faint, rounding = _judge(evals, evecs, diagonal, columns, ggn.shape[0])
+    resolved = F.pad(curved, (0, slopes.shape[0] - i))
     slopes = torch.where(live | faint | ~resolved[:, None], slopes, 0)
 
     def stray(z: Float[Tensor, " i"]) -> Float[Tensor, " d"]:
@@ -127,7 +133,7 @@ def _parameter_side(
         return part
 
     return Spectrum(
-        evals=F.pad(evals.clamp(min=0), (weights.shape[0] - evals.shape[0], 0)),
+        evals=F.pad(evals.clamp(min=0), (i - evals.shape[0], 0)),
         evecs=evecs,
         slopes=slopes,
         span=span,
@@ -135,10 +141,23 @@ def _parameter_side(
         faint=faint,
         resolved=resolved,
         rounding=rounding,
-        sizes=sizes,
+        sizes=lengths.sqrt(),
         stray=stray,
         lift=lambda coordinates: coordinates,
     )
+
+
+def eigenvalues(
+    weights: Float[Tensor, " i"], matrix: Float[Tensor, "side side2"]
+) -> Float[Tensor, " i"]:
+    """Return all eigenvalues of A diag(w) Aᵀ, ascending, given its small matrix."""
+    i = weights.shape[0]
+    if is_gram(matrix, weights):
+        root = weights.sqrt()
+        matrix = (root[:, None] * matrix[:i]).mul_(root)
+    evals = torch.linalg.eigvalsh(matrix).clamp(min=0)
+    padded: Tensor = F.pad(evals, (i - evals.shape[0], 0))
+    return padded
 
 
 def _eigh(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,18 @@ def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
     return [(keystr(path), leaf) for path, leaf in leaves]
 
 
+def leaf_paths(tree: PyTree) -> list[str]:
+    """Return the path of every leaf, keys joined by dots as in ``named_parameters``."""
+    leaves, _ = tree_flatten_with_path(tree)
+    return [".".join(map(_key, path)) for path, _ in leaves]
+
+
+def _key(entry: Any) -> str:
+    """Return the key of a dict, the index of a sequence, or the name of a field."""
+    found = (getattr(entry, kind) for kind in ("key", "idx", "name") if hasattr(entry, kind))
+    return str(next(found, entry))
+
+
 def sample_count(X: PyTree) -> int:
     """Return the length of axis 0 of the first leaf."""
     return int(tree_leaves(X)[0].shape[0])
@@ -36,7 +48,7 @@ def parameter_count(params: PyTree) -> int:
     return sum(leaf.numel() for leaf in tree_leaves(params))
 
 
-def take(X: PyTree, samples: slice) -> PyTree:
+def take(X: PyTree, samples: slice | Tensor) -> PyTree:
     """Return the samples of a batch."""
     return tree_map(lambda x: x[samples], X)
 
@@ -62,12 +74,24 @@ def as_batch(x: PyTree) -> PyTree:
     return tree_map(lambda leaf: leaf[None], x)
 
 
-def unflatten(flat: Float[Tensor, " d"], like: PyTree) -> PyTree:
-    """Cut a vector into the leaves of a tree, each with the leaf's shape, dtype and device."""
+def unflatten(
+    flat: Sequence[Float[Tensor, "*k _"]], blocks: Sequence[Sequence[int]], like: PyTree
+) -> PyTree:
+    """Cut vectors into the leaves of a tree, each with the leaf's shape, dtype and device.
+
+    A block of leaves has a vector, or several of them along axes in front; leaves in no block are
+    zero.
+    """
     leaves, spec = tree_flatten(like)
-    pieces = flat.split([leaf.numel() for leaf in leaves])
+    axes = flat[0].shape[:-1]
+    found: dict[int, Tensor] = {}
+    for vector, block in zip(flat, blocks, strict=True):
+        parts = vector.split([leaves[i].numel() for i in block], -1)
+        found |= dict(zip(block, parts, strict=True))
     cast = [
-        piece.reshape(leaf.shape).to(dtype=leaf.dtype, device=leaf.device)
-        for piece, leaf in zip(pieces, leaves, strict=True)
+        found[i].reshape((*axes, *leaf.shape)).to(dtype=leaf.dtype, device=leaf.device)
+        if i in found
+        else leaf.new_zeros((*axes, *leaf.shape))
+        for i, leaf in enumerate(leaves)
     ]
     return tree_unflatten(cast, spec)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -21,3 +21,6 @@ DampingRule: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 Select: TypeAlias = Callable[[Tensor], Tensor | Sequence[int]]
 """``select(evals)``: which of the ascending eigenvalues, as indices or as a mask."""
+
+GramWay: TypeAlias = Literal["auto", "structured", "dense"]
+"""How the Gram matrix is formed."""

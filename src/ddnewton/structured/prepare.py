@@ -161,8 +161,8 @@ def _pulled_back(program: Program, visited: Visit) -> Float[Tensor, " d"]:
     outputs = visited.outputs
     n = outputs.shape[0]
     factors = visited.pullback(ramp(outputs).reshape(n, -1, 1))
-    weights = torch.ones(n, 1, dtype=torch.float64, device=outputs.device)
-    pieces = [part for factor in factors for part in combined(factor, weights)]
+    weights = torch.ones(1, n, 1, dtype=torch.float64, device=outputs.device)
+    pieces = [part[0] for factor in factors for part in combined(factor, weights)]
     return in_order(torch.cat(pieces), program.order)
 
 

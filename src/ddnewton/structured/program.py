@@ -6,7 +6,9 @@ differentiated directly, one copy a sample, in the same pullback.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +67,7 @@ class Program(NamedTuple):
     sums: Sequence[Sum]
     direct: Sequence[int]
     paths: Sequence[Path]
+    pieces: Sequence[Sequence[tuple[int, int]]]  # the leaf and size of every factor's pieces
     order: Int[Tensor, " d"] | None  # where the parameters are among the entries; None: in order
 
 
@@ -102,6 +105,7 @@ def compile_program(
         for number, mine in overlapping
     ]
     shapes = [site.meta[SHAPE] for site in sites]
+    whole = [*(each.leaf for each in sums), *direct]
     return Program(
         graph=_probed(graph, sites, others),
         sites=shapes,
@@ -110,7 +114,8 @@ def compile_program(
         sums=sums,
         direct=direct,
         paths=paths,
-        order=_order(layers, sizes, [*(each.leaf for each in sums), *direct], leaves[0].device),
+        pieces=[*(_pieces(layer, sizes) for layer in layers), *([(i, sizes[i])] for i in whole)],
+        order=_order(layers, sizes, whole, leaves[0].device),
     )
 
 
@@ -128,6 +133,12 @@ def _numbered(pair: Sequence[Found], sites: list[Node], others: list[Node]) -> L
     ]
     positions = sum(layout(use)[1].shape[-1] for use in pair[0].uses)
     return Layer([layer.entries for layer in pair], parts, positions)
+
+
+def _pieces(layer: Layer, sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Return of which leaf the pieces of a layer are, and how many entries of it."""
+    ends = list(accumulate(sizes))
+    return [(bisect_right(ends, int(index.min())), index.numel()) for index in layer.indices]
 
 
 def _order(

@@ -26,8 +26,19 @@ class Visit(NamedTuple):
     pullback: Callable[[Float[Tensor, "n c m"]], list[Factor]]
 
 
+def run(
+    program: Program, leaves: Sequence[Tensor], samples: Sequence[Tensor]
+) -> Float[Tensor, "n ..."]:
+    """Return the model's outputs, to be differentiated as one likes."""
+    n = samples[0].shape[0]
+    probes = [leaves[0].new_zeros(()).expand(n, *shape) for shape in program.sites]
+    mapped = (*(None for _ in leaves), *(0 for _ in (*samples, *probes)))
+    outputs: Tensor = vmap(program.graph.forward, mapped)(*leaves, *samples, *probes)[0]
+    return outputs
+
+
 def visit(program: Program, leaves: Sequence[Tensor], samples: Sequence[Tensor]) -> Visit:
-    """Run the model once, on all samples."""
+    """Run the model once, on all samples, ready to be pulled back."""
     n = samples[0].shape[0]
     zero = leaves[0].new_zeros(())
     probes = [zero.expand(n, *shape) for shape in program.sites]

@@ -1,0 +1,264 @@
+r"""The curvature itself: eigenvalues, eigenvectors, and derivatives along them.
+
+Source: Dangel, Tatzel, Hennig, "ViViT: Curvature access through the generalized Gauss-Newton's
+low-rank structure", TMLR 2022, arXiv 2106.02624, whose four computations these and `newton_step`
+are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ddnewton.criteria import AnyCriterion
+from ddnewton.derivatives import Derivatives
+from ddnewton.directions import Along, directions_of
+from ddnewton.errors import public
+from ddnewton.gram import products
+from ddnewton.groups import Group
+from ddnewton.problem import Options, opened, systems_of
+from ddnewton.samples import Indices
+from ddnewton.spectrum import eigenvalues
+from ddnewton.trees import unflatten
+from ddnewton.types import GramWay, ModelFn, PyTree, Select
+
+T = TypeVar("T")
+
+
+@public
+@torch.no_grad()
+def ggn_eigvalsh(
+    model_fn: ModelFn,
+    params: PyTree,
+    X: PyTree,
+    y: PyTree,
+    criterion: AnyCriterion,
+    *,
+    groups: Sequence[Group] | None = None,
+    subsampling_ggn: Indices | None = None,
+    gram: GramWay = "auto",
+    chunk_size: int | None = None,
+) -> Float[Tensor, " i"] | Any:
+    r"""Return the eigenvalues of the generalized Gauss-Newton matrix, ascending.
+
+    .. math:: G = \frac{1}{N} \sum_n J_n^\top \nabla^2 \ell_n J_n = V V^\top
+
+    They are those of the Gram matrix VᵀV, as many as V has columns: NM. All others of the D that G
+    has are zero; where NM > D, so are the first NM − D of these. Arguments, and what is raised, as
+    for `ddnewton.newton_step`.
+
+    Returns
+    -------
+    Tensor
+        [NM], in the dtype of the outputs; with ``groups`` a tuple, one tensor for each.
+
+    Examples
+    --------
+    >>> import torch
+    >>> line = lambda p, x: p["slope"] * x + p["offset"]
+    >>> zero = {"slope": torch.zeros(1), "offset": torch.zeros(1)}
+    >>> x = torch.tensor([[0.0], [1.0], [2.0]])
+    >>> ggn_eigvalsh(line, zero, x, 3 * x + 1, torch.nn.MSELoss())
+    tensor([0.0000, 0.5585, 4.7749])
+    """
+    options = Options(
+        groups=groups, subsampling_ggn=subsampling_ggn, gram=gram, chunk_size=chunk_size
+    )
+    with opened(model_fn, params, X, y, criterion, options, gradient=False) as problem:
+        _, systems = systems_of(problem._replace(precisely=None))
+        evals = [eigenvalues(system.weights, system.matrix) for system in systems]
+    return _grouped([each.to(problem.dtype) for each in evals], groups)
+
+
+@public
+@torch.no_grad()
+def ggn_eigh(
+    model_fn: ModelFn,
+    params: PyTree,
+    X: PyTree,
+    y: PyTree,
+    criterion: AnyCriterion,
+    *,
+    select: Select | None = None,
+    groups: Sequence[Group] | None = None,
+    subsampling_ggn: Indices | None = None,
+    gram: GramWay = "auto",
+    chunk_size: int | None = None,
+) -> tuple[Float[Tensor, " k"], PyTree] | Any:
+    r"""Return eigenvalues of the generalized Gauss-Newton matrix, and their eigenvectors.
+
+    .. math:: G e_k = \lambda_k e_k, \qquad e_k^\top e_l = \delta_{kl}
+
+    Arguments, and what is raised, as for `ddnewton.newton_step`. K vectors take K times the memory
+    of the parameters, so say which with ``select``; None means all above the rank tolerance.
+
+    Returns
+    -------
+    tuple
+        ``evals`` [K], in the order of ``select``, else ascending, and ``evecs``: a pytree like
+        ``params`` whose leaves have K in front, orthonormal over all leaves together. An eigenvalue
+        below the rank tolerance has no vector that the batch determines: it is zero. With
+        ``groups`` a tuple of such pairs; the vectors of a group are zero outside it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ddnewton import top_k
+    >>> line = lambda p, x: p["slope"] * x + p["offset"]
+    >>> zero = {"slope": torch.zeros(1), "offset": torch.zeros(1)}
+    >>> x = torch.tensor([[0.0], [1.0], [2.0]])
+    >>> evals, evecs = ggn_eigh(line, zero, x, 3 * x + 1, torch.nn.MSELoss(), select=top_k(1))
+    >>> evals, {name: e.abs() for name, e in evecs.items()}
+    (tensor([4.7749]), {'slope': tensor([[0.8112]]), 'offset': tensor([[0.5847]])})
+    """
+    options = Options(
+        select=select,
+        groups=groups,
+        subsampling_ggn=subsampling_ggn,
+        gram=gram,
+        chunk_size=chunk_size,
+    )
+    with opened(model_fn, params, X, y, criterion, options, gradient=False) as columns:
+        problem, systems = systems_of(columns)
+        found = directions_of(problem, systems, few=True)
+        evals = [each.kept.evals.to(problem.dtype) for each in found]
+        evecs = [unflatten([_vectors(each)], [each.block.leaves], params) for each in found]
+    return _grouped(list(zip(evals, evecs, strict=True)), groups)
+
+
+@public
+@torch.no_grad()
+def directional_derivatives(
+    model_fn: ModelFn,
+    params: PyTree,
+    X: PyTree,
+    y: PyTree,
+    criterion: AnyCriterion,
+    *,
+    select: Select | None = None,
+    groups: Sequence[Group] | None = None,
+    subsampling_grad: Indices | None = None,
+    subsampling_ggn: Indices | None = None,
+    subsampling_curvature: Indices | None = None,
+    gram: GramWay = "auto",
+    chunk_size: int | None = None,
+) -> Derivatives | Any:
+    r"""Return slopes and curvatures of every sample's loss along eigenvectors of the GGN.
+
+    .. math::
+
+        \gamma_{nk} = e_k^\top \nabla \ell_n, \qquad
+        \lambda_{nk} = e_k^\top J_n^\top \nabla^2 \ell_n J_n e_k
+
+    Their means over the samples are the slope of the loss along e_k and, over the samples that
+    G is made of, the eigenvalue. Arguments, and what is raised, as for `ddnewton.newton_step`.
+    No gradient and no eigenvector is formed for it.
+
+    Returns
+    -------
+    Derivatives
+        A pair: ``gammas`` [N, K], a row for every sample of ``subsampling_grad``, and ``lambdas``
+        [N, K], a row for every sample of ``subsampling_curvature``, or else of
+        ``subsampling_ggn``. The sign of a direction, and so of its column of γ, is arbitrary. With
+        ``groups`` a tuple of such pairs.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ddnewton import top_k
+    >>> line = lambda p, x: p["slope"] * x + p["offset"]
+    >>> zero = {"slope": torch.zeros(1), "offset": torch.zeros(1)}
+    >>> x = torch.tensor([[0.0], [1.0], [2.0]])
+    >>> loss = torch.nn.MSELoss()
+    >>> gammas, lambdas = directional_derivatives(line, zero, x, 3 * x + 1, loss, select=top_k(1))
+    >>> lambdas[:, 0], lambdas.mean()
+    (tensor([0.6838, 3.8974, 9.7434]), tensor(4.7749))
+    """
+    options = Options(
+        select=select,
+        groups=groups,
+        subsampling_grad=subsampling_grad,
+        subsampling_ggn=subsampling_ggn,
+        subsampling_curvature=subsampling_curvature,
+        gram=gram,
+        chunk_size=chunk_size,
+    )
+    with opened(model_fn, params, X, y, criterion, options) as columns:
+        problem, systems = systems_of(columns)
+        found = directions_of(problem, systems, few=True)
+        pairs = [Derivatives(*(x.to(problem.dtype) for x in each.derivatives)) for each in found]
+    return _grouped(pairs, groups)
+
+
+@public
+@torch.no_grad()
+def gram_matrix(
+    model_fn: ModelFn,
+    params: PyTree,
+    X: PyTree,
+    y: PyTree,
+    criterion: AnyCriterion,
+    *,
+    groups: Sequence[Group] | None = None,
+    subsampling_ggn: Indices | None = None,
+    gram: GramWay = "auto",
+    chunk_size: int | None = None,
+) -> Float[Tensor, "i i"] | Any:
+    r"""Return the Gram matrix VᵀV, which has the nonzero eigenvalues of the GGN VVᵀ.
+
+    .. math:: V_{:, nm} = J_n^\top s_{nm} / \sqrt N, \qquad
+        \nabla^2 \ell_n = \sum_m s_{nm} s_{nm}^\top
+
+    Arguments, and what is raised, as for `ddnewton.newton_step`.
+
+    Returns
+    -------
+    Tensor
+        [NM, NM], in the dtype of the outputs, rows and columns by m·N + n. M is the number of
+        columns of a sample: the number of outputs, for cross-entropy one less. With ``groups`` a
+        tuple, one matrix for each.
+
+    Examples
+    --------
+    >>> import torch
+    >>> line = lambda p, x: p["slope"] * x + p["offset"]
+    >>> zero = {"slope": torch.zeros(1), "offset": torch.zeros(1)}
+    >>> x = torch.tensor([[0.0], [1.0], [2.0]])
+    >>> gram_matrix(line, zero, x, 3 * x + 1, torch.nn.MSELoss())
+    tensor([[0.6667, 0.6667, 0.6667],
+            [0.6667, 1.3333, 2.0000],
+            [0.6667, 2.0000, 3.3333]])
+    """
+    options = Options(
+        groups=groups, subsampling_ggn=subsampling_ggn, gram=gram, chunk_size=chunk_size
+    )
+    with opened(model_fn, params, X, y, criterion, options, gradient=False) as problem:
+        columns, root = problem.columns[0], problem.weights.sqrt()
+        inner = products(columns, columns, [block.leaves for block in problem.blocks])
+    return _grouped([(root[:, None] * each * root).to(problem.dtype) for each in inner], groups)
+
+
+def _grouped(results: Sequence[T], groups: Sequence[Group] | None) -> T | tuple[T, ...]:
+    """Return one result of every group, or that of all parameters alone."""
+    return results[0] if groups is None else tuple(results)
+
+
+def _vectors(along: Along) -> Float[Tensor, "k d"]:
+    """Return the directions as vectors, orthonormal to the last digit.
+
+    Vectors made of columns are so up to the rounding of λ_max beside their eigenvalue. What is left
+    is taken out by Gram and Schmidt's process, from the largest eigenvalue down: it leaves those
+    that are known best as they are.
+    """
+    kept, vectors = along.kept, along.spectrum.lift(along.kept.span.mT)
+    order = kept.evals.argsort(descending=True)
+    place = order.argsort()
+    overlaps = vectors @ vectors.mT + torch.diag_embed((~kept.live).to(vectors))
+    factor = torch.linalg.cholesky(overlaps[order][:, order])
+    identity = torch.eye(len(order), dtype=factor.dtype, device=factor.device)
+    inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return inverse[place][:, place] @ vectors

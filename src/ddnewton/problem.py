@@ -1,0 +1,209 @@
+"""From the arguments of a call to the Gauss-Newton matrices of its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ddnewton.checks import check_batch, check_functions, check_options, check_params
+from ddnewton.criteria import AnyCriterion, Expansion, Loss, as_loss, expand_batch
+from ddnewton.gram import Columns, columns_of, is_gram, small_matrices
+from ddnewton.groups import Block, Group, blocks_of
+from ddnewton.jacobians import Jacobian
+from ddnewton.linearization import Linearization, linearized
+from ddnewton.samples import Indices, Samples, indices, rows_among
+from ddnewton.transforms import surely
+from ddnewton.types import DampingRule, ModelFn, PyTree, Select
+
+RESOLUTION = 1e4
+"""From the largest curvature down to which ratio float32 is enough."""
+
+
+class Options(NamedTuple):
+    """What a call says besides the model, the batch and the criterion."""
+
+    damping: float | Tensor | DampingRule = 0.0
+    select: Select | None = None
+    complement: float | None = None
+    groups: Sequence[Group] | None = None
+    subsampling_grad: Indices | None = None
+    subsampling_ggn: Indices | None = None
+    subsampling_curvature: Indices | None = None
+    gram: str = "auto"
+    chunk_size: int | None = None
+
+
+class Unseen(NamedTuple):
+    """Samples whose curvature is asked for along directions of others."""
+
+    samples: Int[Tensor, " n"]
+    basis: Float[Tensor, "n c m"]
+    curvatures: Float[Tensor, "m n"]
+
+
+class Problem(NamedTuple):
+    """The loss to second order on a batch: its values and factors per sample, and the columns.
+
+    Columns are counted as those of the curvature, i, or together with the gradient's own, a. Where
+    the model could be known to more digits, at twice the cost, ``precisely`` has them.
+    """
+
+    dtype: torch.dtype
+    values: Float[Tensor, " n"]
+    slopes: Float[Tensor, "m n2"]  # z, of the samples that give the directions
+    curvatures: Float[Tensor, "m n2"]  # h
+    weights: Float[Tensor, " i"]  # h / N: a matrix is A diag(w) Aᵀ
+    shares: Float[Tensor, " a"]  # z / N: the gradient is A z / N
+    rows: tuple[Tensor | None, Tensor | None]  # of the samples asked for among γ, and among λ
+    unseen: Unseen | None
+    columns: Sequence[Jacobian]
+    blocks: Sequence[Block]
+    model: Linearization
+    precisely: Callable[[], Problem] | None
+
+
+class System(NamedTuple):
+    """The Gauss-Newton matrix A diag(w) Aᵀ of a block: the products of A, w, the smaller side."""
+
+    columns: Columns
+    weights: Float[Tensor, " i"]
+    matrix: Float[Tensor, "side side2"]
+
+
+@contextmanager
+def opened(
+    model_fn: ModelFn,
+    params: PyTree,
+    X: PyTree,
+    y: PyTree,
+    criterion: AnyCriterion,
+    options: Options,
+    *,
+    gradient: bool = True,
+) -> Iterator[Problem]:
+    """Check the arguments, and go down from the batch to the columns.
+
+    Columns of the gradient's own are left out where nobody asks for the gradient.
+    """
+    check_functions(model_fn, options.select)
+    check_options(options.damping, options.complement, options.gram, options.chunk_size)
+    check_params(params)
+    check_batch(X=X, y=y)
+    blocks = blocks_of(options.groups, params, options.select, options.damping)
+    first = tree_leaves(X)[0]
+    n, device = first.shape[0], first.device
+    samples = Samples(
+        slopes=indices("subsampling_grad", options.subsampling_grad, n, device),
+        directions=indices("subsampling_ggn", options.subsampling_ggn, n, device),
+        curvatures=indices("subsampling_curvature", options.subsampling_curvature, n, device),
+    )
+    loss = as_loss(criterion)
+    with linearized(model_fn, params, X, options.gram, options.chunk_size) as model:
+        yield _expanded(model, loss, y, blocks, samples, gradient)
+
+
+def systems_of(problem: Problem) -> tuple[Problem, list[System]]:
+    """Return the Gauss-Newton matrices of the blocks, on more digits where dampings need them."""
+    systems = _systems(problem)
+    if problem.precisely is not None and any(map(_unresolved, problem.blocks, systems)):
+        problem = problem.precisely()
+        systems = _systems(problem)
+    return problem, systems
+
+
+def _expanded(
+    model: Linearization,
+    loss: Loss,
+    y: PyTree,
+    blocks: Sequence[Block],
+    samples: Samples,
+    gradient: bool,
+) -> Problem:
+    """Expand the loss around the outputs, and pull it back to the parameters."""
+    every = expand_batch(loss, model.outputs, model.precise, y)
+    mine = _of(every, samples.directions)
+    n, count = len(every.value), len(mine.value)
+    columns = [model.jacobian(mine.basis, samples.directions)]
+    shares, rows, rows_of_curvature, unseen = mine.slopes.T.reshape(-1) / n, None, None, None
+    if gradient:
+        shares, rows, others = _gradient(every, mine, samples)
+        if others is not None:
+            slopes = torch.einsum("ncm,nm->nc", every.basis, every.slopes) + every.rest.sum(2)
+            everyone = samples.slopes is None and len(others) == n
+            columns.append(model.jacobian(slopes[others, :, None], None if everyone else others))
+    if samples.curvatures is not None:
+        rows_of_curvature, new = rows_among(samples.curvatures, samples.directions, n)
+        if new is not None:
+            held = _of(every, new)
+            unseen = Unseen(new, held.basis, held.curvatures.T)
+    again = partial(_expanded, loss=loss, y=y, blocks=blocks, samples=samples, gradient=gradient)
+    precisely = model.precisely
+    return Problem(
+        dtype=torch.promote_types(model.outputs.dtype, torch.float32),
+        values=every.value,
+        slopes=mine.slopes.T,
+        curvatures=mine.curvatures.T,
+        weights=mine.curvatures.T.reshape(-1) / count,  # the mean's 1/N
+        shares=shares,
+        rows=(rows, rows_of_curvature),
+        unseen=unseen,
+        columns=columns,
+        blocks=blocks,
+        model=model,
+        precisely=None if precisely is None else lambda: again(precisely()),
+    )
+
+
+def _of(expansion: Expansion, samples: Int[Tensor, " _"] | None) -> Expansion:
+    """Return the expansions of some samples."""
+    return expansion if samples is None else Expansion(*(part[samples] for part in expansion))
+
+
+def _gradient(
+    every: Expansion, mine: Expansion, samples: Samples
+) -> tuple[Float[Tensor, " a"], Int[Tensor, " _"] | None, Int[Tensor, " _"] | None]:
+    """Return the columns' shares in the gradient, rows of samples, and which have own columns."""
+    n, count = len(every.value), len(mine.value)
+    chosen, device = samples.slopes, mine.value.device
+    if every.rest.shape[2] == 0:
+        rows, others = rows_among(chosen, samples.directions, n)
+    else:  # the curvature's columns say nothing of the gradient
+        others = torch.arange(n, device=device) if chosen is None else chosen
+        rows = torch.arange(count, count + len(others), device=device)
+    slopes = mine.slopes.T
+    if rows is not None:
+        slopes = slopes * slopes.new_zeros(count).index_fill(0, rows[rows < count], 1)
+    shares = slopes.reshape(-1)
+    if others is not None:
+        shares = torch.cat([shares, shares.new_ones(len(others))])
+    return shares / (n if chosen is None else len(chosen)), rows, others
+
+
+def _systems(problem: Problem) -> list[System]:
+    leaves = [block.leaves for block in problem.blocks]
+    matrices = small_matrices(problem.columns, leaves, problem.weights)
+    return [
+        System(columns_of(problem.columns, block), problem.weights, matrix)
+        for block, matrix in zip(leaves, matrices, strict=True)
+    ]
+
+
+def _unresolved(block: Block, system: System) -> bool:
+    """Return whether the curvatures that count are lost in the rounding of float32.
+
+    They do down to δ where all directions do, and down to none with a rule.
+    """
+    if block.select is not None:
+        return False
+    smallest = 0.0 if callable(block.damping) else block.damping
+    diagonal = system.matrix.diagonal()
+    if is_gram(system.matrix, system.weights):
+        diagonal = system.weights * diagonal
+    return surely(~torch.as_tensor(smallest * RESOLUTION >= diagonal.sum()))

@@ -1,0 +1,110 @@
+"""Columns of samples that the directions have not seen: their slopes along them.
+
+For few directions these are pushed forward, K products J_n e_k for all columns of a sample; for
+many, the columns are pulled back, and multiplied with those that the directions are made of.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import jvp, vmap
+
+from ddnewton.gram import columns_of, combine, is_gram, products
+from ddnewton.linearization import Linearization
+from ddnewton.precision import ramp
+from ddnewton.problem import Problem, System, Unseen
+from ddnewton.select import Directions
+from ddnewton.spectrum import Spectrum
+from ddnewton.transforms import bare
+from ddnewton.trees import unflatten
+
+logger = logging.getLogger(__name__)
+
+PULLBACKS = 4
+"""How many pullbacks of a column, without the weights' part, a direction costs: it is lifted, and
+pushed through two products a layer (measured on an MLP, a convolutional net and a transformer)."""
+
+TOGETHER = 2**20
+"""How many numbers a direction, or the outputs along it, may have to be pushed with others."""
+
+
+def unseen_slopes(
+    problem: Problem,
+    unseen: Unseen,
+    systems: Sequence[System],
+    spectra: Sequence[Spectrum],
+    kept: Sequence[Directions],
+) -> list[Float[Tensor, "i k"]]:
+    """Return a_iᵀ e_k of the unseen samples' columns, for every block along its directions."""
+    count = sum(each.span.shape[1] for each in kept)
+    if 0 < PULLBACKS * count <= unseen.basis.shape[2]:
+        try:
+            return _pushed(problem, unseen, spectra, kept)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as reason:  # noqa: BLE001 - a model need not have a forward mode
+            logger.info("directions are not pushed forward: %s", reason)
+    return _multiplied(problem, unseen, systems, kept)
+
+
+def _pushed(
+    problem: Problem, unseen: Unseen, spectra: Sequence[Spectrum], kept: Sequence[Directions]
+) -> list[Float[Tensor, "i k"]]:
+    """Push the directions of all blocks forward, some at once."""
+    model, leaves = problem.model, tuple(problem.model.leaves)
+    trees = [
+        unflatten([spectrum.lift(each.span.mT)], [block.leaves], list(leaves))
+        for block, spectrum, each in zip(problem.blocks, spectra, kept, strict=True)
+    ]
+    directions = [torch.cat(parts) for parts in zip(*trees, strict=True)]
+
+    def push(*direction: Tensor) -> Tensor:
+        _, moved, *_ = jvp(lambda *p: model.function(p, unseen.samples), leaves, direction)
+        return torch.as_tensor(moved)
+
+    size = max(sum(leaf.numel() for leaf in leaves), unseen.basis[:, :, 0].numel())
+    moved = vmap(push, chunk_size=max(1, TOGETHER // size))(*directions).flatten(2)
+    _check_adjoint(model, unseen, directions, moved)
+    slopes = torch.einsum("ncm,knc->mnk", unseen.basis, moved.to(unseen.basis)).flatten(0, 1)
+    return list(slopes.split([each.span.shape[1] for each in kept], 1))
+
+
+def _check_adjoint(
+    model: Linearization,
+    unseen: Unseen,
+    directions: Sequence[Float[Tensor, "k ..."]],
+    moved: Float[Tensor, "k n c"],
+) -> None:
+    """Require of a pushforward to be the transpose of the pullback: ⟨v, J e⟩ = ⟨Jᵀv, e⟩."""
+    cotangent = ramp(unseen.basis[:, :, :1])
+    columns = model.jacobian(cotangent, unseen.samples)
+    ones = cotangent.new_ones(1, len(cotangent))
+    (pulled,) = combine([columns], [range(len(directions))], [ones])
+    flat = torch.cat([leaf.flatten(1) for leaf in directions], 1).to(pulled)
+    forward, backward = moved.to(pulled).flatten(1) @ cotangent.flatten(), flat @ pulled[0]
+    scale = pulled.norm() + moved.norm() * cotangent.norm()
+    tolerance = torch.finfo(moved.dtype).eps ** 0.5
+    if not (bare((forward - backward).abs().amax()) <= bare(tolerance * scale)).all():
+        raise ArithmeticError("forward mode and reverse mode differ")
+
+
+def _multiplied(
+    problem: Problem, unseen: Unseen, systems: Sequence[System], kept: Sequence[Directions]
+) -> list[Float[Tensor, "i k"]]:
+    """Pull the columns back, and multiply them with the directions' own."""
+    columns = problem.model.jacobian(unseen.basis, unseen.samples)
+    by_columns = [is_gram(system.matrix, system.weights) for system in systems]
+    leaves = [block.leaves for block in problem.blocks]
+    chosen = [block for block, yes in zip(leaves, by_columns, strict=True) if yes]
+    inner = iter(products(columns, problem.columns[0], chosen) if chosen else [])
+    return [
+        next(inner) @ each.span[: len(problem.weights)]
+        if yes
+        else columns_of([columns], block).project(each.span)
+        for block, yes, each in zip(leaves, by_columns, kept, strict=True)
+    ]
