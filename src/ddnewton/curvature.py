@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ddnewton.criteria import AnyCriterion
 from ddnewton.derivatives import Derivatives
-from ddnewton.directions import Along, directions_of
+from ddnewton.directions import directions_of
 from ddnewton.errors import public
 from ddnewton.gram import products
 from ddnewton.groups import Group
-from ddnewton.problem import Options, opened, systems_of
+from ddnewton.problem import Options, lifted, opened, systems_of
 from ddnewton.samples import Indices
+from ddnewton.select import Directions
 from ddnewton.spectrum import eigenvalues
 from ddnewton.trees import unflatten
 from ddnewton.types import GramWay, ModelFn, PyTree, Select
@@ -126,7 +127,10 @@ def ggn_eigh(
         problem, systems = systems_of(columns)
         found = directions_of(problem, systems, few=True)
         evals = [each.kept.evals.to(problem.dtype) for each in found]
-        evecs = [unflatten([_vectors(each)], [each.block.leaves], params) for each in found]
+        vectors = lifted(problem, systems, [each.kept.span.mT for each in found])
+        leaves = [[block.leaves] for block in problem.blocks]
+        orthonormal = map(_orthonormal, vectors, (each.kept for each in found))
+        evecs = [unflatten([e], own, params) for e, own in zip(orthonormal, leaves, strict=True)]
     return _grouped(list(zip(evals, evecs, strict=True)), groups)
 
 
@@ -247,14 +251,13 @@ def _grouped(results: Sequence[T], groups: Sequence[Group] | None) -> T | tuple[
     return results[0] if groups is None else tuple(results)
 
 
-def _vectors(along: Along) -> Float[Tensor, "k d"]:
-    """Return the directions as vectors, orthonormal to the last digit.
+def _orthonormal(vectors: Float[Tensor, "k d"], kept: Directions) -> Float[Tensor, "k d"]:
+    """Return eigenvectors that are orthonormal to the last digit.
 
     Vectors made of columns are so up to the rounding of λ_max beside their eigenvalue. What is left
     is taken out by Gram and Schmidt's process, from the largest eigenvalue down: it leaves those
     that are known best as they are.
     """
-    kept, vectors = along.kept, along.spectrum.lift(along.kept.span.mT)
     order = kept.evals.argsort(descending=True)
     place = order.argsort()
     overlaps = vectors @ vectors.mT + torch.diag_embed((~kept.live).to(vectors))

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 
 from ddnewton.derivatives import Derivatives, first_derivatives, second_derivatives
-from ddnewton.gram import Columns
 from ddnewton.groups import Block
 from ddnewton.problem import Problem, System
 from ddnewton.select import Directions, Leading, keep
@@ -20,7 +19,6 @@ class Along(NamedTuple):
     """A block with its directions, and what is known along them."""
 
     block: Block
-    columns: Columns
     spectrum: Spectrum
     kept: Directions
     derivatives: Derivatives
@@ -33,15 +31,13 @@ def directions_of(problem: Problem, systems: Sequence[System], *, few: bool = Fa
         leading = block.select.k if few and isinstance(block.select, Leading) else None
         spectra.append(decompose(*system, leading))
         kept.append(keep(spectra[-1], block.select, problem.dtype))
-    derivatives = _derivatives(problem, systems, spectra, kept)
-    columns = [system.columns for system in systems]
-    return list(map(Along, problem.blocks, columns, spectra, kept, derivatives))
+    derivatives = _derivatives(problem, systems, kept)
+    return list(map(Along, problem.blocks, spectra, kept, derivatives))
 
 
 def _derivatives(
     problem: Problem,
     systems: Sequence[System],
-    spectra: Sequence[Spectrum],
     kept: Sequence[Directions],
 ) -> list[Derivatives]:
     """Return the derivatives of the samples asked for, in their order."""
@@ -49,7 +45,7 @@ def _derivatives(
     seen = [each.slopes[: len(problem.weights)] for each in kept]
     lambdas = [second_derivatives(slopes, problem.curvatures) for slopes in seen]
     if problem.unseen is not None:
-        unseen = unseen_slopes(problem, problem.unseen, systems, spectra, kept)
+        unseen = unseen_slopes(problem, problem.unseen, systems, kept)
         further = [second_derivatives(slopes, problem.unseen.curvatures) for slopes in unseen]
         lambdas = [torch.cat(pair) for pair in zip(lambdas, further, strict=True)]
     rows = [slice(None) if row is None else row for row in problem.rows]

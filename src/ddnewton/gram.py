@@ -41,7 +41,7 @@ class Columns(NamedTuple):
     """What the spectrum asks of the columns of a block."""
 
     project: Callable[[Float[Tensor, "d k"]], Float[Tensor, "i k"]]  # AᵀE
-    combine: Callable[[Float[Tensor, "k i"]], Float[Tensor, "k d"]]  # W Aᵀ
+    combine: Callable[[Float[Tensor, "k a"]], Float[Tensor, "k d"]]  # W Aᵀ
     eps: float  # the rounding of a column
     sums: float  # the rounding of sums of products of columns, 0 for that of float64
 

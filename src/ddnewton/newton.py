@@ -25,7 +25,7 @@ from ddnewton.damping import as_rule, check_dampings
 from ddnewton.directions import Along, directions_of
 from ddnewton.errors import public
 from ddnewton.groups import Group
-from ddnewton.problem import Options, Problem, System, opened, systems_of
+from ddnewton.problem import Options, Problem, System, gradients, lifted, opened, systems_of
 from ddnewton.samples import Indices
 from ddnewton.trees import unflatten
 from ddnewton.types import DampingRule, GramWay, ModelFn, PyTree, Select
@@ -91,10 +91,12 @@ def newton_step(
         Inputs and targets: tensors or pytrees of tensors with the samples on axis 0.
     criterion
         Loss module, function of `torch.nn.functional`, `ddnewton.criteria.Loss`, or any convex
-        ``criterion(outputs, y) -> scalar`` that averages or sums over the samples.
+        ``criterion(outputs, y) -> scalar`` that averages or sums over the samples; or one whose
+        curvature is approximated, `ddnewton.monte_carlo` or `ddnewton.empirical_fisher`.
     damping
         A number δ ≥ 0, or a rule ``damping(evals [K], evecs [NM, K], gammas [N, K],
-        lambdas [N, K]) -> [K]``. Infinity skips a direction. Damping has the units of curvature.
+        lambdas [N, K]) -> [K]``, such as those of `ddnewton.damping`. Infinity skips a direction.
+        Damping has the units of curvature.
     select
         Which directions: a function of the ascending eigenvalues that returns indices or a mask,
         such as `ddnewton.top_k`. None keeps all above the rank tolerance.
@@ -162,7 +164,8 @@ def newton_step(
         flat = _without_eigenpairs(problem, systems, options)
         if flat is None:
             found = directions_of(problem, systems, few=complement is None)
-            flat = [_solve(problem, each, complement).step for each in found]
+            solutions = [_solve(problem, each, complement) for each in found]
+            flat = _lifted(problem, systems, solutions)
     return unflatten(flat, [block.leaves for block in problem.blocks], params)
 
 
@@ -214,17 +217,18 @@ def newton_step_and_info(
         problem, systems = systems_of(columns)
         found = directions_of(problem, systems)
         solutions = [_solve(problem, each, complement) for each in found]
-        infos = tuple(map(partial(_info, problem), found, solutions))
-    flat, leaves = [each.step for each in solutions], [block.leaves for block in problem.blocks]
-    return unflatten(flat, leaves, params), infos[0] if groups is None else infos
+        flat = _lifted(problem, systems, solutions)
+        infos = tuple(map(partial(_info, problem), found, solutions, gradients(problem)))
+    step = unflatten(flat, [block.leaves for block in problem.blocks], params)
+    return step, infos[0] if groups is None else infos
 
 
 class Solution(NamedTuple):
-    """A step along the directions of a block, and what it is made of."""
+    """A step along the directions of a block, and in the coordinates of its spectrum."""
 
     dampings: Float[Tensor, " k"]
     coefficients: Float[Tensor, " k"]
-    step: Float[Tensor, " d"]
+    coordinates: Float[Tensor, " j"]
 
 
 def _without_eigenpairs(
@@ -259,17 +263,27 @@ def _solve(problem: Problem, along: Along, complement: float | None) -> Solution
     coordinates = kept.span @ coefficients
     if complement is not None:
         coordinates = coordinates - outside(spectrum, problem.shares, kept) / complement
-    elif block.select is None and not callable(block.damping):
+    elif block.select is None and not callable(block.damping) and problem.rows[1] is None:
         curved = F.pad(problem.curvatures.reshape(-1) > 0, (0, len(problem.shares) - i))
         coordinates = coordinates - vanishing(spectrum, problem.shares, curved, block.damping)
-    return Solution(dampings, coefficients, spectrum.lift(coordinates[None])[0])
+    return Solution(dampings, coefficients, coordinates)
 
 
-def _info(problem: Problem, along: Along, solution: Solution) -> NewtonInfo:
+def _lifted(
+    problem: Problem, systems: Sequence[System], solutions: Sequence[Solution]
+) -> list[Float[Tensor, " d"]]:
+    """Return the steps of the blocks in their parameters."""
+    steps = lifted(problem, systems, [each.coordinates[None] for each in solutions])
+    return [each[0] for each in steps]
+
+
+def _info(
+    problem: Problem, along: Along, solution: Solution, gradient: Float[Tensor, " d"]
+) -> NewtonInfo:
     """Return the record of a step."""
     spectrum, kept, (gammas, lambdas) = along.spectrum, along.kept, along.derivatives
     gamma, curvature = gammas.mean(0), lambdas.mean(0)
-    square = along.columns.combine(problem.shares[None]).square().sum()
+    square = gradient.square().sum()
     inside = torch.where(kept.live, gamma, 0).square().sum()
     c = solution.coefficients
     info = NewtonInfo(

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ddnewton.checks import check_batch, check_functions, check_options, check_params
 from ddnewton.criteria import AnyCriterion, Expansion, Loss, as_loss, expand_batch
-from ddnewton.gram import Columns, columns_of, is_gram, small_matrices
+from ddnewton.gram import Columns, columns_of, combine, is_gram, small_matrices
 from ddnewton.groups import Block, Group, blocks_of
 from ddnewton.jacobians import Jacobian
 from ddnewton.linearization import Linearization, linearized
@@ -116,6 +116,25 @@ def systems_of(problem: Problem) -> tuple[Problem, list[System]]:
         problem = problem.precisely()
         systems = _systems(problem)
     return problem, systems
+
+
+def lifted(
+    problem: Problem, systems: Sequence[System], coordinates: Sequence[Float[Tensor, "k j"]]
+) -> list[Float[Tensor, "k d"]]:
+    """Turn the coordinates of every block into parameters, all in one visit."""
+    by_columns = [is_gram(system.matrix, system.weights) for system in systems]
+    blocks = [block.leaves for block, yes in zip(problem.blocks, by_columns, strict=True) if yes]
+    weights = [each for each, yes in zip(coordinates, by_columns, strict=True) if yes]
+    sums = iter(combine(problem.columns, blocks, weights) if blocks else [])
+    pairs = zip(coordinates, by_columns, strict=True)
+    return [next(sums) if yes else each for each, yes in pairs]
+
+
+def gradients(problem: Problem) -> list[Float[Tensor, " d"]]:
+    """Return every block's gradient, A z / N."""
+    blocks = [block.leaves for block in problem.blocks]
+    sums = combine(problem.columns, blocks, [problem.shares[None] for _ in blocks])
+    return [each[0] for each in sums]
 
 
 def _expanded(

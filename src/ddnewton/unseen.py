@@ -17,9 +17,8 @@ from torch.func import jvp, vmap
 from ddnewton.gram import columns_of, combine, is_gram, products
 from ddnewton.linearization import Linearization
 from ddnewton.precision import ramp
-from ddnewton.problem import Problem, System, Unseen
+from ddnewton.problem import Problem, System, Unseen, lifted
 from ddnewton.select import Directions
-from ddnewton.spectrum import Spectrum
 from ddnewton.transforms import bare
 from ddnewton.trees import unflatten
 
@@ -37,14 +36,13 @@ def unseen_slopes(
     problem: Problem,
     unseen: Unseen,
     systems: Sequence[System],
-    spectra: Sequence[Spectrum],
     kept: Sequence[Directions],
 ) -> list[Float[Tensor, "i k"]]:
     """Return a_iᵀ e_k of the unseen samples' columns, for every block along its directions."""
     count = sum(each.span.shape[1] for each in kept)
     if 0 < PULLBACKS * count <= unseen.basis.shape[2]:
         try:
-            return _pushed(problem, unseen, spectra, kept)
+            return _pushed(problem, unseen, systems, kept)
         except torch.OutOfMemoryError:
             raise
         except Exception as reason:  # noqa: BLE001 - a model need not have a forward mode
@@ -53,13 +51,14 @@ def unseen_slopes(
 
 
 def _pushed(
-    problem: Problem, unseen: Unseen, spectra: Sequence[Spectrum], kept: Sequence[Directions]
+    problem: Problem, unseen: Unseen, systems: Sequence[System], kept: Sequence[Directions]
 ) -> list[Float[Tensor, "i k"]]:
     """Push the directions of all blocks forward, some at once."""
     model, leaves = problem.model, tuple(problem.model.leaves)
+    vectors = lifted(problem, systems, [each.span.mT for each in kept])
     trees = [
-        unflatten([spectrum.lift(each.span.mT)], [block.leaves], list(leaves))
-        for block, spectrum, each in zip(problem.blocks, spectra, kept, strict=True)
+        unflatten([flat], [block.leaves], list(leaves))
+        for block, flat in zip(problem.blocks, vectors, strict=True)
     ]
     directions = [torch.cat(parts) for parts in zip(*trees, strict=True)]
 
