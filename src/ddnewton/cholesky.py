@@ -31,8 +31,12 @@ def damped_step(
     matrix: Float[Tensor, "side side2"],
     shares: Float[Tensor, " a"],
     delta: float | Tensor,
-) -> Float[Tensor, " d"] | None:
-    """Return −(G + δI)⁻¹ g from a small matrix, or None where only eigenpairs give all digits."""
+) -> Float[Tensor, " j"] | None:
+    """Return −(G + δI)⁻¹ g from a small matrix, or None where only eigenpairs give all digits.
+
+    Like a spectrum's directions it is in coordinates: of the columns, or, on the other side, of the
+    parameters.
+    """
     delta = torch.as_tensor(delta, dtype=weights.dtype, device=weights.device)
     if len(shares) > len(weights) or any(map(is_batched, (weights, matrix, shares, delta))):
         return None
@@ -52,4 +56,4 @@ def damped_step(
     solution = -torch.cholesky_solve(right[:, None], factor)[:, 0]
     if failed or not solution.isfinite().all():
         return None
-    return columns.combine((root * solution)[None])[0] if gram_side else solution
+    return root * solution

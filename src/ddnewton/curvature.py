@@ -167,8 +167,8 @@ def directional_derivatives(
     Derivatives
         A pair: ``gammas`` [N, K], a row for every sample of ``subsampling_grad``, and ``lambdas``
         [N, K], a row for every sample of ``subsampling_curvature``, or else of
-        ``subsampling_ggn``. The sign of a direction, and so of its column of γ, is arbitrary. With
-        ``groups`` a tuple of such pairs.
+        ``subsampling_ggn``. The sign of a direction, and so of its column of γ, is arbitrary, but
+        that of `ggn_eigh` for the same arguments. With ``groups`` a tuple of such pairs.
 
     Examples
     --------

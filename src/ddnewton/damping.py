@@ -85,7 +85,9 @@ def signal_to_noise(caution: float | Tensor = 1.0) -> DampingRule:
 
     Skipped are directions whose signal-to-noise ratio γ_k² / var(γ_k) does not exceed 1/N, and
     those whose curvature is zero even so. δ has the units of curvature, ``caution`` ≥ 0 has none.
-    Called with fewer than two samples the rule raises a ValueError.
+    The rule knows of noise, not of how far the quadratic model holds: on a fresh net, flat
+    directions with certain slopes are hardly damped. There, add a floor to what it returns. Called
+    with fewer than two samples it raises a ValueError.
 
     The ratio and its line 1/N are those of Dangel, Tatzel, Hennig, *ViViT*, TMLR 2022, arXiv
     2106.02624; the shrinkage is of the positive-part James-Stein form, 1 in place of dimension − 2.

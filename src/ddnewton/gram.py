@@ -58,7 +58,7 @@ def columns_of(batches: Sequence[Jacobian], block: Block) -> Columns:
 
 def small_matrices(
     batches: Sequence[Jacobian], blocks: Sequence[Block], weights: Float[Tensor, " i"]
-) -> list[Float[Tensor, "side side2"]]:
+) -> list[Float[Tensor, "_ _"]]:
     """Return for every block AᵀA₁, or A₁ diag(w) A₁ᵀ [d, d] where that is smaller.
 
     A₁ are the columns of the curvature; the rows of AᵀA₁ are theirs, and then all others.
@@ -107,7 +107,7 @@ def products(
 
 def combine(
     batches: Sequence[Jacobian], blocks: Sequence[Block], weights: Sequence[Float[Tensor, "_ i"]]
-) -> list[Float[Tensor, "_ d"]]:
+) -> list[Float[Tensor, "_ _"]]:
     """Return W Aᵀ for every block and its own weights."""
     counts = [jacobian.samples * jacobian.columns for jacobian in batches]
     shares = [each.split(counts, 1) for each in weights]
@@ -131,7 +131,7 @@ def _total(parts: Sequence[Tensor]) -> Tensor:
 
 def _outers(
     jacobian: Jacobian, blocks: Sequence[Block], weights: Float[Tensor, " i"]
-) -> list[Float[Tensor, "d d"]]:
+) -> list[Float[Tensor, "_ _"]]:
     cut = _cuts(jacobian, blocks)
     orders = [_order(jacobian, block) for block in blocks]
     totals: list[list[Tensor]] = [[] for _ in blocks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -55,7 +56,10 @@ def per_parameter(params: PyTree) -> list[Group]:
     >>> [group.params for group in per_parameter(dict(net.named_parameters()))]
     [['weight'], ['bias']]
     """
-    return [Group([path]) for path in leaf_paths(params)]
+    paths, shown = leaf_paths(params), [name for name, _ in named_leaves(params)]
+    often = Counter(paths)
+    pairs = zip(paths, shown, strict=True)
+    return [Group([path if often[path] == 1 else name]) for path, name in pairs]
 
 
 def per_layer(params: PyTree) -> list[Group]:
@@ -120,16 +124,24 @@ def _named(group: Group, names: Sequence[tuple[str, str]], number: int) -> list[
     wanted = [group.params] if isinstance(group.params, str) else group.params
     chosen: set[int] = set()
     for name in wanted:
-        exact = {i for i, each in enumerate(names) if name in each}
-        below = {
-            i
-            for i, (path, shown) in enumerate(names)
-            if not name or path.startswith(f"{name}.") or shown.startswith(f"{name}[")
-        }
-        if not exact | below:
+        leaves = _exactly(name, names) or _below(name, names)
+        if not leaves:
             _refuse(repr(name), names)
-        chosen |= exact or below
+        chosen |= leaves
     return sorted(chosen)
+
+
+def _exactly(name: str, names: Sequence[tuple[str, str]]) -> set[int]:
+    by_path = {i for i, (path, _) in enumerate(names) if path == name}
+    return by_path or {i for i, (_, shown) in enumerate(names) if shown == name}
+
+
+def _below(name: str, names: Sequence[tuple[str, str]]) -> set[int]:
+    return {
+        i
+        for i, (path, shown) in enumerate(names)
+        if not name or path.startswith(f"{name}.") or shown.startswith((f"{name}[", f"{name}."))
+    }
 
 
 def _refuse(got: str, names: Sequence[tuple[str, str]]) -> None:

@@ -34,7 +34,8 @@ from ddnewton.types import DampingRule, GramWay, ModelFn, PyTree, Select
 class NewtonInfo(NamedTuple):
     """What a step was made of, in the dtype of the model's outputs or float32 if that is narrower.
 
-    λ, δ and ``evals`` have the units of curvature (loss per squared parameter), γ of slope.
+    λ, δ and ``evals`` have the units of curvature (loss per squared parameter), γ of slope. With
+    ``subsampling_curvature``, λ stands beside ``evals`` for the bias of these.
     """
 
     loss: Float[Tensor, ""]
@@ -45,7 +46,8 @@ class NewtonInfo(NamedTuple):
     coefficients: Float[Tensor, " k"]
     """−γ_k / (λ_k + δ_k): how far the step goes along each direction."""
     predicted_decrease: Float[Tensor, " k"]
-    """−γ_k c_k − ½ λ_k c_k²: by how much the quadratic model falls along each direction."""
+    """−γ_k c_k − ½ λ_k c_k²: by how much the quadratic model falls along each direction. Their
+    sum is the model's fall where λ is of the directions' own samples, and it has no other terms."""
     gradient_norm: Float[Tensor, ""]
     gradient_share: Float[Tensor, ""]
     """Σ_k γ_k² / ‖g‖²: the share of the squared gradient norm inside the kept directions."""
@@ -115,8 +117,9 @@ def newton_step(
         Indices of the samples whose mean curvature along the directions is λ_k, instead of those
         of ``subsampling_ggn``. On samples that the directions have not seen, λ is free of the bias
         that makes it too large on those they are made of (Tatzel et al., 2024, arXiv 2410.14325);
-        with ``subsampling_grad`` so is γ. A direction without curvature there, and without
-        damping, is skipped.
+        with ``subsampling_grad`` so is γ. It is the curvature along single directions: that of
+        others couples them, so that an undamped step along all may overshoot. A direction without
+        curvature there, and without damping, is skipped.
     gram
         How the Gram matrix is formed: "structured", from what goes into the layers and what is
         pulled back to them; "dense", from per-sample Jacobians; "auto", the faster of the two.
@@ -161,11 +164,11 @@ def newton_step(
     )
     with opened(model_fn, params, X, y, criterion, options) as columns:
         problem, systems = systems_of(columns)
-        flat = _without_eigenpairs(problem, systems, options)
-        if flat is None:
+        coordinates = _without_eigenpairs(problem, systems, complement)
+        if coordinates is None:
             found = directions_of(problem, systems, few=complement is None)
-            solutions = [_solve(problem, each, complement) for each in found]
-            flat = _lifted(problem, systems, solutions)
+            coordinates = [_solve(problem, each, complement).coordinates for each in found]
+        flat = lifted(problem, systems, coordinates)
     return unflatten(flat, [block.leaves for block in problem.blocks], params)
 
 
@@ -217,7 +220,7 @@ def newton_step_and_info(
         problem, systems = systems_of(columns)
         found = directions_of(problem, systems)
         solutions = [_solve(problem, each, complement) for each in found]
-        flat = _lifted(problem, systems, solutions)
+        flat = lifted(problem, systems, [each.coordinates for each in solutions])
         infos = tuple(map(partial(_info, problem), found, solutions, gradients(problem)))
     step = unflatten(flat, [block.leaves for block in problem.blocks], params)
     return step, infos[0] if groups is None else infos
@@ -232,10 +235,10 @@ class Solution(NamedTuple):
 
 
 def _without_eigenpairs(
-    problem: Problem, systems: Sequence[System], options: Options
-) -> list[Float[Tensor, " d"]] | None:
+    problem: Problem, systems: Sequence[System], complement: float | None
+) -> list[Float[Tensor, " _"]] | None:
     """Return the steps of the blocks, if one damping of all directions is all there is to them."""
-    if options.complement is not None or problem.rows[1] is not None:
+    if complement is not None or problem.rows[1] is not None:
         return None
     steps = []
     for block, system in zip(problem.blocks, systems, strict=True):
@@ -267,14 +270,6 @@ def _solve(problem: Problem, along: Along, complement: float | None) -> Solution
         curved = F.pad(problem.curvatures.reshape(-1) > 0, (0, len(problem.shares) - i))
         coordinates = coordinates - vanishing(spectrum, problem.shares, curved, block.damping)
     return Solution(dampings, coefficients, coordinates)
-
-
-def _lifted(
-    problem: Problem, systems: Sequence[System], solutions: Sequence[Solution]
-) -> list[Float[Tensor, " d"]]:
-    """Return the steps of the blocks in their parameters."""
-    steps = lifted(problem, systems, [each.coordinates[None] for each in solutions])
-    return [each[0] for each in steps]
 
 
 def _info(

@@ -119,18 +119,20 @@ def systems_of(problem: Problem) -> tuple[Problem, list[System]]:
 
 
 def lifted(
-    problem: Problem, systems: Sequence[System], coordinates: Sequence[Float[Tensor, "k j"]]
-) -> list[Float[Tensor, "k d"]]:
+    problem: Problem, systems: Sequence[System], coordinates: Sequence[Float[Tensor, "... _"]]
+) -> list[Float[Tensor, "... _"]]:
     """Turn the coordinates of every block into parameters, all in one visit."""
-    by_columns = [is_gram(system.matrix, system.weights) for system in systems]
-    blocks = [block.leaves for block, yes in zip(problem.blocks, by_columns, strict=True) if yes]
-    weights = [each for each, yes in zip(coordinates, by_columns, strict=True) if yes]
-    sums = iter(combine(problem.columns, blocks, weights) if blocks else [])
-    pairs = zip(coordinates, by_columns, strict=True)
-    return [next(sums) if yes else each for each, yes in pairs]
+    vectors = list(coordinates)
+    chosen = [b for b, system in enumerate(systems) if is_gram(system.matrix, system.weights)]
+    if chosen:
+        blocks = [problem.blocks[b].leaves for b in chosen]
+        weights = [coordinates[b].reshape(-1, len(problem.shares)) for b in chosen]
+        for b, found in zip(chosen, combine(problem.columns, blocks, weights), strict=True):
+            vectors[b] = found.reshape((*coordinates[b].shape[:-1], -1))
+    return vectors
 
 
-def gradients(problem: Problem) -> list[Float[Tensor, " d"]]:
+def gradients(problem: Problem) -> list[Float[Tensor, " _"]]:
     """Return every block's gradient, A z / N."""
     blocks = [block.leaves for block in problem.blocks]
     sums = combine(problem.columns, blocks, [problem.shares[None] for _ in blocks])

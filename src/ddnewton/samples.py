@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddnewton.errors import BadType, BadValue, sentence
 
-Indices: TypeAlias = Sequence[int] | Tensor
+Indices: TypeAlias = Sequence[int] | slice | Tensor
 
 
 class Samples(NamedTuple):
@@ -32,7 +32,8 @@ def indices(name: str, chosen: Indices | None, n: int, device: torch.device) -> 
     rule = f"{name} must hold distinct indices of samples"
     remedy = f"The batch has {n} samples: index them from 0."
     try:
-        found = torch.as_tensor(chosen, device=device)
+        listed = range(n)[chosen] if isinstance(chosen, slice) else chosen
+        found = torch.as_tensor(listed, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise BadType(sentence(rule, repr(chosen), remedy)) from error
     if found.ndim != 1 or found.numel() == 0:

@@ -37,7 +37,7 @@ def unseen_slopes(
     unseen: Unseen,
     systems: Sequence[System],
     kept: Sequence[Directions],
-) -> list[Float[Tensor, "i k"]]:
+) -> list[Float[Tensor, "i _"]]:
     """Return a_iᵀ e_k of the unseen samples' columns, for every block along its directions."""
     count = sum(each.span.shape[1] for each in kept)
     if 0 < PULLBACKS * count <= unseen.basis.shape[2]:
@@ -52,7 +52,7 @@ def unseen_slopes(
 
 def _pushed(
     problem: Problem, unseen: Unseen, systems: Sequence[System], kept: Sequence[Directions]
-) -> list[Float[Tensor, "i k"]]:
+) -> list[Float[Tensor, "i _"]]:
     """Push the directions of all blocks forward, some at once."""
     model, leaves = problem.model, tuple(problem.model.leaves)
     vectors = lifted(problem, systems, [each.span.mT for each in kept])
@@ -94,7 +94,7 @@ def _check_adjoint(
 
 def _multiplied(
     problem: Problem, unseen: Unseen, systems: Sequence[System], kept: Sequence[Directions]
-) -> list[Float[Tensor, "i k"]]:
+) -> list[Float[Tensor, "i _"]]:
     """Pull the columns back, and multiply them with the directions' own."""
     columns = problem.model.jacobian(unseen.basis, unseen.samples)
     by_columns = [is_gram(system.matrix, system.weights) for system in systems]
