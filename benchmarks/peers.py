@@ -20,7 +20,7 @@ from torch.func import jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
-from ddnewton import newton_step, newton_step_and_info, top_k
+from ddnewton import ggn_eigvalsh, newton_step, top_k
 
 Answer = Callable[[], Tensor]
 QUANTITIES = ("top10", "all", "eigenvalues")
@@ -47,15 +47,11 @@ def ours(problem: Problem, quantity: str, *, gram: str, prepared: bool) -> Answe
         from ddnewton import prepare  # noqa: PLC0415 - of this peer alone
 
         model_fn = prepare(model_fn, problem.params, problem.X)
-    arguments = (model_fn, problem.params, problem.X, problem.y, problem.criterion, problem.damping)
+    arguments = (model_fn, problem.params, problem.X, problem.y, problem.criterion)
     if quantity == "eigenvalues":
-
-        def everything(evals: Tensor) -> Tensor:
-            return torch.ones_like(evals, dtype=torch.bool)
-
-        return lambda: newton_step_and_info(*arguments, select=everything, gram=gram)[1].evals
+        return lambda: ggn_eigvalsh(*arguments, gram=gram)
     select = top_k(DIRECTIONS) if quantity == "top10" else None
-    return lambda: flat(newton_step(*arguments, select=select, gram=gram))
+    return lambda: flat(newton_step(*arguments, problem.damping, select=select, gram=gram))
 
 
 def prepared(problem: Problem, quantity: str) -> Answer:

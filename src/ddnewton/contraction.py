@@ -67,6 +67,8 @@ def combined(factor: Factor, weights: Float[Tensor, "k n m"]) -> list[Float[Tens
     """Return weighted sums of columns in float64, in pieces."""
     if isinstance(factor, Outer):
         few = max(1, BYTES // (factor.b[:, 0].numel() * factor.b.element_size()))
+        if len(weights) <= few:
+            return _combined_outer(factor, weights)
         sums = [_combined_outer(factor, some) for some in weights.split(few)]
         return [torch.cat(pieces) for pieces in zip(*sums, strict=True)]
     w = weights.flatten(1)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ddnewton.checks import check_derivatives
 from ddnewton.criteria import AnyCriterion
 from ddnewton.derivatives import Derivatives
 from ddnewton.directions import directions_of
@@ -243,6 +244,8 @@ def gram_matrix(
     with opened(model_fn, params, X, y, criterion, options, gradient=False) as problem:
         columns, root = problem.columns[0], problem.weights.sqrt()
         inner = products(columns, columns, [block.leaves for block in problem.blocks])
+        for matrix in inner:
+            check_derivatives(matrix)
     return _grouped([(root[:, None] * each * root).to(problem.dtype) for each in inner], groups)
 
 

@@ -2,9 +2,8 @@
 
 A rule ``damping(evals [K], evecs [NM, K], gammas [N, K], lambdas [N', K]) -> [K]`` gets the kept
 eigenpairs and every sample's slope and curvature along them, and returns δ_k ≥ 0 in the units of
-curvature. The step along direction k is τ_k = −γ_k / (λ_k + δ_k), with the means γ_k and λ_k over
-the samples; δ_k = ∞ skips the direction. Sub-sampling makes N and N' differ. Bad arguments of a
-rule are a ValueError or TypeError where it is made.
+curvature. The step along direction k is −γ_k / (λ_k + δ_k), with the samples' means; δ_k = ∞ skips
+it. Sub-sampling makes N and N' differ. Bad arguments are refused where a rule is made.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def lifted(
         blocks = [problem.blocks[b].leaves for b in chosen]
         weights = [coordinates[b].reshape(-1, len(problem.shares)) for b in chosen]
         for b, found in zip(chosen, combine(problem.columns, blocks, weights), strict=True):
-            vectors[b] = found.reshape((*coordinates[b].shape[:-1], -1))
+            vectors[b] = found.reshape((*coordinates[b].shape[:-1], found.shape[-1]))
     return vectors
 
 

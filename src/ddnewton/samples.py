@@ -36,6 +36,8 @@ def indices(name: str, chosen: Indices | None, n: int, device: torch.device) -> 
         found = torch.as_tensor(listed, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise BadType(sentence(rule, repr(chosen), remedy)) from error
+    if found.layout != torch.strided:
+        raise BadType(sentence(rule, f"a tensor of layout {found.layout}", remedy))
     if found.ndim != 1 or found.numel() == 0:
         got = "none" if found.numel() == 0 else f"shape {list(found.shape)}"
         raise BadValue(sentence(rule, got, remedy))
@@ -43,10 +45,11 @@ def indices(name: str, chosen: Indices | None, n: int, device: torch.device) -> 
         got = "a mask" if found.dtype == torch.bool else f"numbers of {found.dtype}"
         remedy += " For a mask, pass mask.nonzero()[:, 0]." * (found.dtype == torch.bool)
         raise BadType(sentence(rule, got, remedy))
+    found = found.long()  # n need not fit into a smaller dtype
     if bool(((found < -n) | (found >= n)).any()):
         got = f"indices from {int(found.min())} to {int(found.max())}"
         raise BadValue(sentence(rule, got, remedy))
-    found = torch.where(found < 0, found + n, found).long()
+    found = torch.where(found < 0, found + n, found)
     if len(found.unique()) < len(found):
         raise BadValue(sentence(rule, f"repeats in {found.tolist()}", remedy))
     return found

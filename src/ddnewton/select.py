@@ -114,8 +114,8 @@ def keep(spectrum: Spectrum, select: Select | None, dtype: torch.dtype) -> Direc
     return Directions(
         evals=spectrum.evals[indices],
         evecs=torch.where(indices >= count - r, spectrum.evecs[:, thin], 0),
-        slopes=spectrum.slopes[:, thin],
-        span=spectrum.span[:, thin],
+        slopes=torch.where(live, spectrum.slopes[:, thin], 0),
+        span=torch.where(live, spectrum.span[:, thin], 0),
         live=live,
         rest=spectrum.live & ~taken.any(0),
     )
@@ -150,11 +150,12 @@ def _answer(
         return _from_mask(chosen)
     if chosen.is_floating_point() or chosen.is_complex():
         raise BadType(sentence(rule, f"numbers of {chosen.dtype}", remedy))
+    chosen = chosen.long()  # a count need not fit into a smaller dtype
     values = bare(chosen)
     if surely((values < -count) | (values >= count)):
         got = f"indices from {int(values.min())} to {int(values.max())}"
         raise BadValue(sentence(rule, got, remedy))
-    indices = torch.where(chosen < 0, chosen + count, chosen).long()
+    indices = torch.where(chosen < 0, chosen + count, chosen)
     ordered = bare(indices).sort(-1).values
     if surely(ordered.diff(dim=-1) == 0):
         raise BadValue(sentence(rule, f"repeats in {values.tolist()}", remedy))

@@ -67,7 +67,8 @@ def _pushed(
         return torch.as_tensor(moved)
 
     size = max(sum(leaf.numel() for leaf in leaves), unseen.basis[:, :, 0].numel())
-    moved = vmap(push, chunk_size=max(1, TOGETHER // size))(*directions).flatten(2)
+    moved = vmap(push, chunk_size=max(1, TOGETHER // size))(*directions)
+    moved = moved.reshape((*moved.shape[:2], unseen.basis.shape[1]))
     _check_adjoint(model, unseen, directions, moved)
     slopes = torch.einsum("ncm,knc->mnk", unseen.basis, moved.to(unseen.basis)).flatten(0, 1)
     return list(slopes.split([each.span.shape[1] for each in kept], 1))
@@ -84,7 +85,7 @@ def _check_adjoint(
     columns = model.jacobian(cotangent, unseen.samples)
     ones = cotangent.new_ones(1, len(cotangent))
     (pulled,) = combine([columns], [range(len(directions))], [ones])
-    flat = torch.cat([leaf.flatten(1) for leaf in directions], 1).to(pulled)
+    flat = torch.cat([leaf.reshape(len(leaf), -1) for leaf in directions], 1).to(pulled)
     forward, backward = moved.to(pulled).flatten(1) @ cotangent.flatten(), flat @ pulled[0]
     scale = pulled.norm() + moved.norm() * cotangent.norm()
     tolerance = torch.finfo(moved.dtype).eps ** 0.5

@@ -50,13 +50,13 @@ def expand_batch(
         basis=expansion.basis,
         slopes=scale * expansion.slopes,
         curvatures=scale * expansion.curvatures.clamp(min=0),
-        rest=scale * expansion.rest,
+        rest=scale * expansion.rest if expansion.rest.numel() else expansion.rest,
     )
 
 
 def _check_expansion(expansion: Expansion) -> None:
     """Require a finite loss and Hessians without negative eigenvalues."""
-    if any(surely(~part.isfinite()) for part in expansion):
+    if any(surely(~part.isfinite()) for part in expansion if part.numel()):
         got = "nan or inf in the loss or its derivatives"
         raise BadValue(sentence("the loss must be finite", got, "Check the outputs and y."))
     curvatures = expansion.curvatures
