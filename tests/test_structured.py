@@ -838,7 +838,7 @@ SHAPES = {
 
 def check_contraction(shape: Shape, others: int, dtype=FLOAT64) -> None:
     left = outer_products(shape, dtype)
-    right = outer_products(shape._replace(n=others), dtype)
+    right = outer_products(shape._replace(n=others, m=shape.m + 1), dtype)
     mine, theirs = columns(left), columns(right)
     tolerance = {FLOAT32: 1e-6, FLOAT64: 1e-14}[dtype]
     assert error(formed(left), mine) < tolerance
@@ -847,9 +847,10 @@ def check_contraction(shape: Shape, others: int, dtype=FLOAT64) -> None:
     assert error(inner(right, left), theirs @ mine.T) < tolerance
     assert error(inner(left, theirs.to(dtype)), mine @ theirs.T) < tolerance
     assert error(inner(mine.to(dtype), mine.to(dtype)), mine @ mine.T) < tolerance
-    weights = normal(shape.n, shape.m).double()
+    weights = normal(3, shape.n, shape.m).double()
     for factor in (left, formed(left)):
-        assert error(torch.cat(combined(factor, weights)), weights.reshape(-1) @ mine) < tolerance
+        sums = torch.cat(combined(factor, weights), 1)
+        assert error(sums, weights.flatten(1) @ mine) < tolerance
 
 
 @DTYPES
