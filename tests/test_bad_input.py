@@ -10,8 +10,18 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from ddnewton import above, energy, newton_step, newton_step_and_info, top_k
+from ddnewton import (
+    Group,
+    above,
+    energy,
+    newton_step,
+    newton_step_and_info,
+    per_layer,
+    per_parameter,
+    top_k,
+)
 from ddnewton.criteria import cross_entropy
+from ddnewton.damping import relative, signal_to_noise
 
 X = torch.linspace(-1, 1, 12).reshape(4, 3)
 Y = torch.linspace(0, 1, 8).reshape(4, 2)
@@ -177,6 +187,28 @@ CASES = {
         "must not be negative or nan; got nan",
     ),
     "rule's type": ({"damping": lambda *_: 1.0}, TypeError, "return a tensor.*got float"),
+    "rule's dtype": ({"damping": lambda evals, *_: evals > 0}, TypeError, "real numbers.*bool"),
+    "a factory of rules": (
+        {"damping": signal_to_noise},
+        TypeError,
+        r"damping must be .*; got signal_to_noise\. If it makes .* call it: signal_to_noise\(",
+    ),
+    "a rule of two": ({"damping": lambda evals, evecs: evals}, TypeError, "damping must be"),
+    "a group's factory": (
+        {"groups": [Group("W", damping=relative)]},
+        TypeError,
+        r"groups\[0\]\.damping must be .*; got relative",
+    ),
+    "a module for a function": (
+        {"model_fn": nn.Linear(3, 2)},
+        TypeError,
+        "must take params and X; got the module Linear. .*functional_call",
+    ),
+    "parameters and data swapped": (
+        {"params": torch.arange(4000), "X": PARAMS["W"]},
+        TypeError,
+        "floating-point tensors only; got params: torch.int64",
+    ),
     "complement zero": ({"complement": 0.0}, ValueError, "complement must be positive"),
     "complement negative": ({"complement": -1.0}, ValueError, "complement must be a number"),
     "complement nan": ({"complement": math.nan}, ValueError, "complement must be a number"),
@@ -464,3 +496,16 @@ def test_dropout_inside_attention_and_recurrent_layers_is_refused():
 def test_factories_refuse_at_once(factory, argument, error, message):
     with pytest.raises(error, match=message):
         factory(argument)
+
+
+@pytest.mark.parametrize("groups", [per_layer, per_parameter])
+@pytest.mark.parametrize("params", [nn.Linear(3, 2), {}, nn.Linear(3, 2).parameters()])
+def test_blocks_are_made_of_parameters_alone(groups, params):
+    with pytest.raises((TypeError, ValueError), match=f"{groups.__name__}: params must hold"):
+        groups(params)
+
+
+def test_a_message_shows_the_beginning_of_what_is_long():
+    with pytest.raises(TypeError, match=r"select must be a function.*…") as caught:
+        step(select=list(range(1000)))
+    assert len(str(caught.value)) < 600

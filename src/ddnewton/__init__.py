@@ -3,7 +3,8 @@
 from ddnewton.criteria import empirical_fisher, monte_carlo
 from ddnewton.curvature import directional_derivatives, ggn_eigh, ggn_eigvalsh, gram_matrix
 from ddnewton.groups import Group, per_layer, per_parameter
-from ddnewton.newton import NewtonInfo, newton_step, newton_step_and_info
+from ddnewton.info import NewtonInfo
+from ddnewton.newton import newton_step, newton_step_and_info
 from ddnewton.select import above, energy, top_k
 from ddnewton.structured.prepare import prepare
 from ddnewton.structured.prepared import Prepared

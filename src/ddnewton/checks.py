@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.transforms import bare, surely
@@ -109,14 +111,21 @@ def check_functions(model_fn: object, select: object) -> None:
     if not callable(model_fn):
         rule, remedy = "model_fn must be a function", "Pass model_fn(params, X) -> outputs."
         raise BadType(sentence(rule, repr(model_fn), remedy))
+    if isinstance(model_fn, nn.Module) and not _takes(model_fn.forward, 2):
+        rule, got = "model_fn must take params and X", f"the module {type(model_fn).__name__}"
+        remedy = "Pass lambda p, x: torch.func.functional_call(module, p, (x,))."
+        raise BadType(sentence(rule, got, remedy))
     if select is not None and not callable(select):
-        rule, remedy = "select must be a function or None", "Pass a rule such as top_k(10)."
+        rule = "select must be a function or None"
+        remedy = "Pass a rule such as top_k(10), or lambda evals: [0, 1]."
         raise BadType(sentence(rule, repr(select), remedy))
 
 
 def check_options(damping: object, complement: object, gram: object, chunk_size: object) -> None:
     """Require sensible values of the options that do not depend on the data."""
-    if not callable(damping):
+    if callable(damping):
+        check_rule("damping", damping)
+    else:
         check_nonnegative("damping", damping)
     if complement is not None:
         check_nonnegative("complement", complement)
@@ -136,6 +145,40 @@ def check_options(damping: object, complement: object, gram: object, chunk_size:
             )
 
 
+def check_rule(name: str, rule: Callable[..., object]) -> None:
+    """Require a damping rule to take what is known of the directions."""
+    if not _takes(rule, 4):
+        what = getattr(rule, "__name__", repr(rule))
+        must = f"{name} must be a number, or a function of evals, evecs, gammas and lambdas"
+        remedy = f"If it makes such a function, call it: {what}(…)."
+        raise BadType(sentence(must, what, remedy))
+
+
+def _takes(function: Callable[..., object], count: int) -> bool:
+    """Return whether a function can be called with so many arguments, as far as one can tell."""
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # it does not say what it takes
+        return True
+    return True
+
+
+def distinct(indices: Tensor, count: int, rule: str, remedy: str) -> Tensor:
+    """Require different indices of so many things, and return them counted from 0."""
+    indices = indices.long()  # the count need not fit into a smaller dtype
+    values = bare(indices)
+    if surely((values < -count) | (values >= count)):
+        got = f"indices from {int(values.min())} to {int(values.max())}"
+        raise BadValue(sentence(rule, got, remedy))
+    indices = torch.where(indices < 0, indices + count, indices)
+    ordered = bare(indices).sort(-1).values
+    if surely(ordered.diff(dim=-1) == 0):
+        raise BadValue(sentence(rule, f"repeats in {values.tolist()}", remedy))
+    return indices
+
+
 def check_nonnegative(name: str, value: object) -> None:
     """Require a real number or a 0-d tensor, not negative and not nan."""
     scalar = isinstance(value, Tensor) and value.ndim == 0
@@ -149,4 +192,4 @@ def check_nonnegative(name: str, value: object) -> None:
     low = float(number.min() if isinstance(number, Tensor) else number)  # type: ignore[arg-type]
     if math.isnan(low) or low < 0:
         rule = f"{name} must be a number ≥ 0"
-        raise BadValue(sentence(rule, low, "A damping adds to the curvature: pass 0 or more."))
+        raise BadValue(sentence(rule, low, "Pass 0 or more."))

@@ -21,7 +21,7 @@ def outside(
     spectrum: Spectrum, shares: Float[Tensor, " a"], kept: Directions
 ) -> Float[Tensor, " j"]:
     """Return the part of the gradient outside the kept directions, g − Pg."""
-    rest = torch.where(kept.rest, spectrum.slopes.mT @ shares, 0)
+    rest = torch.where(kept.left_out, spectrum.slopes.mT @ shares, 0)
     return spectrum.span @ rest + stray(spectrum, shares)
 
 

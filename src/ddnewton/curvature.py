@@ -17,13 +17,12 @@ from torch import Tensor
 from ddnewton.checks import check_derivatives
 from ddnewton.criteria import AnyCriterion
 from ddnewton.derivatives import Derivatives
-from ddnewton.directions import directions_of
+from ddnewton.directions import directions_of, orthonormal
 from ddnewton.errors import public
 from ddnewton.gram import products
 from ddnewton.groups import Group
 from ddnewton.problem import Options, lifted, opened, systems_of
 from ddnewton.samples import Indices
-from ddnewton.select import Directions
 from ddnewton.spectrum import eigenvalues
 from ddnewton.trees import unflatten
 from ddnewton.types import GramWay, ModelFn, PyTree, Select
@@ -56,7 +55,9 @@ def ggn_eigvalsh(
     Returns
     -------
     Tensor
-        [NM], in the dtype of the outputs; with ``groups`` a tuple, one tensor for each.
+        [NM], in the dtype of the outputs or float32 if that is narrower; with ``groups`` a tuple,
+        one tensor for each. They are right to the rounding of the largest: above a gigaflop models
+        in float32 are evaluated so, and what is below 1e-7 of it is known to `ggn_eigh` only.
 
     Examples
     --------
@@ -124,14 +125,16 @@ def ggn_eigh(
         gram=gram,
         chunk_size=chunk_size,
     )
-    with opened(model_fn, params, X, y, criterion, options, gradient=False) as columns:
-        problem, systems = systems_of(columns)
-        found = directions_of(problem, systems, few=True)
+    with opened(model_fn, params, X, y, criterion, options, gradient=False) as expanded:
+        problem, systems = systems_of(expanded)
+        found = directions_of(problem, systems, only_kept=True)
         evals = [each.kept.evals.to(problem.dtype) for each in found]
         vectors = lifted(problem, systems, [each.kept.span.mT for each in found])
         leaves = [[block.leaves] for block in problem.blocks]
-        orthonormal = map(_orthonormal, vectors, (each.kept for each in found))
-        evecs = [unflatten([e], own, params) for e, own in zip(orthonormal, leaves, strict=True)]
+        evecs = [
+            unflatten([orthonormal(own, each.kept)], block, params)
+            for own, each, block in zip(vectors, found, leaves, strict=True)
+        ]
     return _grouped(list(zip(evals, evecs, strict=True)), groups)
 
 
@@ -192,9 +195,9 @@ def directional_derivatives(
         gram=gram,
         chunk_size=chunk_size,
     )
-    with opened(model_fn, params, X, y, criterion, options) as columns:
-        problem, systems = systems_of(columns)
-        found = directions_of(problem, systems, few=True)
+    with opened(model_fn, params, X, y, criterion, options) as expanded:
+        problem, systems = systems_of(expanded)
+        found = directions_of(problem, systems, only_kept=True)
         pairs = [Derivatives(*(x.to(problem.dtype) for x in each.derivatives)) for each in found]
     return _grouped(pairs, groups)
 
@@ -223,9 +226,10 @@ def gram_matrix(
     Returns
     -------
     Tensor
-        [NM, NM], in the dtype of the outputs, rows and columns by m·N + n. M is the number of
-        columns of a sample: the number of outputs, for cross-entropy one less. With ``groups`` a
-        tuple, one matrix for each.
+        [NM, NM], in the dtype of the outputs or float32 if that is narrower, rows and columns by
+        m·N + n. N is the number of samples, those of a sub-sample; M that of columns of a sample:
+        the number of outputs, for cross-entropy C − 1 at every position, under `monte_carlo` the
+        number of draws, under `empirical_fisher` one. With ``groups`` a tuple of matrices.
 
     Examples
     --------
@@ -252,19 +256,3 @@ def gram_matrix(
 def _grouped(results: Sequence[T], groups: Sequence[Group] | None) -> T | tuple[T, ...]:
     """Return one result of every group, or that of all parameters alone."""
     return results[0] if groups is None else tuple(results)
-
-
-def _orthonormal(vectors: Float[Tensor, "k d"], kept: Directions) -> Float[Tensor, "k d"]:
-    """Return eigenvectors that are orthonormal to the last digit.
-
-    Vectors made of columns are so up to the rounding of λ_max beside their eigenvalue. What is left
-    is taken out by Gram and Schmidt's process, from the largest eigenvalue down: it leaves those
-    that are known best as they are.
-    """
-    order = kept.evals.argsort(descending=True)
-    place = order.argsort()
-    overlaps = vectors @ vectors.mT + torch.diag_embed((~kept.live).to(vectors))
-    factor = torch.linalg.cholesky(overlaps[order][:, order])
-    identity = torch.eye(len(order), dtype=factor.dtype, device=factor.device)
-    inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
-    return inverse[place][:, place] @ vectors

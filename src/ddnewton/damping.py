@@ -21,7 +21,8 @@ from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.transforms import bare, surely, untransformed
 from ddnewton.types import DampingRule
 
-PIECE = 2**22  # how many gains exist at once: 32 MiB
+PIECE = 2**22
+"""How many gains of a bootstrap exist at once: 32 MiB."""
 
 
 def constant(delta: float | Tensor) -> DampingRule:
@@ -239,6 +240,9 @@ def check_dampings(dampings: object, directions: int) -> None:
         rule = "damping must return a tensor of shape [K]"
         got, remedy = type(dampings).__name__, "Build it with torch, like its arguments."
         raise BadType(sentence(rule, got, remedy))
+    if dampings.dtype == torch.bool or dampings.is_complex():
+        rule, remedy = "damping must return real numbers", "To choose directions, use select."
+        raise BadType(sentence(rule, dampings.dtype, remedy))
     if dampings.shape != (directions,):
         rule = f"damping must return one value for each of the K = {directions} directions"
         remedy = "Return a tensor of shape [K], such as δ * torch.ones_like(evals)."

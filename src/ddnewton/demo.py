@@ -19,7 +19,8 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.utils._pytree import tree_map
 
 from ddnewton import plotting
-from ddnewton.newton import NewtonInfo, newton_step, newton_step_and_info
+from ddnewton.info import NewtonInfo
+from ddnewton.newton import newton_step, newton_step_and_info
 from ddnewton.types import ModelFn, PyTree
 
 try:

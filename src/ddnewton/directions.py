@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from ddnewton.derivatives import Derivatives, first_derivatives, second_derivatives
 from ddnewton.groups import Block
@@ -24,11 +26,13 @@ class Along(NamedTuple):
     derivatives: Derivatives
 
 
-def directions_of(problem: Problem, systems: Sequence[System], *, few: bool = False) -> list[Along]:
-    """Return the directions that every block keeps; no other eigenpairs if a ``few`` will do."""
+def directions_of(
+    problem: Problem, systems: Sequence[System], *, only_kept: bool = False
+) -> list[Along]:
+    """Return the directions that every block keeps; those alone if ``only_kept``."""
     spectra, kept = [], []
     for block, system in zip(problem.blocks, systems, strict=True):
-        leading = block.select.k if few and isinstance(block.select, Leading) else None
+        leading = block.select.k if only_kept and isinstance(block.select, Leading) else None
         spectra.append(decompose(*system, leading))
         kept.append(keep(spectra[-1], block.select, problem.dtype))
     derivatives = _derivatives(problem, systems, kept)
@@ -48,6 +52,23 @@ def _derivatives(
         unseen = unseen_slopes(problem, problem.unseen, systems, kept)
         further = [second_derivatives(slopes, problem.unseen.curvatures) for slopes in unseen]
         lambdas = [torch.cat(pair) for pair in zip(lambdas, further, strict=True)]
-    rows = [slice(None) if row is None else row for row in problem.rows]
+    chosen = (problem.slope_rows, problem.curvature_rows)
+    rows = [slice(None) if row is None else row for row in chosen]
     pairs = zip(gammas, lambdas, strict=True)
     return [Derivatives(gamma[rows[0]], curvature[rows[1]]) for gamma, curvature in pairs]
+
+
+def orthonormal(vectors: Float[Tensor, "k d"], kept: Directions) -> Float[Tensor, "k d"]:
+    """Return eigenvectors that are orthonormal to the last digit.
+
+    Vectors made of columns are so up to the rounding of λ_max beside their eigenvalue. What is left
+    is taken out by Gram and Schmidt's process, from the largest eigenvalue down: it leaves those
+    that are known best as they are.
+    """
+    order = kept.evals.argsort(descending=True)
+    place = order.argsort()
+    overlaps = vectors @ vectors.mT + torch.diag_embed((~kept.live).to(vectors))
+    factor = torch.linalg.cholesky(overlaps[order][:, order])
+    identity = torch.eye(len(order), dtype=factor.dtype, device=factor.device)
+    inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return inverse[place][:, place] @ vectors

@@ -18,9 +18,14 @@ class BadType(TypeError):
     """An argument of the wrong kind."""
 
 
+LONG = 300
+"""How many characters of what was got a message shows."""
+
+
 def sentence(rule: str, got: object, remedy: str) -> str:
     """Return the message of an error: the rule, what was got, what to do."""
-    return f"{rule}; got {got}. {remedy}"
+    shown = str(got)
+    return f"{rule}; got {shown if len(shown) <= LONG else shown[:LONG] + '…'}. {remedy}"
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:

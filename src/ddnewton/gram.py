@@ -33,7 +33,7 @@ from ddnewton.contraction import (
 )
 from ddnewton.jacobians import Jacobian
 
-Block: TypeAlias = Sequence[int]
+Leaves: TypeAlias = Sequence[int]
 """The numbers of the leaves that make up a block."""
 
 
@@ -46,7 +46,7 @@ class Columns(NamedTuple):
     sums: float  # the rounding of sums of products of columns, 0 for that of float64
 
 
-def columns_of(batches: Sequence[Jacobian], block: Block) -> Columns:
+def columns_of(batches: Sequence[Jacobian], block: Leaves) -> Columns:
     """Return what is to be had of the columns of a block, as they come."""
     return Columns(
         project=partial(_project, batches, block),
@@ -57,7 +57,7 @@ def columns_of(batches: Sequence[Jacobian], block: Block) -> Columns:
 
 
 def small_matrices(
-    batches: Sequence[Jacobian], blocks: Sequence[Block], weights: Float[Tensor, " i"]
+    batches: Sequence[Jacobian], blocks: Sequence[Leaves], weights: Float[Tensor, " i"]
 ) -> list[Float[Tensor, "_ _"]]:
     """Return for every block AᵀA₁, or A₁ diag(w) A₁ᵀ [d, d] where that is smaller.
 
@@ -78,12 +78,12 @@ def small_matrices(
 
 
 def is_gram(matrix: Float[Tensor, "side side2"], weights: Float[Tensor, " i"]) -> bool:
-    """Return which of the two of `small_matrices` it is."""
+    """Return whether it is AᵀA₁, as also where both sides are equally long."""
     return matrix.shape[1] == weights.shape[0]
 
 
 def products(
-    left: Jacobian, right: Jacobian, blocks: Sequence[Block]
+    left: Jacobian, right: Jacobian, blocks: Sequence[Leaves]
 ) -> list[Float[Tensor, "i j"]]:
     """Return AᵀB for every block; of one batch with itself half of it, and its mirror image."""
     same = left is right
@@ -106,7 +106,7 @@ def products(
 
 
 def combine(
-    batches: Sequence[Jacobian], blocks: Sequence[Block], weights: Sequence[Float[Tensor, "_ i"]]
+    batches: Sequence[Jacobian], blocks: Sequence[Leaves], weights: Sequence[Float[Tensor, "_ i"]]
 ) -> list[Float[Tensor, "_ _"]]:
     """Return W Aᵀ for every block and its own weights."""
     counts = [jacobian.samples * jacobian.columns for jacobian in batches]
@@ -130,7 +130,7 @@ def _total(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _outers(
-    jacobian: Jacobian, blocks: Sequence[Block], weights: Float[Tensor, " i"]
+    jacobian: Jacobian, blocks: Sequence[Leaves], weights: Float[Tensor, " i"]
 ) -> list[Float[Tensor, "_ _"]]:
     cut = _cuts(jacobian, blocks)
     orders = [_order(jacobian, block) for block in blocks]
@@ -144,7 +144,7 @@ def _outers(
 
 
 def _project(
-    batches: Sequence[Jacobian], block: Block, vectors: Float[Tensor, "d k"]
+    batches: Sequence[Jacobian], block: Leaves, vectors: Float[Tensor, "d k"]
 ) -> Float[Tensor, "i k"]:
     parts = []
     for jacobian in batches:
@@ -166,7 +166,7 @@ def _shape(jacobian: Jacobian, chunk: slice) -> tuple[int, int]:
 
 
 def _cuts(
-    jacobian: Jacobian, blocks: Sequence[Block]
+    jacobian: Jacobian, blocks: Sequence[Leaves]
 ) -> Callable[[Sequence[Factor]], list[list[Factor]]]:
     """Return how to cut the factors of all parameters to those of every block."""
     whole = len(jacobian.sizes)
@@ -181,7 +181,7 @@ def _cuts(
     return cut
 
 
-def _order(jacobian: Jacobian, block: Block) -> Int[Tensor, " d"] | None:
+def _order(jacobian: Jacobian, block: Leaves) -> Int[Tensor, " d"] | None:
     """Return for every parameter of a block which entry of its factors it is."""
     order, entries = jacobian.order, [piece for each in jacobian.pieces for piece in each]
     if order is None or len(block) == len(jacobian.sizes):

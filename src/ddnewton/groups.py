@@ -9,8 +9,8 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ddnewton.checks import check_nonnegative
-from ddnewton.errors import BadType, BadValue, sentence
+from ddnewton.checks import check_nonnegative, check_params, check_rule
+from ddnewton.errors import BadType, BadValue, public, sentence
 from ddnewton.trees import leaf_paths, named_leaves
 from ddnewton.types import DampingRule, PyTree, Select
 
@@ -25,7 +25,8 @@ class Group(NamedTuple):
     ``params["encoder"]["weight"]`` and for ``params["encoder.weight"]``, ``"0"`` for the first of a
     list. A path that ends before a leaf, ``"encoder"``, names all leaves below it. Several are
     given as a sequence; a function of the path takes those for which it returns true. Without a
-    ``select`` or a ``damping`` of its own, a group follows those of the call.
+    ``select`` or a ``damping`` of its own, a group follows those of the call; to keep all
+    directions where the call does not, select ``above(0.0)``.
 
     Examples
     --------
@@ -46,6 +47,7 @@ class Group(NamedTuple):
     damping: float | Tensor | DampingRule | None = None
 
 
+@public
 def per_parameter(params: PyTree) -> list[Group]:
     """Return groups that make one block of every tensor in ``params``.
 
@@ -56,12 +58,14 @@ def per_parameter(params: PyTree) -> list[Group]:
     >>> [group.params for group in per_parameter(dict(net.named_parameters()))]
     [['weight'], ['bias']]
     """
+    check_params(params)
     paths, shown = leaf_paths(params), [name for name, _ in named_leaves(params)]
     often = Counter(paths)
     pairs = zip(paths, shown, strict=True)
     return [Group([path if often[path] == 1 else name]) for path, name in pairs]
 
 
+@public
 def per_layer(params: PyTree) -> list[Group]:
     """Return groups that make one block of all tensors whose paths differ in the last key alone.
 
@@ -74,6 +78,7 @@ def per_layer(params: PyTree) -> list[Group]:
     >>> [group.params for group in per_layer(dict(net.named_parameters()))]
     [['0.weight', '0.bias'], ['2.weight', '2.bias']]
     """
+    check_params(params)
     layers: dict[str, list[str]] = {}
     for path in leaf_paths(params):
         layers.setdefault(path.rpartition(".")[0], []).append(path)
@@ -119,14 +124,14 @@ def _named(group: Group, names: Sequence[tuple[str, str]], number: int) -> list[
     if callable(group.params):
         found = [i for i, (path, _) in enumerate(names) if group.params(path)]
         if not found:
-            _refuse(f"groups[{number}].params, which is false for every path,", names)
+            _refuse(f"groups[{number}].params, which is false for every path", names)
         return found
     wanted = [group.params] if isinstance(group.params, str) else group.params
     chosen: set[int] = set()
     for name in wanted:
         leaves = _exactly(name, names) or _below(name, names)
         if not leaves:
-            _refuse(repr(name), names)
+            _refuse(f"{name!r} in groups[{number}]", names)
         chosen |= leaves
     return sorted(chosen)
 
@@ -174,5 +179,7 @@ def _check_group(group: Group, name: str) -> None:
     if group.select is not None and not callable(group.select):
         rule = f"{name}.select must be a function or None"
         raise BadType(sentence(rule, repr(group.select), "Pass a rule such as top_k(10)."))
-    if group.damping is not None and not callable(group.damping):
+    if callable(group.damping):
+        check_rule(f"{name}.damping", group.damping)
+    elif group.damping is not None:
         check_nonnegative(f"{name}.damping", group.damping)

@@ -1,7 +1,10 @@
-r"""Directionally damped Newton steps: the whole method in one file.
+r"""Directionally damped Newton steps: the method from top to bottom, a room to a line.
 
-    X → outputs f → loss expansions L, z, h → columns A = JᵀL → eigenpairs of A diag(h/N) Aᵀ
-      → directions e_k → γ_nk, λ_nk → δ_k → s = Σ_k −γ_k / (λ_k + δ_k) e_k
+    X → outputs f → loss expansions L, z, h → columns A = JᵀL                 `problem.opened`
+      → the smaller side of A diag(h/N) Aᵀ                                    `problem.systems_of`
+      → eigenpairs → directions e_k → γ_nk, λ_nk                              `directions_of`
+      → δ_k → −γ_k / (λ_k + δ_k)                                              `_solve`
+      → s = Σ_k −γ_k / (λ_k + δ_k) e_k                                        `problem.lifted`
 
 Source: Dangel, Tatzel, Hennig, "ViViT: Curvature access through the generalized Gauss-Newton's
 low-rank structure", TMLR 2022, arXiv 2106.02624.
@@ -10,12 +13,11 @@ low-rank structure", TMLR 2022, arXiv 2106.02624.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.cholesky import damped_step
@@ -25,34 +27,11 @@ from ddnewton.damping import as_rule, check_dampings
 from ddnewton.directions import Along, directions_of
 from ddnewton.errors import public
 from ddnewton.groups import Group
+from ddnewton.info import NewtonInfo, info_of
 from ddnewton.problem import Options, Problem, System, gradients, lifted, opened, systems_of
 from ddnewton.samples import Indices
 from ddnewton.trees import unflatten
 from ddnewton.types import DampingRule, GramWay, ModelFn, PyTree, Select
-
-
-class NewtonInfo(NamedTuple):
-    """What a step was made of, in the dtype of the model's outputs or float32 if that is narrower.
-
-    λ, δ and ``evals`` have the units of curvature (loss per squared parameter), γ of slope. With
-    ``subsampling_curvature``, λ stands beside ``evals`` for the bias of these.
-    """
-
-    loss: Float[Tensor, ""]
-    evals: Float[Tensor, " k"]
-    gammas: Float[Tensor, "n k"]
-    lambdas: Float[Tensor, "n2 k"]
-    dampings: Float[Tensor, " k"]
-    coefficients: Float[Tensor, " k"]
-    """−γ_k / (λ_k + δ_k): how far the step goes along each direction."""
-    predicted_decrease: Float[Tensor, " k"]
-    """−γ_k c_k − ½ λ_k c_k²: by how much the quadratic model falls along each direction. Their
-    sum is the model's fall where λ is of the directions' own samples, and it has no other terms."""
-    gradient_norm: Float[Tensor, ""]
-    gradient_share: Float[Tensor, ""]
-    """Σ_k γ_k² / ‖g‖²: the share of the squared gradient norm inside the kept directions."""
-    rank: Int[Tensor, ""]
-    """Number of eigenvalues above the rank tolerance."""
 
 
 @public
@@ -162,11 +141,11 @@ def newton_step(
         gram=gram,
         chunk_size=chunk_size,
     )
-    with opened(model_fn, params, X, y, criterion, options) as columns:
-        problem, systems = systems_of(columns)
+    with opened(model_fn, params, X, y, criterion, options) as expanded:
+        problem, systems = systems_of(expanded)
         coordinates = _without_eigenpairs(problem, systems, complement)
         if coordinates is None:
-            found = directions_of(problem, systems, few=complement is None)
+            found = directions_of(problem, systems, only_kept=complement is None)
             coordinates = [_solve(problem, each, complement).coordinates for each in found]
         flat = lifted(problem, systems, coordinates)
     return unflatten(flat, [block.leaves for block in problem.blocks], params)
@@ -216,12 +195,16 @@ def newton_step_and_info(
         gram=gram,
         chunk_size=chunk_size,
     )
-    with opened(model_fn, params, X, y, criterion, options) as columns:
-        problem, systems = systems_of(columns)
-        found = directions_of(problem, systems)
+    with opened(model_fn, params, X, y, criterion, options) as expanded:
+        problem, systems = systems_of(expanded)
+        found = directions_of(problem, systems)  # all, for the rank
         solutions = [_solve(problem, each, complement) for each in found]
         flat = lifted(problem, systems, [each.coordinates for each in solutions])
-        infos = tuple(map(partial(_info, problem), found, solutions, gradients(problem)))
+        slopes = gradients(problem)
+        infos = tuple(
+            info_of(problem, along, gradient, solution.dampings, solution.coefficients)
+            for along, gradient, solution in zip(found, slopes, solutions, strict=True)
+        )
     step = unflatten(flat, [block.leaves for block in problem.blocks], params)
     return step, infos[0] if groups is None else infos
 
@@ -238,7 +221,7 @@ def _without_eigenpairs(
     problem: Problem, systems: Sequence[System], complement: float | None
 ) -> list[Float[Tensor, " _"]] | None:
     """Return the steps of the blocks, if one damping of all directions is all there is to them."""
-    if complement is not None or problem.rows[1] is not None:
+    if complement is not None or problem.curvature_rows is not None:
         return None
     steps = []
     for block, system in zip(problem.blocks, systems, strict=True):
@@ -266,32 +249,7 @@ def _solve(problem: Problem, along: Along, complement: float | None) -> Solution
     coordinates = kept.span @ coefficients
     if complement is not None:
         coordinates = coordinates - outside(spectrum, problem.shares, kept) / complement
-    elif block.select is None and not callable(block.damping) and problem.rows[1] is None:
+    elif block.select is None and not callable(block.damping) and problem.curvature_rows is None:
         curved = F.pad(problem.curvatures.reshape(-1) > 0, (0, len(problem.shares) - i))
         coordinates = coordinates - vanishing(spectrum, problem.shares, curved, block.damping)
     return Solution(dampings, coefficients, coordinates)
-
-
-def _info(
-    problem: Problem, along: Along, solution: Solution, gradient: Float[Tensor, " d"]
-) -> NewtonInfo:
-    """Return the record of a step."""
-    spectrum, kept, (gammas, lambdas) = along.spectrum, along.kept, along.derivatives
-    gamma, curvature = gammas.mean(0), lambdas.mean(0)
-    square = gradient.square().sum()
-    inside = torch.where(kept.live, gamma, 0).square().sum()
-    c = solution.coefficients
-    info = NewtonInfo(
-        loss=problem.values.mean(),
-        evals=kept.evals,
-        gammas=gammas,
-        lambdas=lambdas,
-        dampings=solution.dampings,
-        coefficients=c,
-        predicted_decrease=-c * (gamma + curvature * c / 2),
-        gradient_norm=square.sqrt(),
-        gradient_share=torch.where(square > 0, inside / square, 1).clamp(max=1),
-        rank=spectrum.live.sum(),
-    )
-    cast = (x if x.dtype == torch.int64 else x.to(problem.dtype) for x in info)
-    return NewtonInfo(*cast)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.newton import NewtonInfo
+from ddnewton.info import NewtonInfo
 
 try:
     import matplotlib as mpl

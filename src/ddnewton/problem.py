@@ -29,7 +29,7 @@ RESOLUTION = 1e4
 class Options(NamedTuple):
     """What a call says besides the model, the batch and the criterion."""
 
-    damping: float | Tensor | DampingRule = 0.0
+    damping: float | Tensor | DampingRule = 0.0  # where there is none, every curvature counts
     select: Select | None = None
     complement: float | None = None
     groups: Sequence[Group] | None = None
@@ -61,7 +61,8 @@ class Problem(NamedTuple):
     curvatures: Float[Tensor, "m n2"]  # h
     weights: Float[Tensor, " i"]  # h / N: a matrix is A diag(w) Aᵀ
     shares: Float[Tensor, " a"]  # z / N: the gradient is A z / N
-    rows: tuple[Tensor | None, Tensor | None]  # of the samples asked for among γ, and among λ
+    slope_rows: Int[Tensor, " _"] | None  # of the samples asked for among γ, None for all
+    curvature_rows: Int[Tensor, " _"] | None  # and among λ, None for those of the directions
     unseen: Unseen | None
     columns: Sequence[Jacobian]
     blocks: Sequence[Block]
@@ -152,7 +153,7 @@ def _expanded(
     mine = _of(every, samples.directions)
     n, count = len(every.value), len(mine.value)
     columns = [model.jacobian(mine.basis, samples.directions)]
-    shares, rows, rows_of_curvature, unseen = mine.slopes.T.reshape(-1) / n, None, None, None
+    shares, rows, curvature_rows, unseen = mine.slopes.T.reshape(-1) / n, None, None, None
     if gradient:
         shares, rows, others = _gradient(every, mine, samples)
         if others is not None:
@@ -160,7 +161,7 @@ def _expanded(
             everyone = samples.slopes is None and len(others) == n
             columns.append(model.jacobian(slopes[others, :, None], None if everyone else others))
     if samples.curvatures is not None:
-        rows_of_curvature, new = rows_among(samples.curvatures, samples.directions, n)
+        curvature_rows, new = rows_among(samples.curvatures, samples.directions, n)
         if new is not None:
             held = _of(every, new)
             unseen = Unseen(new, held.basis, held.curvatures.T)
@@ -173,7 +174,8 @@ def _expanded(
         curvatures=mine.curvatures.T,
         weights=mine.curvatures.T.reshape(-1) / count,  # the mean's 1/N
         shares=shares,
-        rows=(rows, rows_of_curvature),
+        slope_rows=rows,
+        curvature_rows=curvature_rows,
         unseen=unseen,
         columns=columns,
         blocks=blocks,
@@ -219,7 +221,8 @@ def _systems(problem: Problem) -> list[System]:
 def _unresolved(block: Block, system: System) -> bool:
     """Return whether the curvatures that count are lost in the rounding of float32.
 
-    They do down to δ where all directions do, and down to none with a rule.
+    With one δ for all directions they count down to δ, with a rule all of them; a ``select`` is
+    taken to ask for large ones.
     """
     if block.select is not None:
         return False

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ddnewton.checks import distinct
 from ddnewton.errors import BadType, BadValue, sentence
 
 Indices: TypeAlias = Sequence[int] | slice | Tensor
@@ -45,14 +46,7 @@ def indices(name: str, chosen: Indices | None, n: int, device: torch.device) -> 
         got = "a mask" if found.dtype == torch.bool else f"numbers of {found.dtype}"
         remedy += " For a mask, pass mask.nonzero()[:, 0]." * (found.dtype == torch.bool)
         raise BadType(sentence(rule, got, remedy))
-    found = found.long()  # n need not fit into a smaller dtype
-    if bool(((found < -n) | (found >= n)).any()):
-        got = f"indices from {int(found.min())} to {int(found.max())}"
-        raise BadValue(sentence(rule, got, remedy))
-    found = torch.where(found < 0, found + n, found)
-    if len(found.unique()) < len(found):
-        raise BadValue(sentence(rule, f"repeats in {found.tolist()}", remedy))
-    return found
+    return distinct(found, n, rule, remedy)
 
 
 def rows_among(

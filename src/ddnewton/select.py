@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ddnewton.checks import check_nonnegative
+from ddnewton.checks import check_nonnegative, distinct
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.spectrum import Spectrum
-from ddnewton.transforms import bare, is_batched, surely
+from ddnewton.transforms import is_batched
 from ddnewton.types import Select
 
 
@@ -85,7 +85,7 @@ def energy(fraction: float) -> Select:
 class Directions(NamedTuple):
     """The kept directions, in the order asked for; one that is not ``live`` counts for nothing.
 
-    ``rest`` marks, among the r directions of the spectrum, the live ones that were left out.
+    ``left_out`` marks, among the r directions of the spectrum, the live ones that were left out.
     """
 
     evals: Float[Tensor, " k"]
@@ -93,7 +93,7 @@ class Directions(NamedTuple):
     slopes: Float[Tensor, "a k"]
     span: Float[Tensor, "j k"]
     live: Bool[Tensor, " k"]
-    rest: Bool[Tensor, " r"]
+    left_out: Bool[Tensor, " r"]
 
 
 def keep(spectrum: Spectrum, select: Select | None, dtype: torch.dtype) -> Directions:
@@ -117,7 +117,7 @@ def keep(spectrum: Spectrum, select: Select | None, dtype: torch.dtype) -> Direc
         slopes=torch.where(live, spectrum.slopes[:, thin], 0),
         span=torch.where(live, spectrum.span[:, thin], 0),
         live=live,
-        rest=spectrum.live & ~taken.any(0),
+        left_out=spectrum.live & ~taken.any(0),
     )
 
 
@@ -150,13 +150,5 @@ def _answer(
         return _from_mask(chosen)
     if chosen.is_floating_point() or chosen.is_complex():
         raise BadType(sentence(rule, f"numbers of {chosen.dtype}", remedy))
-    chosen = chosen.long()  # a count need not fit into a smaller dtype
-    values = bare(chosen)
-    if surely((values < -count) | (values >= count)):
-        got = f"indices from {int(values.min())} to {int(values.max())}"
-        raise BadValue(sentence(rule, got, remedy))
-    indices = torch.where(chosen < 0, chosen + count, chosen)
-    ordered = bare(indices).sort(-1).values
-    if surely(ordered.diff(dim=-1) == 0):
-        raise BadValue(sentence(rule, f"repeats in {values.tolist()}", remedy))
+    indices = distinct(chosen, count, rule, remedy)
     return indices, torch.ones_like(indices, dtype=torch.bool)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import jvp, vmap
 
 from ddnewton.gram import columns_of, combine, is_gram, products
-from ddnewton.linearization import Linearization
+from ddnewton.jacobians import Jacobian
 from ddnewton.precision import ramp
 from ddnewton.problem import Problem, System, Unseen, lifted
 from ddnewton.select import Directions
@@ -62,27 +63,32 @@ def _pushed(
     ]
     directions = [torch.cat(parts) for parts in zip(*trees, strict=True)]
 
-    def push(*direction: Tensor) -> Tensor:
-        _, moved, *_ = jvp(lambda *p: model.function(p, unseen.samples), leaves, direction)
+    cotangent = ramp(unseen.basis[:, :, :1])
+    columns = model.jacobian(cotangent, unseen.samples)
+
+    def push(samples: Int[Tensor, " n"], *direction: Tensor) -> Tensor:
+        _, moved, *_ = jvp(lambda *p: model.function(p, samples), leaves, direction)
         return torch.as_tensor(moved)
 
     size = max(sum(leaf.numel() for leaf in leaves), unseen.basis[:, :, 0].numel())
-    moved = vmap(push, chunk_size=max(1, TOGETHER // size))(*directions)
-    moved = moved.reshape((*moved.shape[:2], unseen.basis.shape[1]))
-    _check_adjoint(model, unseen, directions, moved)
+    few = max(1, TOGETHER // size)
+    parts = []
+    for chunk in columns.chunks:
+        part = vmap(partial(push, unseen.samples[chunk]), chunk_size=few)(*directions)
+        parts.append(part.reshape((*part.shape[:2], -1)))
+    moved = torch.cat(parts, 1)
+    _check_adjoint(columns, cotangent, directions, moved)
     slopes = torch.einsum("ncm,knc->mnk", unseen.basis, moved.to(unseen.basis)).flatten(0, 1)
     return list(slopes.split([each.span.shape[1] for each in kept], 1))
 
 
 def _check_adjoint(
-    model: Linearization,
-    unseen: Unseen,
+    columns: Jacobian,
+    cotangent: Float[Tensor, "n c 1"],
     directions: Sequence[Float[Tensor, "k ..."]],
     moved: Float[Tensor, "k n c"],
 ) -> None:
     """Require of a pushforward to be the transpose of the pullback: ⟨v, J e⟩ = ⟨Jᵀv, e⟩."""
-    cotangent = ramp(unseen.basis[:, :, :1])
-    columns = model.jacobian(cotangent, unseen.samples)
     ones = cotangent.new_ones(1, len(cotangent))
     (pulled,) = combine([columns], [range(len(directions))], [ones])
     flat = torch.cat([leaf.reshape(len(leaf), -1) for leaf in directions], 1).to(pulled)

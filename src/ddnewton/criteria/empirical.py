@@ -19,8 +19,9 @@ def empirical_fisher(criterion: Criterion | Loss) -> Loss:
 
     .. math:: G = \frac{1}{d} \sum_n J_n^\top r_n r_n^\top J_n, \qquad r_n = \nabla_f \ell_n
 
-    with d what the reduction divides by: the mean's is N for cross-entropy and N C where torch
-    averages over outputs as well, the sum's is 1. One column a sample, whatever the loss. It is
+    with d what the reduction divides by: the mean's is N for cross-entropy of plain classes, the
+    sum of the weights where there are any, and N C where torch averages over outputs as well; the
+    sum's is 1. One column a sample, whatever the loss. It is
     not an estimate of the Hessian: it shrinks where the model fits, and grows where it does not.
 
     Parameters

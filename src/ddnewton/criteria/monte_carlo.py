@@ -138,5 +138,8 @@ def _without_likelihood(criterion: Criterion | Loss) -> str:
     named = "a Loss without scores" if isinstance(criterion, Loss) else type(function).__name__
     able = [loss.module.__name__ for loss in TORCH_LOSSES if loss.factory().scores is not None]
     rule = "criterion must have a likelihood to draw targets from"
-    remedy = f"{', '.join(able)} have one (Poisson with log_input=True), as has a Loss with scores."
+    remedy = (
+        f"{', '.join(able)} have one (Poisson with log_input=True), themselves and not wrapped in "
+        "another function, as has a Loss with scores."
+    )
     return sentence(rule, getattr(function, "__name__", named), remedy)
