@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -911,12 +912,19 @@ print(mlp(1), convolutions(1), mlp(64), convolutions(64, chunk_size=4), convolut
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_no_jacobian_is_ever_in_memory():
     """The peaks of a process, in MiB; the Jacobian of the MLP alone would have 540."""
+    # Freed at once, or peaks depend on what the allocator happens to keep.
+    plain = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
-        [sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, "-c", PEAKS],
+        env=os.environ | plain,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
     )
     _, before, mlp, in_chunks, whole = map(float, done.stdout.split())
     assert mlp - before < 60
-    assert in_chunks - before < 0.75 * (whole - before)
+    assert in_chunks - before < 0.5 * (whole - before)
 
 
 # --- what cannot be traced ------------------------------------------------------------------
