@@ -115,18 +115,12 @@ def check_functions(model_fn: object, select: object) -> None:
         rule, got = "model_fn must take params and X", f"the module {type(model_fn).__name__}"
         remedy = "Pass lambda p, x: torch.func.functional_call(module, p, (x,))."
         raise BadType(sentence(rule, got, remedy))
-    if select is not None and not callable(select):
-        rule = "select must be a function or None"
-        remedy = "Pass a rule such as top_k(10), or lambda evals: [0, 1]."
-        raise BadType(sentence(rule, repr(select), remedy))
+    check_select("select", select)
 
 
 def check_options(damping: object, complement: object, gram: object, chunk_size: object) -> None:
     """Require sensible values of the options that do not depend on the data."""
-    if callable(damping):
-        check_rule("damping", damping)
-    else:
-        check_nonnegative("damping", damping)
+    check_damping("damping", damping)
     if complement is not None:
         check_nonnegative("complement", complement)
         if surely(~(torch.as_tensor(complement) > 0)):
@@ -145,10 +139,20 @@ def check_options(damping: object, complement: object, gram: object, chunk_size:
             )
 
 
-def check_rule(name: str, rule: Callable[..., object]) -> None:
-    """Require a damping rule to take what is known of the directions."""
-    if not _takes(rule, 4):
-        what = getattr(rule, "__name__", repr(rule))
+def check_select(name: str, select: object) -> None:
+    """Require a rule that chooses directions, or None."""
+    if select is not None and not callable(select):
+        rule = f"{name} must be a function or None"
+        remedy = "Pass a rule such as top_k(10), or lambda evals: [0, 1]."
+        raise BadType(sentence(rule, repr(select), remedy))
+
+
+def check_damping(name: str, damping: object) -> None:
+    """Require a number, or a rule that takes what is known of the directions."""
+    if not callable(damping):
+        check_nonnegative(name, damping)
+    elif not _takes(damping, 4):
+        what = getattr(damping, "__name__", repr(damping))
         must = f"{name} must be a number, or a function of evals, evecs, gammas and lambdas"
         remedy = f"If it makes such a function, call it: {what}(…)."
         raise BadType(sentence(must, what, remedy))

@@ -18,6 +18,8 @@ from jaxtyping import Float, Int, Num
 from opt_einsum import contract_path
 from torch import Tensor
 
+from ddnewton.trees import chunks
+
 EQUATION = "ngtp,nmgot,NgTp,NMgoT->nmNM"
 
 BYTES = 2**25
@@ -172,7 +174,7 @@ def _positions_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
         mine = left.b[:, :, group].flatten(2)  # [n m ot]
         theirs = right.b[:, :, group].flatten(1, 2)  # [n mo t]
         rows = []
-        for few in _blocks(0, n, abreast):
+        for few in chunks(n, abreast):
             first = few.start if left is right else 0
             overlaps = _overlaps(left, right, group, few, slice(first, None))
             for sample, overlap in zip(range(few.start, few.stop), overlaps, strict=True):
@@ -196,10 +198,6 @@ def _overlaps(
         return each.movedim(2, 0)
     same = (others[None, :, :, None] == a[:, None, None, :]) & (a >= 0)[:, None, None, :]
     return same.to(left.b.dtype)
-
-
-def _blocks(start: int, stop: int, size: int) -> list[slice]:
-    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
 def product(left: Float[Tensor, "i d"], right: Float[Tensor, "j d"]) -> Float[Tensor, "i j"]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ddnewton.checks import check_nonnegative, check_params, check_rule
+from ddnewton.checks import check_damping, check_params, check_select
 from ddnewton.errors import BadType, BadValue, public, sentence
 from ddnewton.trees import leaf_paths, named_leaves
 from ddnewton.types import DampingRule, PyTree, Select
@@ -176,10 +176,6 @@ def _check_group(group: Group, name: str) -> None:
             raise BadType(sentence(rule, repr(names), 'Name parameters as in "encoder.weight".'))
         if not names:
             raise BadValue(sentence(rule, "none", "Name at least one parameter."))
-    if group.select is not None and not callable(group.select):
-        rule = f"{name}.select must be a function or None"
-        raise BadType(sentence(rule, repr(group.select), "Pass a rule such as top_k(10)."))
-    if callable(group.damping):
-        check_rule(f"{name}.damping", group.damping)
-    elif group.damping is not None:
-        check_nonnegative(f"{name}.damping", group.damping)
+    check_select(f"{name}.select", group.select)
+    if group.damping is not None:
+        check_damping(f"{name}.damping", group.damping)

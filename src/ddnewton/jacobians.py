@@ -23,7 +23,7 @@ from ddnewton.contraction import Factor
 from ddnewton.independence import Mixed, check_alone
 from ddnewton.precision import Model
 from ddnewton.transforms import one_by_one, over_samples
-from ddnewton.trees import as_batch, parameter_count, take
+from ddnewton.trees import as_batch, chunks, parameter_count, take
 from ddnewton.types import ModelFn, PyTree
 
 Mapping: TypeAlias = Callable[..., PyTree]
@@ -83,7 +83,7 @@ def _of_model(
 ) -> Jacobian:
     n, _, m = basis.shape
     size = chunk_size or _sensible_chunk(model, m)
-    chunks = [slice(start, min(start + size, n)) for start in range(0, n, size)]
+    parts = chunks(n, size)
     trial = slice(0, min(max(2, size), n))
     first = _visit(model, trial, basis, mapping)
     _check_pullback(model, trial, basis, first)
@@ -94,8 +94,8 @@ def _of_model(
     record = partial(record, device=basis.device, eps=eps, sums=0.0)
     if trial.stop == n:  # one visit is all: keep it
         return record(lambda _: first, [trial])
-    _check_pullback(model, chunks[-1], basis, _visit(model, chunks[-1], basis, mapping))
-    return record(lambda chunk: _visit(model, chunk, basis, mapping), chunks)
+    _check_pullback(model, parts[-1], basis, _visit(model, parts[-1], basis, mapping))
+    return record(lambda chunk: _visit(model, chunk, basis, mapping), parts)
 
 
 def _visit(

@@ -26,7 +26,7 @@ from ddnewton.structured.prepare import FEW, Untraceable, prepared_model
 from ddnewton.structured.prepared import Prepared
 from ddnewton.structured.program import Program
 from ddnewton.structured.visit import Visit, run, visit
-from ddnewton.trees import batches, parameter_count, take
+from ddnewton.trees import batches, chunks, parameter_count, take
 from ddnewton.types import ModelFn, PyTree
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def _by_layers(
         return visit(program, leaves, take(samples, which))
 
     n = samples[0].shape[0]
-    everything = _chunks(n, size)
+    everything = chunks(n, size)
     first = at(everything[0])
     rest = [at(chunk).outputs for chunk in everything[1:]]
     outputs = torch.cat([first.outputs, *rest]) if rest else first.outputs
@@ -145,17 +145,17 @@ def _by_layers(
     eps = max(torch.finfo(x.dtype).eps for x in (outputs, *leaves))
 
     def jacobian(basis: Float[Tensor, "n c m"], which: Int[Tensor, " n"] | None) -> Jacobian:
-        chunks = _chunks(basis.shape[0], size)
+        parts = chunks(basis.shape[0], size)
         factors: Sequence[Factor] = []
 
         def of_chunk(chunk: slice) -> Sequence[Factor]:
             return at(chunk if which is None else which[chunk]).pullback(basis[chunk])
 
-        if len(chunks) == 1:  # keep what is visited once and for all
-            factors = of_chunk(chunks[0]) if which is not None else first.pullback(basis)
+        if len(parts) == 1:  # keep what is visited once and for all
+            factors = of_chunk(parts[0]) if which is not None else first.pullback(basis)
         return Jacobian(
             visit=lambda chunk: factors or of_chunk(chunk),
-            chunks=chunks,
+            chunks=parts,
             samples=basis.shape[0],
             columns=basis.shape[2],
             sizes=[leaf.numel() for leaf in leaves],
@@ -174,10 +174,6 @@ def _by_layers(
         leaves=leaves,
         precisely=None,
     )
-
-
-def _chunks(n: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def _cost(program: Program, n: int, m: int) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ddnewton.checks import check_batch, check_functions, check_options, check_params
-from ddnewton.criteria import AnyCriterion, Expansion, Loss, as_loss, expand_batch
+from ddnewton.criteria import AnyCriterion, Expansion, Loss, as_loss, expand_batch, slopes_of
 from ddnewton.gram import Columns, columns_of, combine, is_gram, small_matrices
 from ddnewton.groups import Block, Group, blocks_of
 from ddnewton.jacobians import Jacobian
@@ -157,9 +157,9 @@ def _expanded(
     if gradient:
         shares, rows, others = _gradient(every, mine, samples)
         if others is not None:
-            slopes = torch.einsum("ncm,nm->nc", every.basis, every.slopes) + every.rest.sum(2)
+            slopes = slopes_of(every)[others, :, None]
             everyone = samples.slopes is None and len(others) == n
-            columns.append(model.jacobian(slopes[others, :, None], None if everyone else others))
+            columns.append(model.jacobian(slopes, None if everyone else others))
     if samples.curvatures is not None:
         curvature_rows, new = rows_among(samples.curvatures, samples.directions, n)
         if new is not None:

@@ -53,6 +53,11 @@ def take(X: PyTree, samples: slice | Tensor) -> PyTree:
     return tree_map(lambda x: x[samples], X)
 
 
+def chunks(n: int, size: int) -> list[slice]:
+    """Return which of n things come together, at most ``size`` at a time."""
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
 def batches(X: PyTree, size: int | None) -> list[PyTree]:
     """Return a batch in pieces of at most ``size`` samples, but of two where ``size`` is one."""
     n = sample_count(X)

@@ -6,7 +6,7 @@ from ddnewton.criteria.distances import huber, mse, smooth_l1
 from ddnewton.criteria.empirical import empirical_fisher
 from ddnewton.criteria.likelihoods import bce_with_logits, gaussian_nll, poisson_nll
 from ddnewton.criteria.monte_carlo import MonteCarlo, monte_carlo
-from ddnewton.criteria.record import Expansion, Loss, spanned
+from ddnewton.criteria.record import Expansion, Loss, slopes_of, spanned
 from ddnewton.criteria.softmax import cross_entropy
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "monte_carlo",
     "mse",
     "poisson_nll",
+    "slopes_of",
     "smooth_l1",
     "spanned",
 ]

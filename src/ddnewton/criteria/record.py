@@ -73,14 +73,21 @@ def spanned(
     return Expansion(value, basis, slopes, curvatures, rest=basis[:, :, :0])
 
 
+def slopes_of(expansion: Expansion) -> Float[Tensor, "n c"]:
+    """Return the gradients of the losses in the outputs, L z + R 1."""
+    _, basis, slopes, _, rest = expansion
+    gradients: Tensor = torch.einsum("ncm,nm->nc", basis, slopes) + rest.sum(2)
+    return gradients
+
+
 def value_and_gradient(
     loss: Loss, outputs: Float[Tensor, "n ..."], y: PyTree
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n c"]]:
     """Return every sample's loss and its gradient L z + R 1, without L where the loss can."""
     if loss.gradient is not None:
         return loss.gradient(outputs, y)
-    value, basis, slopes, _, rest = loss.expand(outputs, y)
-    return value, torch.einsum("ncm,nm->nc", basis, slopes) + rest.sum(2)
+    expansion = loss.expand(outputs, y)
+    return expansion.value, slopes_of(expansion)
 
 
 def per_element(reduction: Reduction) -> Callable[[Tensor, PyTree], float]:
