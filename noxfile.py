@@ -72,3 +72,11 @@ def bench(session: nox.Session) -> None:
     session.install("--no-deps", *ALONE)
     session.install(*JAX, success_codes=range(256))  # a peer that is missing is an entry
     session.run("python", "benchmarks/bench.py", *session.posargs)
+
+
+@nox.session
+def train(session: nox.Session) -> None:
+    """Train the same nets by our methods and by others; arguments go to the benchmark."""
+    install(session)
+    script = "benchmarks/training/train.py"
+    session.run("python", script, *session.posargs, env=ONE_THREAD)

@@ -1,13 +1,15 @@
-"""The demo runs, prints what it promises, and leaves its figure."""
+"""The demo runs, prints what it promises, and leaves its figure; so does a run that is drawn."""
 
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from ddnewton import demo
 from ddnewton.__main__ import main
+from ddnewton.diagnostics import append
 
 
 def test_one_epoch(tmp_path, capsys):
@@ -37,7 +39,7 @@ def test_help(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     printed = capsys.readouterr().out
-    assert all(option in printed for option in ("--epochs", "--seed", "--out"))
+    assert all(option in printed for option in ("--epochs", "--seed", "--out", "plot"))
 
 
 def test_no_epochs_are_refused(capsys):
@@ -46,15 +48,75 @@ def test_no_epochs_are_refused(capsys):
     assert "--epochs: must be at least 1; got 0" in capsys.readouterr().err
 
 
+class Told(NamedTuple):
+    loss: torch.Tensor
+    damping: torch.Tensor
+
+
+def log(path):
+    for loss in (1.0, 0.5):
+        append(path, Told(torch.tensor(loss), torch.tensor(0.1)), step=3)
+
+
+def without(modules, *arguments):
+    """Run the command line where some modules are missing."""
+    hide = f"import sys; sys.modules |= dict.fromkeys({modules!r}); sys.argv[1:] = {arguments!r}; "
+    run = "import runpy; runpy.run_module('ddnewton', run_name='__main__')"
+    command = [sys.executable, "-c", hide + run]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("folder", "figure"), [("a.run", "a.run/history.png"), ("runs/b.c.jsonl", "runs/b.c.png")]
+)
+def test_a_run_is_drawn_beside_it(folder, figure, tmp_path, capsys):
+    log(tmp_path / folder)
+    assert main(["plot", str(tmp_path / folder)]) == 0
+    assert capsys.readouterr().out == f"Figure of 2 steps: {tmp_path / figure}\n"
+    assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_is_drawn_where_it_is_asked_for(tmp_path, capsys):
+    log(tmp_path)
+    assert main(["plot", "--out", str(tmp_path / "figure.pdf"), str(tmp_path)]) == 0
+    assert f"{tmp_path / 'figure.pdf'}" in capsys.readouterr().out
+    assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_run_that_cannot_be_drawn_is_named(tmp_path):
+    file = tmp_path / "run.jsonl"
+    with pytest.raises(SystemExit, match=r"^read: path must name a run.*run\.jsonl: No such file"):
+        main(["plot", str(tmp_path)])
+    file.touch()
+    with pytest.raises(SystemExit, match=r"^overview: a run must have at least one step; got none"):
+        main(["plot", str(tmp_path)])
+    log(tmp_path)
+    with pytest.raises(SystemExit, match=r"[Ff]ormat.*'?docx'?.*is not supported"):
+        main(["plot", str(tmp_path), "--out", str(tmp_path / "figure.docx")])
+    with pytest.raises(SystemExit, match=r"No such file or directory"):
+        main(["plot", str(tmp_path), "--out", str(tmp_path / "none" / "figure.png")])
+    file.write_text("loss 1.0\n")
+    with pytest.raises(SystemExit, match=r"^read: line 1 of .*run\.jsonl must be a JSON object"):
+        main(["plot", str(file)])
+    assert [path.name for path in tmp_path.iterdir()] == ["run.jsonl"]
+
+
+def test_drawing_a_run_needs_matplotlib_alone(tmp_path):
+    log(tmp_path)
+    demos = ("sklearn", "sklearn.datasets", "tqdm", "scipy")
+    ended = without(demos, "plot", str(tmp_path))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    ended = without((*demos, "matplotlib"), "plot", str(tmp_path))
+    assert ended.returncode == 1
+    assert ended.stderr.strip().endswith("python -m pip install 'ddnewton[plot]'")
+    assert "Traceback" not in ended.stderr
+
+
 @pytest.mark.parametrize(
     ("module", "extra"), [("sklearn.datasets", "demo"), ("tqdm", "demo"), ("matplotlib", "plot")]
 )
 def test_a_missing_extra_is_named(module, extra):
-    hide = f"import sys; sys.modules['{module}'] = None; sys.argv = ['ddnewton']; "
-    run = "import runpy; runpy.run_module('ddnewton', run_name='__main__')"
-    ended = subprocess.run(
-        [sys.executable, "-c", hide + run], capture_output=True, text=True, check=False
-    )
+    ended = without((module,))
     assert ended.returncode == 1
     assert f"pip install 'ddnewton[{extra}]'" in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -19,7 +19,8 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.nn.utils.parametrizations import weight_norm
 
 from ddnewton import above, newton_step, newton_step_and_info, prepare, top_k
-from ddnewton.contraction import Outer, combined, formed, inner
+from ddnewton.contraction import inner
+from ddnewton.factors import Outer, combined, formed, projected
 from models import PROBLEMS, Problem, cast, normal, problem
 from reference import Dense, clusters, dense, directions, error, flat, solve, step
 
@@ -852,6 +853,8 @@ def check_contraction(shape: Shape, others: int, dtype=FLOAT64) -> None:
     for factor in (left, formed(left)):
         sums = torch.cat(combined(factor, weights), 1)
         assert error(sums, weights.flatten(1) @ mine) < tolerance
+        vectors = normal(3, mine.shape[1]).double()
+        assert error(projected(factor, vectors), mine @ vectors.T) < tolerance
 
 
 @DTYPES
@@ -863,6 +866,7 @@ def test_inner_products_in_every_order(name, dtype):
 @pytest.mark.parametrize("name", SHAPES)
 def test_inner_products_in_small_blocks(name, monkeypatch):
     monkeypatch.setattr("ddnewton.contraction.BYTES", 2**9)
+    monkeypatch.setattr("ddnewton.factors.BYTES", 2**9)
     check_contraction(SHAPES[name], 5)
 
 

@@ -9,14 +9,9 @@ from pathlib import Path
 
 import torch
 
-try:
-    from ddnewton.demo import digits_example, reference_example
-except ImportError as missing:
-    sys.exit(str(missing))
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo and return 0, or 1 if the reference example does not match."""
+    """Run the demo, or draw a run; return 0, or 1 if the reference example does not match."""
     parser = argparse.ArgumentParser(
         prog="python -m ddnewton",
         description=__doc__,
@@ -25,11 +20,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=positive, default=10, help="epochs of each training")
     parser.add_argument("--seed", type=int, default=0, help="of data, start and mini-batches")
     parser.add_argument("--out", type=Path, default="ddnewton-demo", help="folder for the figure")
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(title="instead of the demo", metavar="")
+    text = "draw the log of a run"
+    plot = commands.add_parser("plot", help=text, description=f"{text.capitalize()}.")
+    plot.add_argument("run", type=Path, help="a .jsonl file, or the folder of run.jsonl")
+    kinds = "history.png in the folder, or the file's name with .png"
+    plot.add_argument("--out", type=Path, dest="figure", help=f"the figure (default: {kinds})")
     chosen = parser.parse_args(arguments)
+    if chosen.run is not None:
+        return draw(chosen.run, chosen.figure)
+    return demo(chosen.epochs, chosen.seed, chosen.out)
+
+
+def demo(epochs: int, seed: int, folder: Path) -> int:
+    """Run both examples."""
+    try:  # the packages that it needs are not those of the other commands
+        from ddnewton.demo import digits_example, reference_example  # noqa: PLC0415
+    except ImportError as missing:
+        sys.exit(str(missing))
     if not reference_example():
         return 1
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    digits_example(chosen.epochs, chosen.seed, chosen.out / "demo.png")
+    folder.mkdir(parents=True, exist_ok=True)
+    digits_example(epochs, seed, folder / "demo.png")
+    return 0
+
+
+def draw(run: Path, figure: Path | None) -> int:
+    """Save a figure of a run."""
+    try:
+        from ddnewton import plotting  # noqa: PLC0415 - as above
+        from ddnewton.diagnostics import read  # noqa: PLC0415
+    except ImportError as missing:
+        sys.exit(str(missing))
+    if figure is None:
+        figure = run.with_suffix(".png") if run.suffix == ".jsonl" else run / "history.png"
+    try:
+        lines = read(run)
+        plotting.overview(lines, figure)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+    print(f"Figure of {len(lines)} steps: {figure}")
     return 0
 
 

@@ -43,7 +43,7 @@ def kept_buffers(function: Callable[..., Any]) -> Iterator[Callable[[], None]]:
         for module, buffers, copies in before:
             for name, (version, copy) in copies.items():
                 buffer = buffers[name]
-                if buffer is not None and _version(buffer) != version:
+                if buffer is not None and writes(buffer) != version:
                     buffer.copy_(copy)
             module._buffers.update(buffers)
 
@@ -51,7 +51,7 @@ def kept_buffers(function: Callable[..., Any]) -> Iterator[Callable[[], None]]:
 def _snapshot(module: nn.Module) -> Snapshot:
     buffers = dict(module._buffers)
     copies = {
-        name: (_version(buffer), buffer.clone())
+        name: (writes(buffer), buffer.clone())
         for name, buffer in buffers.items()
         if buffer is not None and not buffer.is_meta and not is_lazy(buffer)
     }
@@ -63,7 +63,7 @@ def _check(before: list[Snapshot]) -> None:
     for module, buffers, copies in before:
         for name, (version, copy) in copies.items():
             buffer = module._buffers.get(name)
-            if buffer is not None and buffer is buffers[name] and _version(buffer) == version:
+            if buffer is not None and buffer is buffers[name] and writes(buffer) == version:
                 continue
             if buffer is None or not _equal(buffer, copy):
                 rule = "model_fn must not change what it refers to"
@@ -72,7 +72,7 @@ def _check(before: list[Snapshot]) -> None:
                 raise BadValue(sentence(rule, got, remedy))
 
 
-def _version(buffer: Tensor) -> int:
+def writes(buffer: Tensor) -> int:
     """Return how often a tensor was written to; inference tensors do not count."""
     return -1 if buffer.is_inference() else buffer._version
 

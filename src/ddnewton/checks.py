@@ -122,10 +122,7 @@ def check_options(damping: object, complement: object, gram: object, chunk_size:
     """Require sensible values of the options that do not depend on the data."""
     check_damping("damping", damping)
     if complement is not None:
-        check_nonnegative("complement", complement)
-        if surely(~(torch.as_tensor(complement) > 0)):
-            rule = "complement must be positive, or None"
-            raise BadValue(sentence(rule, complement, "Pass a damping, such as 1.0."))
+        check_positive("complement", complement)
     if gram not in GRAMS:
         rule = f"gram must be one of {', '.join(map(repr, GRAMS))}"
         raise BadValue(sentence(rule, repr(gram), 'Leave it at "auto".'))
@@ -197,3 +194,10 @@ def check_nonnegative(name: str, value: object) -> None:
     if math.isnan(low) or low < 0:
         rule = f"{name} must be a number ≥ 0"
         raise BadValue(sentence(rule, low, "Pass 0 or more."))
+
+
+def check_positive(name: str, value: object) -> None:
+    """Require a real number or a 0-d tensor above zero."""
+    check_nonnegative(name, value)
+    if surely(~(torch.as_tensor(value) > 0)):
+        raise BadValue(sentence(f"{name} must be positive", value, "Pass a number above 0."))

@@ -6,8 +6,10 @@ on the smaller of its two sides,
     (A diag(w) Aᵀ + δI)⁻¹ A = A √w (√w AᵀA √w + δI)⁻¹ / √w,
 
 by Cholesky's factorization, a tenth of the cost of eigenpairs. It needs a damping well above the
-rounding of the matrix; and a sample with a slope and no curvature leaves the range of G, where
-only eigenpairs can follow it.
+rounding of the matrix. A sample with a slope and no curvature leaves the range of G: there only
+eigenpairs can tell what of g is inside, while all of g, damped everywhere, is
+
+    (A₁ diag(w) A₁ᵀ + δI)⁻¹ g = (g − A₁ √w (√w A₁ᵀA₁ √w + δI)⁻¹ √w A₁ᵀ g) / δ,    A₁ = A's first i.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -31,29 +34,37 @@ def damped_step(
     matrix: Float[Tensor, "side side2"],
     shares: Float[Tensor, " a"],
     delta: float | Tensor,
+    *,
+    everywhere: bool = False,
+    condition: float = CONDITION,
 ) -> Float[Tensor, " j"] | None:
     """Return −(G + δI)⁻¹ g from a small matrix, or None where only eigenpairs give all digits.
 
-    Like a spectrum's directions it is in coordinates: of the columns, or, on the other side, of the
-    parameters.
+    That is for the gradient on the range of G, or ``everywhere``. Like a spectrum's directions it
+    is in coordinates: of the columns, or, on the other side, of the parameters.
     """
     delta = torch.as_tensor(delta, dtype=weights.dtype, device=weights.device)
-    if len(shares) > len(weights) or any(map(is_batched, (weights, matrix, shares, delta))):
+    if any(map(is_batched, (weights, matrix, shares, delta))):
         return None
-    outside = (weights <= 0) & (shares != 0)
+    i = len(weights)
+    beyond = bool(((weights <= 0) & (shares[:i] != 0)).any()) or len(shares) > i
     gram_side = is_gram(matrix, weights)
     root = weights.sqrt() if gram_side else weights.new_ones(())
-    matrix = (root[:, None] * matrix).mul_(root) if gram_side else matrix.clone()
-    if outside.any() or not matrix.trace() <= CONDITION * delta < math.inf:
+    damped = (root[:, None] * matrix[:i]).mul_(root) if gram_side else matrix.clone()
+    if (beyond and not everywhere) or not damped.trace() <= condition * delta < math.inf:
         return None
-    right = (
-        torch.where(weights > 0, shares / root, 0)
-        if gram_side
-        else columns.combine(shares[None])[0]
-    )
-    matrix.diagonal().add_(delta)
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    solution = -torch.cholesky_solve(right[:, None], factor)[:, 0]
+    if not gram_side:
+        right = columns.combine(shares[None])[0]
+    elif beyond:
+        right = root * (matrix.mT @ shares)
+    else:
+        right = torch.where(weights > 0, shares / root, 0)
+    damped.diagonal().add_(delta)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    half = torch.linalg.solve_triangular(factor, right[:, None], upper=False)
+    solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)[:, 0]
     if failed or not solution.isfinite().all():
         return None
-    return root * solution
+    if gram_side and beyond:
+        return (F.pad(root * solution, (0, len(shares) - i)) - shares) / delta
+    return -root * solution

@@ -10,20 +10,18 @@ which can be had from the columns themselves, or by contracting positions first,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float
 from opt_einsum import contract_path
 from torch import Tensor
 
+from ddnewton.factors import BYTES, Factor, Outer, alone, few_entries, formed, rows_of
+from ddnewton.transforms import scaled
 from ddnewton.trees import chunks
 
 EQUATION = "ngtp,nmgot,NgTp,NMgoT->nmNM"
-
-BYTES = 2**25
-"""How large an intermediate may be: a few of them at once stay in a processor's cache."""
 
 COLUMNS, POSITIONS = ((0, 1), (0, 1), (0, 1)), ((0, 2), (1, 2), (0, 1))
 """Two orders: each a with its b; and a with a', then b', then b."""
@@ -39,73 +37,20 @@ IRREGULAR = 1.6
 """How much longer a flop takes in many small products than in one large one."""
 
 
-class Outer(NamedTuple):
-    """Columns of some samples as outer products.
-
-    Integers [n 1 t] in place of ``a`` are the positions of ones in rows of zeros; −1 is no one.
-    """
-
-    a: Num[Tensor, "n g t ..."]
-    b: Float[Tensor, "n m g o t"]
-    widths: tuple[int, ...]  # of the pieces, a weight and its bias, that make up axis p
-
-
-Factor: TypeAlias = Tensor | Outer
-"""Columns of some samples along some parameters: as they are [n·m, d], or as outer products."""
-
-
 def inner(left: Factor, right: Factor) -> Float[Tensor, "nm nm2"]:
     """Return all inner products of two sets of columns, in float64; half the work for one set."""
     if not (isinstance(left, Outer) and isinstance(right, Outer)):
         return _of_rows(formed(left), formed(right))
-    if _alone(left) and _alone(right):
+    if alone(left) and alone(right):
         return _one_position(left, right)
     if _columns_pay(left, right):
         return _from_columns(left, right)
     return _positions_first(left, right)
 
 
-def combined(factor: Factor, weights: Float[Tensor, "k n m"]) -> list[Float[Tensor, "k _"]]:
-    """Return weighted sums of columns in float64, in pieces."""
-    if isinstance(factor, Outer):
-        few = max(1, BYTES // (factor.b[:, 0].numel() * factor.b.element_size()))
-        if len(weights) <= few:
-            return _combined_outer(factor, weights)
-        sums = [_combined_outer(factor, some) for some in weights.split(few)]
-        return [torch.cat(pieces) for pieces in zip(*sums, strict=True)]
-    w = weights.flatten(1)
-    return [w @ part.double() for part in factor.split(_width(factor), 1)]
-
-
-def pieces(factor: Factor, which: Sequence[bool]) -> Factor | None:
-    """Return the columns along some of the pieces that a factor is made of, None for no piece."""
-    if all(which):
-        return factor
-    if not (isinstance(factor, Outer) and any(which)):
-        return None
-    widths = tuple(width for width, wanted in zip(factor.widths, which, strict=True) if wanted)
-    parts = zip(factor.a.split(factor.widths, -1), which, strict=True)
-    return Outer(torch.cat([part for part, wanted in parts if wanted], -1), factor.b, widths)
-
-
-def formed(factor: Factor) -> Float[Tensor, "nm _"]:
-    """Return the columns themselves."""
-    if not isinstance(factor, Outer):
-        return factor
-    whole = torch.einsum("nmgot,ngtp->nmgop", factor.b, _rows(factor))
-    return torch.cat([part.flatten(2).flatten(0, 1) for part in whole.split(factor.widths, -1)], 1)
-
-
-def in_order(
-    entries: Float[Tensor, "*rows _"], order: Int[Tensor, " d"] | None
-) -> Float[Tensor, "*rows d"]:
-    """Return the parameters, each by its number among the entries; the one past the last is 0."""
-    return entries if order is None else F.pad(entries, (0, 1))[..., order]
-
-
 def flops(outer: Outer) -> float:
     """Return how many operations the inner products of columns with each other take."""
-    if _alone(outer):
+    if alone(outer):
         count = outer.b.shape[0] * outer.b.shape[1]
         return float(count**2 * outer.b.shape[3])
     return min(_flops(outer, outer, order) for order in (COLUMNS, POSITIONS))
@@ -116,12 +61,6 @@ def _columns_pay(left: Outer, right: Outer) -> bool:
     if torch.compiler.is_compiling():  # opt_einsum cannot be compiled
         return True
     return _flops(left, right, COLUMNS) <= IRREGULAR * _flops(left, right, POSITIONS)
-
-
-def _alone(outer: Outer) -> bool:
-    """Return whether there is but one position."""
-    _, _, g, _, t = outer.b.shape
-    return g == t == 1 and outer.a.is_floating_point()
 
 
 def _flops(left: Outer, right: Outer, order: Sequence[tuple[int, int]]) -> float:
@@ -139,7 +78,7 @@ def _one_position(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
     b = left.b.flatten(0, 1).flatten(1)
     products = product(b, b if left is right else right.b.flatten(0, 1).flatten(1))
     products = completed(products, left is right and b.shape[1] >= LONG)
-    whole: Tensor = products.unflatten(1, (-1, m2)).unflatten(0, (-1, m)) * a[:, None, :, None]
+    whole = scaled(products.unflatten(1, (-1, m2)).unflatten(0, (-1, m)), a[:, None, :, None])
     return whole.flatten(0, 1).flatten(1).double()
 
 
@@ -159,7 +98,7 @@ def _from_columns(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
 
 def _some(outer: Outer, group: int, outputs: slice) -> Float[Tensor, "nm op"]:
     b = outer.b[:, :, group, outputs]
-    return (b.flatten(1, 2) @ _rows(outer)[:, group]).reshape(b.shape[0] * b.shape[1], -1)
+    return (b.flatten(1, 2) @ rows_of(outer)[:, group]).reshape(b.shape[0] * b.shape[1], -1)
 
 
 def _positions_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
@@ -219,40 +158,11 @@ def completed(products: Float[Tensor, "i j"], symmetric: bool) -> Float[Tensor, 
     return products.triu() + products.triu(1).T if symmetric else products
 
 
-def _combined_outer(outer: Outer, weights: Float[Tensor, "k n m"]) -> list[Float[Tensor, "k _"]]:
-    k, shape = weights.shape[0], outer.b.shape[2:]
-    g, o, _ = shape
-    b = (weights.to(outer.b.dtype).transpose(0, 1) @ outer.b.flatten(2)).unflatten(2, shape)
-    if _alone(outer):
-        total = (b.flatten(1).T @ outer.a[:, 0, 0]).unflatten(0, (k, o))
-    elif outer.a.is_floating_point():
-        total = torch.einsum("nkgot,ngtp->kgop", b, outer.a)
-    else:
-        size = sum(outer.widths)
-        rows = b.permute(0, 4, 1, 2, 3).flatten(0, 1).flatten(1)
-        places = torch.where(outer.a < 0, size, outer.a).flatten()
-        sums = rows.new_zeros(size + 1, k * g * o).index_add(0, places, rows)
-        total = sums[:-1].T.unflatten(0, (k, g * o))
-    return [part.reshape(k, -1).double() for part in total.split(outer.widths, -1)]
-
-
 def _of_rows(left: Float[Tensor, "nm d"], right: Float[Tensor, "nm2 d"]) -> Float[Tensor, "nm nm2"]:
     """Return the inner products of columns as they are, a few parameters at a time."""
     total: Tensor | float = 0.0
-    width = min(_width(left), _width(right))
+    width = min(few_entries(left), few_entries(right))
     for a, b in zip(left.split(width, 1), right.split(width, 1), strict=True):
         wide = a.double()
         total = total + product(wide, wide if left is right else b.double())
     return completed(torch.as_tensor(total), left is right)
-
-
-def _width(rows: Tensor) -> int:
-    return max(1, BYTES // (2 * rows.shape[0]))
-
-
-def _rows(outer: Outer) -> Float[Tensor, "n g t p"]:
-    """Return a as numbers."""
-    if outer.a.is_floating_point():
-        return outer.a
-    numbers = torch.arange(sum(outer.widths), device=outer.a.device)
-    return (outer.a[..., None] == numbers).to(outer.b.dtype)

@@ -21,17 +21,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ddnewton.checks import check_derivatives
-from ddnewton.contraction import (
+from ddnewton.contraction import completed, inner, product
+from ddnewton.factors import (
     Factor,
     combined,
-    completed,
+    extent,
     formed,
+    from_order,
     in_order,
-    inner,
     pieces,
-    product,
+    projected,
 )
 from ddnewton.jacobians import Jacobian
+from ddnewton.transforms import summed
 
 Leaves: TypeAlias = Sequence[int]
 """The numbers of the leaves that make up a block."""
@@ -49,7 +51,7 @@ class Columns(NamedTuple):
 def columns_of(batches: Sequence[Jacobian], block: Leaves) -> Columns:
     """Return what is to be had of the columns of a block, as they come."""
     return Columns(
-        project=partial(_project, batches, block),
+        project=partial(project, batches, block),
         combine=lambda weights: combine(batches, [block], [weights])[0],
         eps=max(jacobian.eps for jacobian in batches),
         sums=max(jacobian.sums for jacobian in batches),
@@ -98,11 +100,11 @@ def products(
             for row, a, b in zip(rows, mine, theirs, strict=True):
                 shape = (*_shape(left, chunk), *_shape(right, other))
                 # A block of which the model makes no use has no factors, and no products.
-                block = torch.as_tensor(sum(map(inner, a, b))) if a else _zeros(shape, left)
+                block = reduce(summed, map(inner, a, b)) if a else _zeros(shape, left)
                 row[i].append(block.reshape(shape))
                 if same and i != j:
                     row[j].append(row[i][-1].permute(2, 3, 0, 1))
-    return [_counted(torch.cat([torch.cat(parts, 2) for parts in row], 0)) for row in rows]
+    return [_counted(_beside([_beside(parts, 2) for parts in row], 0)) for row in rows]
 
 
 def combine(
@@ -143,18 +145,26 @@ def _outers(
     return [completed(_total(each), symmetric=True) for each in totals]
 
 
-def _project(
+def project(
     batches: Sequence[Jacobian], block: Leaves, vectors: Float[Tensor, "d k"]
-) -> Float[Tensor, "i k"]:
+) -> Float[Tensor, "a k"]:
+    """Return AᵀE, the slopes of all columns along directions of a block."""
     parts = []
     for jacobian in batches:
         cut, order = _cuts(jacobian, [block]), _order(jacobian, block)
         slopes = []
         for chunk in jacobian.chunks:
-            rows = vectors.new_zeros(math.prod(_shape(jacobian, chunk)), 0)
-            slopes.append(_side_by_side(cut(jacobian.visit(chunk))[0], order, rows) @ vectors)
+            factors = cut(jacobian.visit(chunk))[0]
+            widths = [extent(factor) for factor in factors]
+            entries = from_order(vectors.mT, order, sum(widths)).split(widths, 1)
+            none = vectors.new_zeros(math.prod(_shape(jacobian, chunk)), vectors.shape[1])
+            slopes.append(sum(map(projected, factors, entries), start=none))
         parts.append(torch.cat(slopes).unflatten(0, (-1, jacobian.columns)).transpose(0, 1))
     return torch.cat([part.flatten(0, 1) for part in parts])
+
+
+def _beside(parts: Sequence[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
 
 
 def _zeros(shape: Sequence[int], jacobian: Jacobian) -> Tensor:

@@ -19,7 +19,7 @@ from torch.func import vjp
 from torch.utils._pytree import tree_leaves
 
 from ddnewton.checks import check_derivatives, check_sample_axis
-from ddnewton.contraction import Factor
+from ddnewton.factors import Factor
 from ddnewton.independence import Mixed, check_alone
 from ddnewton.precision import Model
 from ddnewton.transforms import one_by_one, over_samples

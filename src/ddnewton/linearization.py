@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ddnewton.buffers import kept_buffers
 from ddnewton.checks import check_outputs
-from ddnewton.contraction import Factor, Outer, flops
+from ddnewton.contraction import flops
+from ddnewton.factors import Factor, Outer
 from ddnewton.independence import Mixed, evaluate
 from ddnewton.jacobians import Jacobian, jacobian, memory
 from ddnewton.precision import Model, widen_leaf, widened

@@ -3,7 +3,7 @@ r"""Directionally damped Newton steps: the method from top to bottom, a room to 
     X → outputs f → loss expansions L, z, h → columns A = JᵀL                 `problem.opened`
       → the smaller side of A diag(h/N) Aᵀ                                    `problem.systems_of`
       → eigenpairs → directions e_k → γ_nk, λ_nk                              `directions_of`
-      → δ_k → −γ_k / (λ_k + δ_k)                                              `_solve`
+      → δ_k → −γ_k / (λ_k + δ_k)                                              `solve`
       → s = Σ_k −γ_k / (λ_k + δ_k) e_k                                        `problem.lifted`
 
 Source: Dangel, Tatzel, Hennig, "ViViT: Curvature access through the generalized Gauss-Newton's
@@ -13,23 +13,19 @@ low-rank structure", TMLR 2022, arXiv 2106.02624.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.cholesky import damped_step
-from ddnewton.complement import outside, vanishing
 from ddnewton.criteria import AnyCriterion
-from ddnewton.damping import as_rule, check_dampings
-from ddnewton.directions import Along, directions_of
+from ddnewton.directions import directions_of
 from ddnewton.errors import public
 from ddnewton.groups import Group
 from ddnewton.info import NewtonInfo, info_of
-from ddnewton.problem import Options, Problem, System, gradients, lifted, opened, systems_of
+from ddnewton.problem import Options, gradients, lifted, opened, systems_of
 from ddnewton.samples import Indices
+from ddnewton.solution import solve, without_eigenpairs
 from ddnewton.trees import unflatten
 from ddnewton.types import DampingRule, GramWay, ModelFn, PyTree, Select
 
@@ -143,10 +139,10 @@ def newton_step(
     )
     with opened(model_fn, params, X, y, criterion, options) as expanded:
         problem, systems = systems_of(expanded)
-        coordinates = _without_eigenpairs(problem, systems, complement)
+        coordinates = without_eigenpairs(problem, systems, [complement] * len(systems))
         if coordinates is None:
             found = directions_of(problem, systems, only_kept=complement is None)
-            coordinates = [_solve(problem, each, complement).coordinates for each in found]
+            coordinates = [solve(problem, each, complement).coordinates for each in found]
         flat = lifted(problem, systems, coordinates)
     return unflatten(flat, [block.leaves for block in problem.blocks], params)
 
@@ -198,7 +194,7 @@ def newton_step_and_info(
     with opened(model_fn, params, X, y, criterion, options) as expanded:
         problem, systems = systems_of(expanded)
         found = directions_of(problem, systems)  # all, for the rank
-        solutions = [_solve(problem, each, complement) for each in found]
+        solutions = [solve(problem, each, complement) for each in found]
         flat = lifted(problem, systems, [each.coordinates for each in solutions])
         slopes = gradients(problem)
         infos = tuple(
@@ -207,49 +203,3 @@ def newton_step_and_info(
         )
     step = unflatten(flat, [block.leaves for block in problem.blocks], params)
     return step, infos[0] if groups is None else infos
-
-
-class Solution(NamedTuple):
-    """A step along the directions of a block, and in the coordinates of its spectrum."""
-
-    dampings: Float[Tensor, " k"]
-    coefficients: Float[Tensor, " k"]
-    coordinates: Float[Tensor, " j"]
-
-
-def _without_eigenpairs(
-    problem: Problem, systems: Sequence[System], complement: float | None
-) -> list[Float[Tensor, " _"]] | None:
-    """Return the steps of the blocks, if one damping of all directions is all there is to them."""
-    if complement is not None or problem.curvature_rows is not None:
-        return None
-    steps = []
-    for block, system in zip(problem.blocks, systems, strict=True):
-        if block.select is not None or callable(block.damping):
-            return None
-        step = damped_step(*system, problem.shares, block.damping)
-        if step is None:
-            return None
-        steps.append(step)
-    return steps
-
-
-def _solve(problem: Problem, along: Along, complement: float | None) -> Solution:
-    """Ask for the dampings of the directions, and walk along them."""
-    block, spectrum, kept, derivatives = along.block, along.spectrum, along.kept, along.derivatives
-    i = len(problem.weights)
-    known = [kept.evals, kept.evecs, *derivatives]
-    if callable(block.damping):  # the rule's own copies, to be changed as it likes
-        known = [tensor.to(problem.dtype, copy=True) for tensor in known]
-    dampings = as_rule(block.damping)(*known)
-    check_dampings(dampings, kept.evals.shape[0])
-    gamma, curvature = derivatives.gammas.mean(0), derivatives.lambdas.mean(0)
-    damped = curvature + dampings.double()
-    coefficients = torch.where(kept.live & (damped > 0), -gamma / damped, 0)
-    coordinates = kept.span @ coefficients
-    if complement is not None:
-        coordinates = coordinates - outside(spectrum, problem.shares, kept) / complement
-    elif block.select is None and not callable(block.damping) and problem.curvature_rows is None:
-        curved = F.pad(problem.curvatures.reshape(-1) > 0, (0, len(problem.shares) - i))
-        coordinates = coordinates - vanishing(spectrum, problem.shares, curved, block.damping)
-    return Solution(dampings, coefficients, coordinates)

@@ -13,13 +13,23 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ddnewton.checks import check_batch, check_functions, check_options, check_params
-from ddnewton.criteria import AnyCriterion, Expansion, Loss, as_loss, expand_batch, slopes_of
+from ddnewton.criteria import (
+    AnyCriterion,
+    Expansion,
+    Loss,
+    as_loss,
+    expand_batch,
+    losses,
+    slopes_of,
+    weight,
+)
 from ddnewton.gram import Columns, columns_of, combine, is_gram, small_matrices
 from ddnewton.groups import Block, Group, blocks_of
 from ddnewton.jacobians import Jacobian
 from ddnewton.linearization import Linearization, linearized
 from ddnewton.samples import Indices, Samples, indices, rows_among
 from ddnewton.transforms import surely
+from ddnewton.trees import chunks, take
 from ddnewton.types import DampingRule, ModelFn, PyTree, Select
 
 RESOLUTION = 1e4
@@ -51,7 +61,8 @@ class Unseen(NamedTuple):
 class Problem(NamedTuple):
     """The loss to second order on a batch: its values and factors per sample, and the columns.
 
-    Columns are counted as those of the curvature, i, or together with the gradient's own, a. Where
+    Columns are counted as those of the curvature, i, or together with the gradient's own, a.
+    ``elsewhere`` has the values of some samples, None for all, at parameters next to these. Where
     the model could be known to more digits, at twice the cost, ``precisely`` has them.
     """
 
@@ -67,6 +78,7 @@ class Problem(NamedTuple):
     columns: Sequence[Jacobian]
     blocks: Sequence[Block]
     model: Linearization
+    elsewhere: Callable[[Sequence[Tensor], Int[Tensor, " _"] | None], Float[Tensor, " _"]]
     precisely: Callable[[], Problem] | None
 
 
@@ -180,6 +192,7 @@ def _expanded(
         columns=columns,
         blocks=blocks,
         model=model,
+        elsewhere=partial(_elsewhere, model, loss, y, columns[0].chunks[0].stop),
         precisely=None if precisely is None else lambda: again(precisely()),
     )
 
@@ -207,6 +220,23 @@ def _gradient(
     if others is not None:
         shares = torch.cat([shares, shares.new_ones(len(others))])
     return shares / (n if chosen is None else len(chosen)), rows, others
+
+
+def _elsewhere(
+    model: Linearization,
+    loss: Loss,
+    y: PyTree,
+    size: int,
+    leaves: Sequence[Tensor],
+    samples: Int[Tensor, " n"] | None,
+) -> Float[Tensor, " n"]:
+    """Return the losses of some samples at other parameters, so many samples at a time."""
+    n, device = model.outputs.shape[0], model.outputs.device
+    everyone = torch.arange(n, device=device) if samples is None else samples
+    parts = [everyone[chunk] for chunk in chunks(len(everyone), size)]
+    values = [losses(loss, model.function(leaves, part), take(y, part)) for part in parts]
+    found: Tensor = weight(loss, model.outputs, model.precise, y) * torch.cat(values)
+    return found
 
 
 def _systems(problem: Problem) -> list[System]:

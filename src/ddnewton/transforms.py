@@ -52,6 +52,19 @@ def possibly(mask: Tensor) -> bool:
     return is_batched(mask) or bool(mask.any())
 
 
+def scaled(own: Tensor, factor: Tensor) -> Tensor:
+    """Return a product in the place of its first factor, one's own, where that may be written to.
+
+    What large matrices cost is new memory; ``vmap`` refuses to write what it maps over elsewhere.
+    """
+    return own * factor if is_batched(factor) else own.mul_(factor)
+
+
+def summed(own: Tensor, other: Tensor) -> Tensor:
+    """Return a sum in the place of its first term, one's own, where that may be written to."""
+    return own + other if is_batched(other) else own.add_(other)
+
+
 def surely(mask: Tensor) -> bool:
     """Return whether an entry is known to be true, of any member; what is compiled is not known."""
     return not torch.compiler.is_compiling() and bool(bare(mask).any())

@@ -79,6 +79,26 @@ def as_batch(x: PyTree) -> PyTree:
     return tree_map(lambda leaf: leaf[None], x)
 
 
+def joined(
+    flat: Sequence[Float[Tensor, "*k _"]], blocks: Sequence[Sequence[int]], sizes: Sequence[int]
+) -> Float[Tensor, "*k d"]:
+    """Return the vectors of blocks of leaves as those of all leaves, zero in no block."""
+    found: dict[int, Tensor] = {}
+    for vector, block in zip(flat, blocks, strict=True):
+        found |= dict(zip(block, vector.split([sizes[leaf] for leaf in block], -1), strict=True))
+    none = flat[0].new_zeros
+    parts = [
+        found[leaf] if leaf in found else none((*flat[0].shape[:-1], size))
+        for leaf, size in enumerate(sizes)
+    ]
+    return torch.cat(parts, -1)
+
+
+def flattened(tree: PyTree) -> Float[Tensor, " d"]:
+    """Return the leaves of a tree in one vector, in float64."""
+    return torch.cat([leaf.double().reshape(-1) for leaf in tree_leaves(tree)])
+
+
 def unflatten(
     flat: Sequence[Float[Tensor, "*k _"]], blocks: Sequence[Sequence[int]], like: PyTree
 ) -> PyTree:
@@ -88,15 +108,10 @@ def unflatten(
     zero.
     """
     leaves, spec = tree_flatten(like)
-    axes = flat[0].shape[:-1]
-    found: dict[int, Tensor] = {}
-    for vector, block in zip(flat, blocks, strict=True):
-        parts = vector.split([leaves[i].numel() for i in block], -1)
-        found |= dict(zip(block, parts, strict=True))
+    sizes = [leaf.numel() for leaf in leaves]
+    parts = joined(flat, blocks, sizes).split(sizes, -1)
     cast = [
-        found[i].reshape((*axes, *leaf.shape)).to(dtype=leaf.dtype, device=leaf.device)
-        if i in found
-        else leaf.new_zeros((*axes, *leaf.shape))
-        for i, leaf in enumerate(leaves)
+        part.reshape((*part.shape[:-1], *leaf.shape)).to(dtype=leaf.dtype, device=leaf.device)
+        for part, leaf in zip(parts, leaves, strict=True)
     ]
     return tree_unflatten(cast, spec)

@@ -1,6 +1,6 @@
 """Losses as records of functions: closed forms for torch's, torch.func for any other convex one."""
 
-from ddnewton.criteria.batch import AnyCriterion, as_loss, expand_batch
+from ddnewton.criteria.batch import AnyCriterion, as_loss, expand_batch, losses, weight
 from ddnewton.criteria.convex import convex
 from ddnewton.criteria.distances import huber, mse, smooth_l1
 from ddnewton.criteria.empirical import empirical_fisher
@@ -22,10 +22,12 @@ __all__ = [
     "expand_batch",
     "gaussian_nll",
     "huber",
+    "losses",
     "monte_carlo",
     "mse",
     "poisson_nll",
     "slopes_of",
     "smooth_l1",
     "spanned",
+    "weight",
 ]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Callable
+from typing import TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.criteria.monte_carlo import MonteCarlo, sampled
-from ddnewton.criteria.record import Expansion, Loss
+from ddnewton.criteria.record import Expansion, Loss, value_and_gradient
 from ddnewton.criteria.torch_losses import record_of
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.transforms import bare, surely
 from ddnewton.types import Criterion, PyTree
+
+T = TypeVar("T")
 
 AnyCriterion: TypeAlias = Criterion | Loss | MonteCarlo
 """What the public functions take as a criterion."""
@@ -35,14 +38,9 @@ def expand_batch(
     They are taken at the precise outputs where the loss can be, else at the outputs themselves.
     """
     loss.check(outputs, y)
-    try:
-        expansion = loss.expand(precise.double(), y)
-        denominator = loss.denominator(precise.double(), y)
-    except (torch.OutOfMemoryError, BadType, BadValue):
-        raise
-    except Exception:  # noqa: BLE001 - the loss was never asked to take float64
-        expansion = loss.expand(outputs, y)
-        denominator = loss.denominator(outputs, y)
+    expansion, denominator = _precisely(
+        lambda f: (loss.expand(f, y), loss.denominator(f, y)), precise, outputs
+    )
     _check_expansion(expansion)
     scale = outputs.shape[0] / denominator
     return Expansion(
@@ -52,6 +50,29 @@ def expand_batch(
         curvatures=scale * expansion.curvatures.clamp(min=0),
         rest=scale * expansion.rest if expansion.rest.numel() else expansion.rest,
     )
+
+
+def losses(loss: Loss, outputs: Float[Tensor, "n ..."], y: PyTree) -> Float[Tensor, " n"]:
+    """Return the losses of samples as they are, not finite ones too."""
+    return _precisely(lambda f: value_and_gradient(loss, f, y)[0].double(), outputs, outputs)
+
+
+def weight(
+    loss: Loss, outputs: Float[Tensor, "n ..."], precise: Float[Tensor, "n ..."], y: PyTree
+) -> float | Tensor:
+    """Return what the losses of a batch are multiplied with, so that their mean is its loss."""
+    denominator = _precisely(lambda f: loss.denominator(f, y), precise, outputs)
+    return outputs.shape[0] / denominator
+
+
+def _precisely(function: Callable[[Tensor], T], precise: Tensor, outputs: Tensor) -> T:
+    """Apply a function to outputs in float64, or as they are where it cannot take these."""
+    try:
+        return function(precise.double())
+    except (torch.OutOfMemoryError, BadType, BadValue):
+        raise
+    except Exception:  # noqa: BLE001 - the loss was never asked to take float64
+        return function(outputs)
 
 
 def _check_expansion(expansion: Expansion) -> None:

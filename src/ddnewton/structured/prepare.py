@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ddnewton.buffers import kept_buffers
 from ddnewton.checks import check_batch, check_functions, check_params
-from ddnewton.contraction import combined, in_order
 from ddnewton.errors import BadValue, public, sentence
+from ddnewton.factors import combined, in_order
 from ddnewton.independence import Mixed, check_alone, evaluate
 from ddnewton.precision import (
     PULLBACKS,

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vmap
 
-from ddnewton.contraction import Factor, Outer, formed
+from ddnewton.factors import Factor, Outer, formed
 from ddnewton.structured.program import Layer, Program, Sum
 from ddnewton.transforms import linear_map
 

@@ -1,0 +1,128 @@
+"""What the methods were to reach, and whether they do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from competitors import COMPETITORS
+from results import Record, at, failures, longest, paired, to_level
+from tasks import TASKS
+
+Methods = dict[str, list[Record]]
+
+SHIPPED = "held-out, as shipped"
+
+
+def best(methods: Methods, ours: bool, judge: Callable[[list[Record]], float]) -> tuple[float, str]:
+    """Return the smallest value of our methods, or of the competitors', and whose it is."""
+    values = [
+        (judge(runs), name) for name, runs in methods.items() if (name not in COMPETITORS) == ours
+    ]
+    return min(values, default=(math.nan, "nobody"))
+
+
+def both(
+    methods: Methods, judge: Callable[[list[Record]], float]
+) -> tuple[tuple[float, str], tuple[float, str]] | None:
+    """Return our best and the competitors' best, where both are there."""
+    found = best(methods, True, judge), best(methods, False, judge)
+    return None if any(name == "nobody" for _, name in found) else found
+
+
+def verdict(reached: bool) -> str:
+    """Return yes or no."""
+    return "**yes**" if reached else "**no**"
+
+
+def regression(methods: Methods) -> Iterator[str]:
+    """Judge the teacher's training loss: a million times below the best competitor's."""
+    if found := both(methods, lambda runs: at(runs, "train", math.inf).median):
+        (ours, our_name), (theirs, their_name) = found
+        yield (
+            f"- (a) teacher, training loss a millionth of the best competitor's: "
+            f"{verdict(ours <= 1e-6 * theirs)}; {our_name} {ours:.1e}, {their_name} {theirs:.1e}"
+        )
+
+
+def equation(name: str, methods: Methods) -> Iterator[str]:
+    """Judge an equation's error: the lowest at every budget, a tenth at the last."""
+    for budget in TASKS[name].budgets:
+        factor = 10 if budget == TASKS[name].budgets[-1] else 1
+        if found := both(methods, lambda runs, budget=budget: at(runs, "error", budget).median):
+            (ours, our_name), (theirs, their_name) = found
+            wanted = "a tenth of" if factor == 10 else "below"
+            yield (
+                f"- (b) {name}, error after {budget:g} s {wanted} the best competitor's: "
+                f"{verdict(ours < theirs / factor)}; {our_name} {ours:.1e}, "
+                f"{their_name} {theirs:.1e}, {theirs / ours:.2g} times"
+            )
+
+
+def digits(methods: Methods) -> Iterator[str]:
+    """Judge the steps to 97 %: a fifth of Adam's, in at most ten times its seconds."""
+    if "Adam" not in methods:
+        return
+    steps, seconds = (to_level(methods["Adam"], unit).median for unit in (0, 1))
+    ours = [
+        (to_level(runs, 0).median, to_level(runs, 1).median, name)
+        for name, runs in methods.items()
+        if name not in COMPETITORS
+    ]
+    fits = [
+        found
+        for found in ours
+        if found[0] <= steps / 5 and found[1] <= 10 * seconds and math.isfinite(found[0])
+    ]
+    for own_steps, own_seconds, name in fits or sorted(ours)[:1]:
+        yield (
+            f"- (c) digits, 97 % in a fifth of Adam's steps and ten times its seconds: "
+            f"{verdict(bool(fits))}; {name} {own_steps:g} steps, {own_seconds:.2g} s; "
+            f"Adam {steps:g} steps, {seconds:.2g} s"
+        )
+
+
+def shipped(name: str, methods: Methods) -> Iterator[str]:
+    """Judge the shipped defaults on mini-batches: no divergence, no more steps than Adam."""
+    if SHIPPED not in methods or "Adam" not in methods:
+        return
+    runs, adam = methods[SHIPPED], methods["Adam"]
+    own, theirs = to_level(runs, 0).median, to_level(adam, 0).median
+    seconds = [to_level(each, 1).median for each in (runs, adam)]
+    yield (
+        f"- (d) {name}, as shipped without divergence: {verdict(failures(runs) == 0)}; no more "
+        f"steps than Adam to {100 * TASKS[name].level:g} %: "
+        f"{verdict(own <= theirs and math.isfinite(own))}; {own:g} against {theirs:g} steps, "
+        f"{seconds[0]:.2g} against {seconds[1]:.2g} s"
+    )
+
+
+def late(name: str, methods: Methods) -> Iterator[str]:
+    """Judge whether what is known of noise beats one number, at two standard errors."""
+    constant = methods.get("constant", [])
+    for method in ("held-out", SHIPPED, "noise-aware", "held-out γ and λ"):
+        beside = paired(methods.get(method, []), constant, "test")
+        if not math.isnan(beside.mean):
+            clear = abs(beside.mean) > 2 * beside.error
+            better = clear and beside.mean < 0 and not failures(longest(methods[method]))
+            yield (
+                f"- (e) {name}, {method} lowers the test loss further than a scalar δ: "
+                f"{verdict(better)}; {beside.mean:+.1e} ± {beside.error:.1e} beside it"
+                f"{'' if clear else ', within two standard errors'}"
+            )
+
+
+def answers(found: dict[str, Methods]) -> list[str]:
+    """Return every aim of the tasks that were run, in the order of the tasks."""
+    lines: list[str] = []
+    for name, methods in found.items():
+        if name == "teacher":
+            lines += regression(methods)
+        elif TASKS[name].group == "pde":
+            lines += equation(name, methods)
+        elif TASKS[name].group == "late":
+            lines += late(name, methods)
+        elif TASKS[name].level is not None:
+            lines += digits(methods) if name == "digits" else []
+            lines += shipped(name, methods)
+    return lines

@@ -1,0 +1,155 @@
+"""The methods that ours are compared with.
+
+A method is ``start(problem, **settings) -> update``, and ``update(X, y, progress) -> params,
+steps`` makes one step, or a few, in the time of which ``progress`` is already over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from problem import Params, Problem
+from torch import Tensor
+from torch.func import grad, vjp
+from torch.optim import LBFGS, SGD, Adam, Optimizer
+
+Update: TypeAlias = Callable[[Tensor, Tensor, float], tuple[Params, int]]
+Start: TypeAlias = Callable[..., Update]
+
+
+def first_order(make: Callable[..., Optimizer], *, cosine: bool = False) -> Start:
+    """Return the method of an optimizer of torch; with ``cosine``, its rate falls to zero."""
+
+    def start(problem: Problem, *, lr: float, **settings: Any) -> Update:
+        leaves = {name: p.clone().requires_grad_() for name, p in problem.params.items()}
+        optimizer = make(leaves.values(), lr=lr, **settings)
+
+        def update(X: Tensor, y: Tensor, progress: float) -> tuple[Params, int]:
+            if cosine:
+                rate = lr * (1 + math.cos(math.pi * min(progress, 1))) / 2
+                optimizer.param_groups[0]["lr"] = rate
+            optimizer.zero_grad()
+            torch.autograd.backward(problem.criterion(problem.model_fn(leaves, X), y))
+            optimizer.step()
+            return leaves, 1
+
+        return update
+
+    return start
+
+
+def lbfgs(problem: Problem, *, history_size: int) -> Update:
+    """Start L-BFGS with a strong-Wolfe line search; an update is five of its iterations."""
+    leaves = {name: p.clone().requires_grad_() for name, p in problem.params.items()}
+    optimizer = LBFGS(
+        leaves.values(),
+        max_iter=5,
+        history_size=history_size,
+        tolerance_grad=0,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
+    state = optimizer.state[next(iter(leaves.values()))]
+
+    def update(X: Tensor, y: Tensor, progress: float) -> tuple[Params, int]:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = problem.criterion(problem.model_fn(leaves, X), y)
+            torch.autograd.backward(loss)
+            return loss
+
+        before = state.get("n_iter", 0)
+        optimizer.step(closure)
+        return leaves, state["n_iter"] - before
+
+    return update
+
+
+class Move(NamedTuple):
+    """A step as one vector [D], the loss where it starts, and by how much it should fall."""
+
+    step: Tensor
+    loss: Tensor
+    predicted: Tensor
+
+
+def flat(params: Params) -> Tensor:
+    """Return all parameters in one vector."""
+    return torch.cat([p.flatten() for p in params.values()])
+
+
+def moved(params: Params, step: Tensor) -> Params:
+    """Return the parameters plus a step given as one vector."""
+    parts = step.split([p.numel() for p in params.values()])
+    return {
+        name: p + part.view_as(p) for (name, p), part in zip(params.items(), parts, strict=True)
+    }
+
+
+def gauss_newton_cg(
+    problem: Problem, params: Params, X: Tensor, y: Tensor, *, delta: float, iterations: int
+) -> Move:
+    """Return −(G + δI)⁻¹g by so many iterations of conjugate gradients, from zero.
+
+    With the outputs f, Gv = Jᵀ(∇²ℓ(f)(Jv)): the pullback is differentiated once more for Jv, being
+    linear, so that the model is evaluated once a step; ∇²ℓ is symmetric.
+    """
+    slope = grad(lambda f: problem.criterion(f, y))
+    f, pull = vjp(lambda p: problem.model_fn(p, X), params)
+    push = vjp(lambda u: flat(pull(u)[0]), torch.zeros_like(f))[1]
+    slopes, bend = vjp(slope, f)
+    g = flat(pull(slopes)[0])
+
+    def product(v: Tensor) -> Tensor:
+        return flat(pull(bend(push(v)[0])[0])[0]) + delta * v
+
+    step, residual = torch.zeros_like(g), -g
+    direction, size = residual, residual @ residual
+    for _ in range(iterations):
+        image = product(direction)
+        alpha = size / (direction @ image)
+        step, residual = step + alpha * direction, residual - alpha * image
+        size, last = residual @ residual, size
+        direction = residual + size / last * direction
+        if size <= 1e-24 * (g @ g):
+            break
+    curved = -g - residual - delta * step  # G s
+    return Move(step, problem.criterion(f, y), -(g @ step + step @ curved / 2))
+
+
+def newton_cg(problem: Problem, *, delta: float, iterations: int) -> Update:
+    """Start Gauss-Newton CG: its damping adapts on full batches and is constant on small ones.
+
+    It adapts as Levenberg and Marquardt's: by the ratio of the actual to the predicted decrease, a
+    step that does not lower the loss is not taken.
+    """
+    params = dict(problem.params)
+
+    @torch.no_grad()
+    def update(X: Tensor, y: Tensor, progress: float) -> tuple[Params, int]:
+        nonlocal params, delta
+        move = gauss_newton_cg(problem, params, X, y, delta=delta, iterations=iterations)
+        tried = moved(params, move.step)
+        if problem.batch is not None:
+            params = tried
+            return params, 1
+        decrease = move.loss - problem.criterion(problem.model_fn(tried, X), y)
+        ratio = float(decrease / move.predicted)
+        delta = delta / 3 if ratio > 0.75 else delta if ratio > 0.25 else 4 * delta
+        if ratio > 1e-4:
+            params = tried
+        return params, 1
+
+    return update
+
+
+COMPETITORS: dict[str, Start] = {
+    "SGD": first_order(SGD),
+    "Adam": first_order(Adam),
+    "Adam, cosine": first_order(Adam, cosine=True),
+    "L-BFGS": lbfgs,
+    "Gauss-Newton CG": newton_cg,
+}

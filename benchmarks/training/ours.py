@@ -1,0 +1,78 @@
+"""Our methods, from the optimizer as shipped to one option more at a time.
+
+As with the competitors, a method is ``start(problem, **settings) -> update``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from competitors import Start, Update
+from problem import Params, Problem
+from torch import Tensor
+
+from ddnewton import (
+    directional_newton,
+    held_out,
+    levenberg_marquardt,
+    monte_carlo,
+    prepare,
+    trust_region,
+)
+from ddnewton.damping import signal_to_noise
+
+
+def newton(problem: Problem, *, columns: int | None = None, **options: Any) -> Update:
+    """Start `directional_newton` with its options; with ``columns``, by Monte-Carlo factors."""
+    X, _ = problem.train
+    criterion = problem.criterion
+    if columns is not None:
+        criterion = monte_carlo(criterion, columns, torch.Generator().manual_seed(0))
+    prepared = prepare(problem.model_fn, problem.params, X[: problem.batch])
+    optimizer = directional_newton(prepared, criterion, **options)
+    params, state = problem.params, optimizer.init(problem.params)
+
+    def update(X: Tensor, y: Tensor, progress: float) -> tuple[Params, int]:
+        nonlocal params, state
+        params, state, _ = optimizer.update(params, state, X, y)
+        return params, 1
+
+    return update
+
+
+def started(problem: Problem, *, adaptation: Callable[..., Any], start: float) -> Update:
+    """Start with an adaptation whose first damping is ``start`` times the size of the curvature."""
+    return newton(problem, damping=adaptation(start))
+
+
+def halves(problem: Problem, *, damping: float, learning_rate: float) -> Update:
+    """Start with directions from one half of a batch, slopes and curvatures from the other."""
+    half = problem.batch // 2
+    unseen = range(half, problem.batch)
+    return newton(
+        problem,
+        damping=damping,
+        learning_rate=learning_rate,
+        subsampling_ggn=range(half),
+        subsampling_grad=unseen,
+        subsampling_curvature=unseen,
+    )
+
+
+OURS: dict[str, Start] = {
+    "constant": newton,
+    "constant, momentum": partial(newton, learning_rate=0.3, momentum=0.9),
+    "LM, as shipped": newton,
+    "LM, momentum": partial(newton, damping=levenberg_marquardt()),
+    "LM": partial(started, adaptation=levenberg_marquardt),
+    "trust region": partial(started, adaptation=trust_region),
+    "held-out, as shipped": partial(newton, damping=held_out()),
+    "held-out": partial(newton, damping=held_out()),
+    "held-out, complement": partial(newton, damping=held_out(), complement="damping"),
+    "noise-aware": partial(newton, damping=held_out(rule=signal_to_noise())),
+    "held-out γ and λ": halves,
+    "Monte-Carlo": partial(newton, columns=1, damping=held_out(), complement="damping"),
+}

@@ -1,0 +1,146 @@
+"""The tasks: how long, by what settings are chosen and by what they are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import data
+import torch
+from pdes import EQUATIONS
+from problem import Problem, classification, nets, pde, regression, trained
+from torch import nn
+
+SEEDS = tuple(range(10))
+"""Of reported runs: a task takes the first few."""
+TUNING_SEEDS = (100, 101)
+
+
+class Task(NamedTuple):
+    """A task.
+
+    ``kind`` says which methods there are and over which grids they are tuned: ``full`` batch,
+    ``mini`` batches or ``late``, a number of ``steps`` from a trained net in place of seconds. A
+    run is measured at ``points``, in geometric distances over its last ``decades``, or at every
+    step. For the plan: a run takes ``setup`` seconds besides and each measurement ``evaluation``.
+    """
+
+    build: Callable[[int], Problem]
+    kind: str
+    group: str
+    budgets: tuple[float, ...]
+    tuning: float
+    judged: str
+    tuned: str
+    level: float | None = None
+    every_step: bool = False
+    points: int = 40
+    decades: float = 3.0
+    steps: int | None = None
+    seeds: int = 5
+    tuning_seeds: int = 1
+    without: tuple[str, ...] = ()
+    setup: float = 0.1
+    evaluation: float = 0.01
+
+
+def small_tanh() -> nn.Module:
+    """Return the net of the digits."""
+    return nets.mlp(64, 32, 10, activation=nn.Tanh)
+
+
+def wide_relu() -> nn.Module:
+    """Return the perceptron of Fashion-MNIST."""
+    return nets.mlp(784, 64, 10)
+
+
+def a_teacher(seed: int) -> data.Split:
+    """Return the outputs of a teacher of the student's shape."""
+    torch.manual_seed(seed)
+    return data.teacher(nets.mlp(6, 32, 32, 1, activation=nn.Tanh), seed)
+
+
+build_digits = partial(classification, data.digits, small_tanh)
+build_fashion = partial(classification, partial(data.fashion, flat=True), wide_relu)
+build_2c2d = partial(classification, partial(data.fashion, flat=False, test=400), nets.net_2c2d)
+
+_pde = partial(
+    Task,
+    kind="full",
+    group="pde",
+    budgets=(2.0, 8.0, 30.0),
+    tuning=6.0,
+    judged="error",
+    tuned="valid",
+    without=("constant", "LM", "trust region"),
+)
+_least_squares = partial(Task, kind="full", group="regression")
+_images = partial(
+    Task, kind="mini", group="images", judged="test_accuracy", tuned="seconds to level"
+)
+_late = partial(
+    Task, kind="late", group="late", budgets=(), tuning=0.0, judged="test", tuned="valid", steps=10
+)
+
+TASKS = {
+    "teacher": _least_squares(
+        partial(regression, a_teacher, (6, 32, 32, 1)),
+        budgets=(4.0,),
+        tuning=4.0,
+        judged="train",
+        tuned="train",  # what is judged is how far it falls, on other seeds
+    ),
+    "diabetes": _least_squares(
+        partial(regression, data.diabetes, (10, 32, 1)),
+        budgets=(2.0,),
+        tuning=2.0,
+        judged="test",
+        tuned="valid",
+    ),
+    "poisson-1d": _pde(partial(pde, EQUATIONS["poisson-1d"], 200)),
+    "poisson-2d": _pde(partial(pde, EQUATIONS["poisson-2d"], 400)),
+    "heat": _pde(partial(pde, EQUATIONS["heat"], 400)),
+    "digits": _images(
+        build_digits, budgets=(6.0,), tuning=4.0, level=0.97, every_step=True, tuning_seeds=2
+    ),
+    "fashion-mlp": _images(
+        build_fashion,
+        budgets=(15.0,),
+        tuning=6.0,
+        level=0.85,
+        setup=0.5,
+        evaluation=0.05,
+        without=("held-out, complement",),
+    ),
+    "fashion-2c2d": _images(
+        build_2c2d,
+        budgets=(20.0,),
+        tuning=8.0,
+        level=0.80,
+        points=8,
+        decades=1.0,
+        setup=0.5,
+        evaluation=1.0,
+        without=("constant, momentum", "held-out, complement", "held-out γ and λ", "noise-aware"),
+    ),
+    "late-digits": _late(
+        partial(trained, build_digits, 400, 1e-2), setup=1.5, seeds=10, tuning_seeds=2
+    ),
+    "late-fashion": _late(
+        partial(trained, build_fashion, 1500, 3e-3), setup=2.5, seeds=10, evaluation=0.05
+    ),
+}
+QUICK = ("diabetes", "poisson-1d", "digits", "late-digits")
+
+
+def shortened(task: Task) -> Task:
+    """Return a task in a few tenths of a second, to see that it works."""
+    return task._replace(
+        budgets=tuple(0.1 + budget / 100 for budget in task.budgets),
+        tuning=0.1 if task.steps is None else 0.0,
+        points=8,
+        steps=task.steps and 2,
+        seeds=2,
+        tuning_seeds=1,
+    )

@@ -1,0 +1,267 @@
+"""The optimizer in the form of `torch.optim`, for modules that are trained in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ddnewton.adaptation import Adaptation, as_adaptation, levenberg_marquardt
+from ddnewton.checks import check_batch, check_damping, check_nonnegative, check_select
+from ddnewton.criteria import AnyCriterion, MonteCarlo
+from ddnewton.errors import BadType, BadValue, sentence
+from ddnewton.groups import Group
+from ddnewton.modules import Forward, Known, as_function, known
+from ddnewton.training import FunctionalOptimizer, directional_newton
+from ddnewton.trials import Complement
+from ddnewton.types import DampingRule, GramWay, ModelFn, PyTree, Select
+from ddnewton.updates import State, UpdateInfo
+
+OWN = ("select", "damping")
+"""What a group has of its own; functions among it are not part of the state."""
+
+
+class DirectionalNewton(Optimizer):
+    r"""Damped Newton steps for a module, in place: `ddnewton.directional_newton` as an optimizer.
+
+    .. code-block:: python
+
+        optimizer = DirectionalNewton(module, torch.nn.CrossEntropyLoss(), held_out())
+        for X, y in batches:
+            loss = optimizer.step(X, y)
+
+    A step needs the batch instead of gradients. There is no ``backward``, and nothing reads or
+    writes ``.grad``. For code that insists on closures, ``step(closure)`` takes a function that
+    returns the batch, ``(X, y)``. Parameter groups are blocks of the Gauss-Newton matrix, with
+    ``"lr"``, ``"damping"`` and ``"select"`` of their own. Buffers, and parameters that are in no
+    group, are used as they are at every step; layers that mix samples have to be in eval mode. The
+    layers are found once, and again when shapes, buffers or modes change.
+
+    Parameters
+    ----------
+    module
+        The module to train. It is called with ``X``.
+    criterion, damping, momentum, weight_decay, trust_radius, select, complement, gram, chunk_size
+        As for `ddnewton.directional_newton`.
+    params
+        Parameters of the module, or groups of them as in `torch.optim`; None is one group of all
+        that require gradients.
+    lr
+        Learning rate, for schedulers to change. None is 1, times what goes with the damping.
+    forward
+        ``forward(module, X) -> outputs``, where that is not ``module(X)``.
+
+    Attributes
+    ----------
+    info
+        What the last step did, a `ddnewton.UpdateInfo`; None before the first.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Where an argument breaks a rule, here or in ``step``; the message names it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> _ = torch.manual_seed(0)
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    >>> X = torch.rand(50, 2)
+    >>> optimizer = DirectionalNewton(net, torch.nn.MSELoss())
+    >>> losses = [optimizer.step(X, X.prod(1, keepdim=True)) for _ in range(20)]
+    >>> f"{losses[0]:.2f} -> {losses[-1]:.0e}"
+    '0.37 -> 5e-07'
+    """
+
+    info: UpdateInfo | None
+
+    def __init__(
+        self,
+        module: nn.Module,
+        criterion: AnyCriterion,
+        damping: float | Tensor | DampingRule | Adaptation | None = None,
+        *,
+        params: Iterable[Any] | None = None,
+        lr: float | None = None,
+        momentum: float | str | None = None,
+        weight_decay: float = 0.0,
+        trust_radius: float | None = None,
+        select: Select | None = None,
+        complement: Complement = None,
+        forward: Forward | None = None,
+        gram: GramWay = "auto",
+        chunk_size: int | None = None,
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            rule, remedy = "DirectionalNewton: module must be an nn.Module", "Pass the net itself."
+            raise BadType(sentence(rule, type(module).__name__, remedy))
+        if lr is not None:
+            check_nonnegative("DirectionalNewton: lr", lr)
+        adaptation = as_adaptation(levenberg_marquardt() if damping is None else damping)
+        self._module = module
+        self._model_fn = as_function(module, forward)
+        self._criterion = criterion
+        own = adaptation.learning_rate if lr is None else 1.0
+        self._base: Callable[[Tensor], Any] = own if callable(own) else lambda updates: own
+        self._options: dict[str, Any] = {
+            "damping": adaptation,
+            "momentum": adaptation.momentum if momentum is None else momentum,
+            "weight_decay": weight_decay,
+            "trust_radius": trust_radius,
+            "select": select,
+            "complement": complement,
+            "gram": gram,
+            "chunk_size": chunk_size,
+        }
+        self._rules: list[dict[str, Any]] = []
+        self._known: Known | None = None
+        self.info = None
+        if params is None:
+            params = [p for p in module.parameters() if p.requires_grad]
+        super().__init__(params, {"lr": 1.0 if lr is None else float(lr)})
+        self._optimizer(self._model_fn)  # raises where an option breaks a rule
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters of the module, as a block of the Gauss-Newton matrix."""
+        group = dict(param_group)
+        unknown = set(group) - {"params", "lr", "initial_lr", *OWN}
+        if unknown:
+            rule = "DirectionalNewton: a group has params, lr, damping and select of its own"
+            raise BadValue(sentence(rule, ", ".join(sorted(unknown)), "Pass it for all groups."))
+        rules = {key: group.pop(key, None) for key in OWN}
+        if rules["damping"] is not None:
+            check_damping("damping", rules["damping"])
+        check_select("select", rules["select"])
+        super().add_param_group(group)
+        names = {id(p) for p in self._module.parameters()}
+        if any(id(p) not in names for p in self.param_groups[-1]["params"]):
+            self.param_groups.pop()
+            rule = "DirectionalNewton: params must be parameters of the module"
+            raise BadValue(sentence(rule, "others", "Pass some of module.parameters()."))
+        self._rules.append(rules)
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        X: PyTree = None,
+        y: PyTree = None,
+        *,
+        closure: Callable[[], Any] | None = None,
+    ) -> Tensor:
+        """Update the parameters by a step on a batch, and return the loss before it.
+
+        Parameters
+        ----------
+        X, y
+            Inputs and targets; or one function that returns both, as ``closure``.
+        closure
+            Function that returns the batch, ``(X, y)``; where X is given as well, it is called
+            before the step, and what it returns is not used.
+        """
+        X, y = _batch(X, y, closure)
+        params = self._params()
+        model_fn = self._model_fn
+        if self._options["gram"] != "dense":
+            check_batch(X=X)
+            self._known = known(self._known, model_fn, self._module, params, X)
+            model_fn = self._known.model_fn
+        optimizer = self._optimizer(model_fn)
+        state = self._state(optimizer.init(params))
+        moved, state, info = optimizer.update(params, state, X, y)
+        for name, p in params.items():
+            p.copy_(moved[name])
+        self._keep(state)
+        self.info = info
+        return info.loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, with that of the random numbers of `ddnewton.monte_carlo`."""
+        found = super().state_dict()
+        if isinstance(self._criterion, MonteCarlo):
+            found["generator"] = self._criterion.generator.get_state()
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state as if nothing had come between."""
+        super().load_state_dict(state_dict)
+        if isinstance(self._criterion, MonteCarlo) and "generator" in state_dict:
+            self._criterion.generator.set_state(state_dict["generator"].cpu())
+
+    def _params(self) -> dict[str, Tensor]:
+        """Return the parameters of all groups by their names, in the module's order."""
+        mine = {id(p) for group in self.param_groups for p in group["params"]}
+        named = self._module.named_parameters()
+        return {name: p for name, p in named if id(p) in mine}
+
+    def _optimizer(self, model_fn: ModelFn) -> FunctionalOptimizer:
+        """Return the optimizer as functions, as the groups are now."""
+        groups = None
+        if len(self.param_groups) > 1 or any(rule is not None for rule in self._rules[0].values()):
+            names = {id(p): name for name, p in self._module.named_parameters()}
+            groups = [
+                Group([names[id(p)] for p in group["params"]], **rules)
+                for group, rules in zip(self.param_groups, self._rules, strict=True)
+            ]
+        return directional_newton(
+            model_fn,
+            self._criterion,
+            learning_rate=self._rate,
+            groups=groups,
+            **self._options,
+        )
+
+    def _rate(self, updates: Tensor) -> float | Tensor:
+        """Return the learning rate, or one for every parameter where groups have their own."""
+        base = self._base(updates)
+        rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
+        if len(set(rates.values())) == 1:
+            rate: float | Tensor = base * next(iter(rates.values()))
+            return rate
+        each = [torch.full((p.numel(),), rates[id(p)]) for p in self._params().values()]
+        return torch.as_tensor(base * torch.cat(each).to(updates.device))
+
+    def _state(self, first: State) -> State:
+        """Return the state of the optimizer as functions."""
+        kept = self.state.get(next(iter(self._params().values())), {})
+        if not kept:
+            return first
+        return State(
+            updates=first.updates + kept["step"],
+            control=torch.full_like(first.control, kept["control"]),
+            damping=torch.full_like(first.damping, kept["damping"]),
+            previous=first.previous
+            and {
+                name: self.state[p].get("previous", first.previous[name])
+                for name, p in self._params().items()
+            },
+        )
+
+    def _keep(self, state: State) -> None:
+        """Keep a state: plain numbers, which loading leaves as they are, and the step before."""
+        params = self._params()
+        numbers = {"control": state.control.item(), "damping": state.damping.item()}
+        self.state[next(iter(params.values()))] |= {"step": int(state.updates), **numbers}
+        if state.previous:
+            for name, p in params.items():
+                self.state[p]["previous"] = state.previous[name]
+
+
+def _batch(X: PyTree, y: PyTree, closure: Callable[[], Any] | None) -> tuple[PyTree, PyTree]:
+    """Return the batch, given as such or by a function."""
+    if callable(X) and y is None and closure is None:
+        X, closure = None, X
+    if closure is not None:
+        given = closure()
+        if X is None:
+            if not (isinstance(given, tuple) and len(given) == 2):
+                rule = "step: closure must return the batch, (X, y)"
+                remedy = "There is no backward: pass X and y, or a function that returns them."
+                raise BadType(sentence(rule, type(given).__name__, remedy))
+            X, y = given
+    if X is None or y is None:
+        rule, remedy = "step: a step needs a batch", "Pass step(X, y), or a closure returning both."
+        raise BadType(sentence(rule, "none" if X is None else "X without y", remedy))
+    return X, y

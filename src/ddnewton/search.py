@@ -1,0 +1,236 @@
+"""The search for a step of one batch: try, look at the loss, take it or damp more."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ddnewton.adaptation import SLACK, Adaptation, Curvature, LearningRate, Outcome
+from ddnewton.problem import Problem
+from ddnewton.transforms import surely
+from ddnewton.trees import flattened, unflatten
+from ddnewton.trials import Complement, Inertia, Trials
+from ddnewton.types import PyTree
+
+ATTEMPTS = 13
+"""How many steps are tried before the parameters are left where they are."""
+
+ROUNDINGS = 16.0
+"""From how many roundings of the loss upwards a decrease of it can be compared with another."""
+
+CHORDS = 12
+"""How many dampings are tried for a step of a given length."""
+
+
+class Settings(NamedTuple):
+    """How a step follows from the steps that damping leads to."""
+
+    adaptation: Adaptation
+    learning_rate: LearningRate
+    momentum: float | Literal["exact"]
+    weight_decay: float
+    trust_radius: float | None
+    complement: Complement
+
+
+class Local(NamedTuple):
+    """A batch around the parameters: its trial steps, and its loss elsewhere."""
+
+    problem: Problem
+    trials: Trials
+    params: PyTree
+    inertia: Inertia | None
+    updates: Int[Tensor, ""]
+    own: Int[Tensor, " _"] | None  # the samples of the gradient, None for all
+    others: Int[Tensor, " _"] | None  # those held out, None for none
+    curvature: Curvature
+    gradient_norm: Float[Tensor, ""]
+
+
+class Step(NamedTuple):
+    """A step that was tried: s, how much of it, where it leads, and what came of it."""
+
+    vector: Float[Tensor, " d"]
+    rate: Float[Tensor, "..."]  # one number, or one a parameter
+    damping: Float[Tensor, ""]
+    outcome: Outcome
+    taken: Bool[Tensor, ""]
+    following: Float[Tensor, ""]
+    tried: Int[Tensor, ""]
+
+
+def search(local: Local, settings: Settings, control: Float[Tensor, ""]) -> Step:
+    """Return the first step that is taken, or the last that was tried."""
+    found: Step | None = None
+    momentum: float | Literal["exact"] = settings.momentum
+    control = _started(local, settings, control)
+    for attempt in range(ATTEMPTS):
+        step = _tried(local, settings, control, momentum, attempt)
+        found = step if found is None else _first(found, step)
+        control = found.following
+        if not surely(~found.taken):
+            break
+        momentum = 0.0  # which no damping shortens
+    assert found is not None
+    return found
+
+
+def _first(found: Step, step: Step) -> Step:
+    """Return the step found, or where it is not taken another."""
+    first: Step = tree_map(partial(torch.where, found.taken), found, step)
+    return first
+
+
+def loss_at(
+    local: Local, decay: float, vector: Float[Tensor, " d"], samples: Int[Tensor, " _"] | None
+) -> Float[Tensor, ""]:
+    """Return the loss of some samples, with its penalty, after a step, as its dtype has it."""
+    moved = added(local.params, vector)
+    leaves = [
+        new.to(leaf)
+        for new, leaf in zip(tree_leaves(moved), local.problem.model.leaves, strict=True)
+    ]
+    loss = local.problem.elsewhere(leaves, samples).mean()
+    return loss + decay / 2 * flattened(moved).square().sum() if decay else loss
+
+
+def added(params: PyTree, vector: Float[Tensor, " d"]) -> PyTree:
+    """Return the parameters after a step."""
+    leaves = range(len(tree_leaves(params)))
+    return tree_map(torch.add, params, unflatten([vector], [leaves], params))
+
+
+def _started(local: Local, settings: Settings, control: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Return the control of this batch: the first, the one so far, or one that is chosen."""
+    adaptation = settings.adaptation
+    first = adaptation.start(local.curvature)
+    if adaptation.by_length and surely(control.isnan()):
+        first = local.trials.step(first, 0.0).norm()
+    control = torch.where(control.isnan(), first, control)
+    if local.others is None or adaptation.choice is None:
+        return control
+    # The largest first, which is the choice where several, or none, will do.
+    multiples = sorted(adaptation.choice.grid, reverse=True)
+    controls = torch.stack([control * 0 + multiple for multiple in multiples])
+    steps = (local.trials.step(adaptation.damping(each, local.curvature), 0.0) for each in controls)
+    losses = torch.stack([loss_at(local, 0.0, step, local.others) for step in steps])
+    best = losses.nan_to_num(nan=torch.inf).argmin(0, keepdim=True)
+    return (control * controls.gather(0, best)[0]).sqrt()
+
+
+def _tried(
+    local: Local,
+    settings: Settings,
+    control: Float[Tensor, ""],
+    momentum: float | Literal["exact"],
+    attempt: int,
+) -> Step:
+    """Try the step that a control leads to."""
+    radius: float | Tensor | None = settings.trust_radius
+    delta = settings.adaptation.damping(control, local.curvature)
+    if settings.adaptation.by_length:
+        radius = control
+    if radius is not None:
+        delta = _within(local, settings, radius, delta, momentum)
+    vector, rate = _directed(local, settings, delta, momentum)
+    decay, problem = settings.weight_decay, local.problem
+    values = problem.values if local.own is None else problem.values[local.own]
+    before = values.mean()
+    if decay:
+        before = before + decay / 2 * flattened(local.params).square().sum()
+    after = loss_at(local, decay, rate * vector, local.own)
+    slopes, curvatures = local.trials.model((rate * vector)[None])
+    predicted = -(slopes[0] + curvatures[0, 0] / 2)
+    rounding = ROUNDINGS * torch.finfo(torch.float64).eps * before.abs()
+    small = (predicted.abs() <= rounding) & ((before - after).abs() <= rounding)
+    outcome = Outcome(
+        before=before,
+        after=after,
+        predicted=predicted,
+        ratio=torch.where(small, 1, (before - after) / predicted),
+        length=(rate * vector).norm().nan_to_num(nan=torch.inf),
+        attempts=torch.full_like(local.updates, attempt),
+        curvature=local.curvature,
+    )
+    taken, following = settings.adaptation.judge(control, outcome)
+    return Step(vector, rate, delta, outcome, taken, following, outcome.attempts + 1)
+
+
+def _directed(
+    local: Local,
+    settings: Settings,
+    delta: Float[Tensor, ""],
+    momentum: float | Literal["exact"],
+) -> tuple[Float[Tensor, " d"], Float[Tensor, "..."]]:
+    """Return a direction, and how far to go along it."""
+    vector = local.trials.step(delta, 0.0 if momentum == "exact" else momentum)
+    if momentum == "exact" and local.inertia is not None:
+        both = torch.stack([vector, local.inertia.previous])
+        vector = _best(local.trials, both, delta) @ both
+    if settings.learning_rate == "exact":
+        return vector, _best(local.trials, vector[None], delta)[0]
+    rate = settings.learning_rate
+    number = rate(local.updates) if callable(rate) else rate
+    return vector, torch.as_tensor(number, dtype=vector.dtype, device=vector.device)
+
+
+def _best(
+    trials: Trials, vectors: Float[Tensor, "k d"], delta: Float[Tensor, ""]
+) -> Float[Tensor, " k"]:
+    """Return by how much of each vector the damped quadratic model is lowest."""
+    slopes, curvatures = trials.model(vectors)
+    damped = curvatures + delta * (vectors @ vectors.mT)
+    sizes = damped.diagonal().sqrt()
+    sizes = torch.where(sizes > 0, sizes, 1)  # a vector of zeros stays one
+    scaled = damped / sizes / sizes[:, None]
+    inverse = torch.linalg.pinv(scaled, rtol=1e-12, hermitian=True)
+    best: Tensor = -(inverse @ (slopes / sizes)) / sizes
+    return best
+
+
+def _within(
+    local: Local,
+    settings: Settings,
+    radius: float | Tensor,
+    least: Float[Tensor, ""],
+    momentum: float | Literal["exact"],
+) -> Float[Tensor, ""]:
+    """Return the least damping, from ``least`` upwards, with a step no longer than the radius.
+
+    The reciprocal of a step's length is nearly linear in the damping, so its root is looked for
+    along chords (Moré, Sorensen, 1983), between dampings for which the step is too long and not.
+    """
+
+    def inverse(delta: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        vector, rate = _directed(local, settings, delta, momentum)
+        length: Tensor = (rate * vector).norm().nan_to_num(nan=torch.inf)
+        return 1 / length
+
+    goal = 1 / torch.as_tensor(radius, dtype=least.dtype, device=least.device)
+    low, at_low = least, inverse(least)
+    fine = at_low >= goal
+    if not surely(~fine):
+        return least
+    high = torch.maximum(2 * low, local.gradient_norm * goal)
+    at_high = inverse(high)
+    for _ in range(CHORDS):
+        if not surely(~fine & (at_high < goal)):
+            break
+        high = torch.where(at_high < goal, 8 * high, high)
+        at_high = inverse(high)
+    for _ in range(CHORDS):
+        if not surely(~fine & (at_high * SLACK > goal)):
+            break
+        chord = low + (goal / SLACK**0.5 - at_low) / (at_high - at_low) * (high - low)
+        middle = torch.where((chord > low) & (chord < high), chord, (low + high) / 2)
+        at_middle = inverse(middle)
+        short = at_middle >= goal
+        low, high = torch.where(short, low, middle), torch.where(short, middle, high)
+        at_low = torch.where(short, at_low, at_middle)
+        at_high = torch.where(short, at_middle, at_high)
+    return torch.where(fine, least, high)

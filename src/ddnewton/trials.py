@@ -1,0 +1,183 @@
+"""Trial steps: of one batch, for any damping, from one decomposition; and what a step promises.
+
+The dampings of all directions are δ more than what the blocks say. With momentum μ (Goldshlager,
+Abrahamsen, Lin, 2024, arXiv 2401.10190) and weight decay w a step is the minimum over s of
+
+    gᵀs + ½ sᵀG s + ½ δ ‖s − μ s'‖² + ½ w ‖θ + s‖²,        s' the step before,
+
+so that damping pulls it to c = (δ μ s' − w θ) / (δ + w), with δ + w for δ: see `ddnewton.solution`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ddnewton.adaptation import Curvature
+from ddnewton.directions import Along, directions_of
+from ddnewton.gram import is_gram, project
+from ddnewton.problem import Problem, System, lifted
+from ddnewton.solution import Centre, solve, without_eigenpairs
+from ddnewton.trees import joined
+from ddnewton.types import DampingRule
+
+CONDITION = 1e10
+"""Up to which ratio of the largest curvature to δ a trial goes without eigenpairs: the rounding of
+the matrix is a change of δ by less than 1e-4, and δ itself is a guess."""
+
+Complement: TypeAlias = float | Literal["damping"] | None
+
+
+class Inertia(NamedTuple):
+    """What pulls a step besides the gradient: the step before, and the parameters themselves."""
+
+    previous: Float[Tensor, " d"]
+    params: Float[Tensor, " d"]
+    decay: float
+
+
+class Quadratic(NamedTuple):
+    """The quadratic model along some vectors: its slopes, and its curvature between any two."""
+
+    slopes: Float[Tensor, " k"]
+    curvatures: Float[Tensor, "k k"]
+
+
+class Trials(NamedTuple):
+    """Steps for any damping δ and momentum, and the quadratic model of the loss along vectors."""
+
+    step: Callable[[Tensor, float | Tensor], Float[Tensor, " d"]]
+    model: Callable[[Float[Tensor, "k d"]], Quadratic]
+    known: Callable[[], list[Along] | None]  # the directions, if any were needed
+
+
+def trials(
+    problem: Problem, systems: Sequence[System], complement: Complement, inertia: Inertia | None
+) -> Trials:
+    """Return the trial steps of a problem."""
+    sizes = [leaf.numel() for leaf in problem.model.leaves]
+    leaves = [block.leaves for block in problem.blocks]
+    pulls = None if inertia is None else _pulls(problem, systems, inertia, sizes)
+
+    @cache
+    def directions() -> list[Along]:
+        return directions_of(problem, systems, only_kept=complement is None)
+
+    def step(delta: Tensor, momentum: float | Tensor) -> Float[Tensor, " d"]:
+        decay = 0.0 if inertia is None else inertia.decay
+        damped = with_more(problem, delta + decay)
+        scalars = [
+            delta + decay if callable(block.damping) else torch.as_tensor(block.damping)
+            for block in damped.blocks
+        ]
+        outside = [_outside(complement, scalar, decay) for scalar in scalars]
+        if pulls is None:
+            return joined(_lifted(damped, systems, outside, directions, None), leaves, sizes)
+        weights = [_weights(scalar, decay, momentum) for scalar in scalars]
+        centres = [
+            Centre(pull.slopes @ w, pull.slopes[:, 1] * w[1], scalar)
+            for pull, w, scalar in zip(pulls, weights, scalars, strict=True)
+        ]
+        moved = _lifted(damped, systems, outside, directions, centres)
+        parts = [
+            w @ pull.vectors + each for pull, w, each in zip(pulls, weights, moved, strict=True)
+        ]
+        return joined(parts, leaves, sizes)
+
+    def model(vectors: Float[Tensor, "k d"]) -> Quadratic:
+        along = project(problem.columns, range(len(sizes)), vectors.mT)
+        i = len(problem.weights)
+        slopes = problem.shares @ along
+        curvatures = along[:i].mT @ (problem.weights[:, None] * along[:i])
+        if inertia is not None and inertia.decay:
+            slopes = slopes + inertia.decay * (vectors @ inertia.params)
+            curvatures = curvatures + inertia.decay * (vectors @ vectors.mT)
+        return Quadratic(slopes, curvatures)
+
+    def known() -> list[Along] | None:
+        return directions() if directions.cache_info().currsize else None
+
+    return Trials(step, model, known)
+
+
+def curvature_of(systems: Sequence[System]) -> Curvature:
+    """Return the size of the curvature, of the block that has most of it."""
+    traces, means = [], []
+    for _, weights, matrix in systems:
+        diagonal = matrix.diagonal()
+        by_columns = is_gram(matrix, weights)
+        traces.append((weights * diagonal if by_columns else diagonal).sum())
+        means.append(traces[-1] / len(diagonal))
+    return Curvature(torch.stack(traces).amax(), torch.stack(means).amax())
+
+
+def with_more(problem: Problem, delta: Tensor) -> Problem:
+    """Return the problem with the dampings of all directions raised by δ."""
+
+    def more(damping: float | Tensor | DampingRule) -> float | Tensor | DampingRule:
+        if not callable(damping):
+            return damping + delta
+        rule = damping
+        return lambda *known: rule(*known) + delta.to(known[0])
+
+    blocks = [block._replace(damping=more(block.damping)) for block in problem.blocks]
+    return problem._replace(blocks=blocks)
+
+
+def _outside(complement: Complement, scalar: Tensor, decay: float) -> float | Tensor | None:
+    """Return the damping outside the kept directions, that of all of them by its identity."""
+    if complement is None:
+        return None
+    return scalar if complement == "damping" else complement + decay
+
+
+def _weights(delta: Tensor, decay: float, momentum: float | Tensor) -> Float[Tensor, "2"]:
+    """Return how much of the step before, and of the parameters, the centre is."""
+    if not decay:
+        return torch.stack([delta * 0 + momentum, delta * 0])
+    return torch.stack([momentum * (delta - decay) / delta, -decay / delta])
+
+
+class Pull(NamedTuple):
+    """The step before and the parameters of a block, and the slopes of the columns along them."""
+
+    vectors: Float[Tensor, "2 d"]
+    slopes: Float[Tensor, "a 2"]
+
+
+def _pulls(
+    problem: Problem, systems: Sequence[System], inertia: Inertia, sizes: Sequence[int]
+) -> list[Pull]:
+    parts = torch.stack([inertia.previous, inertia.params]).split(list(sizes), 1)
+    vectors = [torch.cat([parts[leaf] for leaf in block.leaves], 1) for block in problem.blocks]
+    return [
+        Pull(each, system.columns.project(each.mT))
+        for each, system in zip(vectors, systems, strict=True)
+    ]
+
+
+def _lifted(
+    problem: Problem,
+    systems: Sequence[System],
+    outside: Sequence[float | Tensor | None],
+    directions: Callable[[], list[Along]],
+    centres: Sequence[Centre] | None,
+) -> list[Float[Tensor, " _"]]:
+    """Return the steps of all blocks, from their centres."""
+    coordinates = without_eigenpairs(problem, systems, outside, centres, CONDITION)
+    if coordinates is None:
+        coordinates = [
+            solve(
+                problem,
+                along._replace(block=block),
+                outside[b],
+                None if centres is None else centres[b],
+            ).coordinates
+            for b, (along, block) in enumerate(zip(directions(), problem.blocks, strict=True))
+        ]
+    return lifted(problem, systems, coordinates)

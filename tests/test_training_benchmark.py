@@ -1,0 +1,291 @@
+"""The training benchmark runs, is resumed and told of; its equations, grids and seeds are right."""
+
+import gzip
+import json
+import math
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch.func import functional_call, grad, hessian, vmap
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "training"))
+
+import data
+import pdes
+import results
+import train
+from competitors import COMPETITORS, flat, gauss_newton_cg, moved
+from grids import GRIDS, SHIPPED, SIZE
+from problem import Problem, batches, nets
+from run import METHODS, Clock, Job, follow, on_schedule, score, times
+from tasks import SEEDS, TASKS, TUNING_SEEDS
+
+TASKS_TRIED = ("poisson-1d", "digits", "late-digits")
+METHODS_TRIED = (
+    "Adam",
+    "Adam, cosine",
+    "LM, as shipped",
+    "constant",
+    "held-out, as shipped",
+)
+OPTIONS = ("--quick", "--workers=1", "--task", *TASKS_TRIED, "--method", *METHODS_TRIED)
+
+
+def command(folder: Path) -> str:
+    ended = subprocess.run(
+        [sys.executable, train.__file__, *OPTIONS, "--out", folder],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_quick_runs_then_has_nothing_left_to_do(tmp_path):
+    command(tmp_path)
+    done = train.read(tmp_path / "runs.jsonl")
+    ran = {(run["stage"], run["task"], run["method"]) for run in done.values()}
+    for name in TASKS_TRIED:
+        for method in set(METHODS_TRIED) & set(GRIDS[TASKS[name].kind]) - set(TASKS[name].without):
+            assert ("report", name, method) in ran
+            shipped = GRIDS[TASKS[name].kind][method] == SHIPPED
+            assert (("tune", name, method) in ran) != shipped
+    for run in done.values():
+        assert run["status"] == "ok"
+        assert run["steps"] > 0
+        assert len(run["curve"]) > 1
+        assert all(math.isfinite(point["train"]) for point in run["curve"])
+        assert {"valid", "test"} == set(run["reached"]) or run["task"] != "digits"
+    table = (tmp_path / "training.md").read_text(encoding="utf-8")
+    assert all(f"## {name}, 2 seeds" in table for name in TASKS_TRIED)
+    assert all(f"| {method} |" in table for method in METHODS_TRIED)
+    assert all(f"- ({letter})" in table for letter in "bcde")
+    assert all((tmp_path / f"{group}.png").stat().st_size for group in ("pde", "images", "late"))
+
+    runs = tmp_path / "runs.jsonl"
+    *kept, last = runs.read_text(encoding="utf-8").splitlines()
+    runs.write_text("\n".join([*kept, last[:50]]), encoding="utf-8")  # cut off in mid-line
+    assert "\n1 new runs" in command(tmp_path)
+    assert train.read(runs).keys() == done.keys()
+
+
+def test_plan_takes_less_than_ninety_minutes_on_two_cores():
+    plan = train.Plan(train.arguments([]))
+    assert set(plan.names) == set(TASKS)
+    assert sum(minutes for _, minutes in plan.minutes(2).values()) < 90
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+def test_every_grid_has_one_size(kind):
+    for method, grid in GRIDS[kind].items():
+        assert method in METHODS
+        assert grid == SHIPPED if "as shipped" in method else len(grid) == SIZE
+        assert len({json.dumps(config) for config in grid}) == len(grid)
+
+
+def test_no_reported_seed_is_one_of_tuning():
+    assert not set(SEEDS) & set(TUNING_SEEDS)
+    for task in TASKS.values():
+        assert 5 <= task.seeds <= len(SEEDS)
+        assert 1 <= task.tuning_seeds <= len(TUNING_SEEDS)
+
+
+@pytest.mark.parametrize("name", pdes.EQUATIONS)
+def test_the_exact_solution_solves_the_equation(name):
+    equation = pdes.EQUATIONS[name]
+    X = torch.rand(50, equation.axes, dtype=torch.float64)
+
+    def u(x):
+        return equation.exact(x[None])[0]
+
+    first = vmap(grad(u))(X)
+    second = vmap(hessian(u))(X).diagonal(dim1=1, dim2=2)
+    assert equation.residual(X, pdes.Jet(equation.exact(X), first, second)).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", pdes.EQUATIONS)
+def test_an_ansatz_has_the_boundary_values_and_its_own_derivatives(name):
+    equation = pdes.EQUATIONS[name]
+    net = nets.mlp(equation.axes, 8, 8, 1, activation=torch.nn.Tanh).double()
+    params = {key: p.detach() for key, p in net.named_parameters()}
+    grid = pdes.fine_grid(equation.axes)
+    edge = (grid[:, 0] == 0) | (grid[:, 0] == 1)
+    if equation.axes == 2:
+        edge |= grid[:, 1] == 0
+        edge |= (grid[:, 1] == 1) & (name != "heat")
+    gap = (equation.ansatz(params, grid).value - equation.exact(grid))[edge]
+    assert gap.abs().max() < 1e-14
+
+    def u(x):
+        x = x[None]
+        value = functional_call(net, params, (x,))[:, 0] * equation.factor(x).value
+        return (value if equation.fixed is None else value + equation.fixed(x).value)[0]
+
+    X = torch.rand(20, equation.axes, dtype=torch.float64)
+    jet = equation.ansatz(params, X)
+    torch.testing.assert_close(jet.value, vmap(u)(X))
+    torch.testing.assert_close(jet.first, vmap(grad(u))(X))
+    torch.testing.assert_close(jet.second, vmap(hessian(u))(X).diagonal(dim1=1, dim2=2))
+
+
+def small_problem(criterion, y, outputs: int = 3) -> Problem:
+    net = nets.mlp(4, 3, outputs, activation=torch.nn.Tanh).double()
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    X = torch.randn(len(y), 4, dtype=torch.float64)
+
+    def measure(params):
+        return {"train": float(criterion(model_fn(params, X), y))}
+
+    def model_fn(params, X):
+        return functional_call(net, params, (X,))
+
+    return Problem(model_fn, params, criterion, (X, y), None, measure)
+
+
+@pytest.mark.parametrize("name", ["MSELoss", "CrossEntropyLoss"])
+def test_many_iterations_of_gauss_newton_cg_are_the_dense_solve(name):
+    torch.manual_seed(0)
+    n, delta = 12, 1e-2
+    y = torch.randint(3, (n,)) if name == "CrossEntropyLoss" else torch.randn(n, 3).double()
+    problem = small_problem(getattr(torch.nn, name)(), y)
+    X, _ = problem.train
+    start = flat(problem.params)
+    zeros = {key: torch.zeros_like(p) for key, p in problem.params.items()}
+
+    def outputs(vector):
+        return problem.model_fn(moved(zeros, vector), X).flatten()
+
+    def loss(f):
+        return problem.criterion(f.view(n, 3), y)
+
+    J, f = torch.func.jacrev(outputs)(start), outputs(start)
+    G, g = J.T @ hessian(loss)(f) @ J, J.T @ grad(loss)(f)
+    dense = -torch.linalg.solve(G + delta * torch.eye(len(g)).double(), g)
+    move = gauss_newton_cg(problem, problem.params, X, y, delta=delta, iterations=200)
+    assert (move.step - dense).norm() < 1e-8 * dense.norm()
+    torch.testing.assert_close(move.loss, loss(f))
+    torch.testing.assert_close(move.predicted, -(g @ dense + dense @ G @ dense / 2))
+
+
+def test_newton_cg_lowers_a_full_batch_loss_at_every_step():
+    torch.manual_seed(0)
+    problem = small_problem(torch.nn.MSELoss(), torch.randn(20, 3).double())
+    update = COMPETITORS["Gauss-Newton CG"](problem, delta=1e-3, iterations=30)
+    found = [problem.measure(update(*problem.train, 0.0)[0])["train"] for _ in range(20)]
+    assert all(after <= before for before, after in pairwise(found))
+    assert found[-1] < found[0] / 2
+
+
+def test_cosine_ends_at_rest():
+    problem = small_problem(torch.nn.MSELoss(), torch.randn(20, 3).double())
+    update = COMPETITORS["Adam, cosine"](problem, lr=0.1)
+    moves = []
+    for progress in (0.0, 0.5, 1.0):
+        before = flat(update(*problem.train, progress)[0]).detach().clone()
+        moves.append((flat(update(*problem.train, progress)[0]) - before).norm())
+    assert moves[0] > moves[1] > 0 == moves[2]
+
+
+def test_parts_of_the_data_are_disjoint_and_drawn_by_the_seed():
+    parts = data.digits(3)
+    rows = [tuple(row.tolist()) for X, _ in parts for row in X]
+    assert len(rows) == 1797
+    assert len(set(rows)) == len(
+        {tuple(row.tolist()) for row in data.digits(4).train[0]} | set(rows)
+    )
+    assert (data.digits(3).test[1] == parts.test[1]).all()
+    assert not torch.equal(data.digits(4).test[1], parts.test[1])
+
+
+@pytest.fixture
+def no_fashion_kept():
+    data._fashion.cache_clear()
+    yield
+    data._fashion.cache_clear()
+
+
+def test_fashion_is_read_from_its_files(tmp_path, monkeypatch, no_fashion_kept):
+    for part, n in (("train", 20), ("t10k", 10)):
+        pixels, labels = torch.arange(n).repeat_interleave(784), torch.arange(n) % 10
+        for kind, header, content in (("images-idx3", 16, pixels), ("labels-idx1", 8, labels)):
+            packed = gzip.compress(bytes(header) + bytes(content.tolist()))
+            (tmp_path / f"{part}-{kind}-ubyte.gz").write_bytes(packed)
+    monkeypatch.setenv("FASHION_MNIST", str(tmp_path))
+    found = data.fashion(0, flat=False, test=5)
+    assert [X.shape[0] for X, _ in found] == [18, 2, 5]
+    for X, y in found:
+        assert X.shape[1:] == (1, 28, 28)
+        assert torch.equal((255 * X[:, 0, 0, 0]).round().long() % 10, y)
+    assert data.fashion(0, flat=True).train[0].shape == (18, 784)
+
+
+def test_without_fashion_there_are_digits(monkeypatch, caplog, no_fashion_kept):
+    monkeypatch.delenv("FASHION_MNIST", raising=False)
+    monkeypatch.setattr(data, "FOLDERS", ())
+    found = data.fashion(0, flat=False)
+    assert "digits" in caplog.text
+    assert [X.shape for X, _ in found] == [(n, 1, 28, 28) for n in (1258, 139, 400)]
+
+
+def test_an_epoch_of_batches_takes_every_sample_once():
+    y = torch.arange(10)
+    problem = small_problem(torch.nn.MSELoss(), y)._replace(train=(y[:, None], y), batch=5)
+    draws = batches(problem, 0)
+    assert torch.equal(torch.cat([next(draws)[1] for _ in range(2)]).sort().values, y)
+
+
+def test_a_run_is_measured_at_every_budget_and_its_clock_counts_updates_alone():
+    task = TASKS["poisson-1d"]
+    assert set(task.budgets) <= set(times(task, 30.0))
+    assert max(times(task, 8.0)) == 8
+    clock = Clock()
+    ask = on_schedule(task, clock, 30.0)
+    measured = []
+    for made in range(400):
+        clock.seconds, clock.last = 0.1 * made, 0.1
+        now, ended, progress = ask(made)
+        measured += [clock.seconds] if now else []
+        assert progress == clock.seconds / 30
+        if ended:
+            break
+    assert all(min(abs(t - budget) for t in measured) <= 0.051 for budget in task.budgets)
+    assert abs(measured[-1] - 30) <= 0.051
+
+
+def test_what_diverges_or_raises_counts_as_failed():
+    torch.manual_seed(0)
+    problem = small_problem(torch.nn.MSELoss(), torch.randn(20, 3).double())
+    job = Job("tune", "diabetes", "SGD", {"lr": 1e6, "momentum": 0.9}, 0, 0.05)
+    found = follow(job, problem, COMPETITORS["SGD"])
+    assert found["status"] == "diverged"
+    assert score(found, TASKS["diabetes"]) == math.inf
+    assert results.value(found, "train", 0.05) == math.inf
+
+    def broken(problem):
+        def update(X, y, progress):
+            raise ValueError("no step\nat all")
+
+        return update
+
+    found = follow(job._replace(config={}), problem, broken)
+    assert found["status"] == "failed: ValueError: no step"
+    assert results.failures([found]) == 1
+
+
+def test_spread_and_paired_differences():
+    assert results.spread([3.0, math.inf, 1.0]) == (3.0, 1.0, math.inf)
+    runs, others = (
+        [
+            {"seed": seed, "status": "ok", "curve": [{"test": 1.0}, {"test": 1.0 + by + seed}]}
+            for seed in range(2)
+        ]
+        for by in (0.5, 0.25)
+    )
+    assert results.paired(runs, others, "test") == (0.25, 0.0)
