@@ -19,7 +19,7 @@ from ddnewton.errors import BadType, BadValue, public, sentence
 from ddnewton.types import DampingRule
 
 GOOD, POOR, ANY = 0.75, 0.25, 1e-4
-"""Ratios of the actual to the predicted decrease: damp less above, more below, and do not step."""
+"""Ratios of the actual to the predicted decrease: trust more above, less below, do not step."""
 
 SMALLEST = 1e-15
 """The least damping, relative to the size of the curvature: what rounding adds anyway."""
@@ -112,17 +112,21 @@ def fixed(damping: float | Tensor | DampingRule) -> Adaptation:
 def levenberg_marquardt(
     start: float = 1e-3, *, rule: float | Tensor | DampingRule = 0.0
 ) -> Adaptation:
-    """Return damping for losses without noise, that sees to it that they never rise.
+    r"""Return damping for losses without noise, that sees to it that they never rise.
 
-    A step is taken where the loss falls. δ becomes a third where it fell by more than ¾ of what
-    the quadratic model predicts, and rises where it fell by less than ¼: fourfold, and twice as
-    much more with every further trial on the same batch, for which nothing is decomposed anew
-    where eigenpairs are at hand. The first δ is ``start`` times the trace of the Gauss-Newton
+    A step is taken where the loss falls. With ρ for the actual over the predicted decrease, the
+    next δ is then
+
+    .. math:: \delta \max(\tfrac13, 1 - (2 \rho - 1)^3),
+
+    less where the quadratic model holds, more where it does not. A step that is not taken doubles
+    δ, the next one on the same batch takes it fourfold, then eightfold, with nothing decomposed
+    anew where eigenpairs are at hand. The first δ is ``start`` times the trace of the Gauss-Newton
     matrix, which is of the size of its largest eigenvalue.
 
     Source: Marquardt, "An algorithm for least-squares estimation of nonlinear parameters", SIAM
-    J. Appl. Math. 11, 1963; the thresholds are those of Nocedal, Wright, *Numerical Optimization*,
-    algorithm 4.1.
+    J. Appl. Math. 11, 1963; the rule is Nielsen's: Madsen, Nielsen, Tingleff, *Methods for
+    Non-Linear Least Squares Problems*, 2nd ed., 2004, eq. 2.21.
 
     Examples
     --------
@@ -134,10 +138,8 @@ def levenberg_marquardt(
 
     def judge(delta: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
         taken = _falls(outcome)
-        more = delta * 4.0 * 2.0**outcome.attempts
-        poor = ~taken | ~(outcome.ratio >= POOR)
-        following = torch.where(outcome.ratio > GOOD, delta / 3, delta)
-        following = torch.where(poor, more, following)
+        less = (1 - (2 * outcome.ratio - 1) ** 3).clamp(min=1 / 3)
+        following = delta * torch.where(taken, less, 2.0 ** (outcome.attempts + 1))
         return taken, following.clamp(min=SMALLEST * outcome.curvature.trace)
 
     return fixed(rule)._replace(start=_share(start), judge=judge)
@@ -208,7 +210,7 @@ def held_out(
     --------
     >>> import torch
     >>> held_out().learning_rate(torch.tensor(30))
-    tensor(0.1000)
+    tensor(0.1000, dtype=torch.float64)
     """
     check_positive("start", start)
     check_damping("rule", rule)
@@ -237,7 +239,7 @@ def held_out(
 
 def _falling(updates: Tensor) -> Tensor:
     """Return the learning rate of mini-batches: averaging over them takes ever shorter steps."""
-    return 0.2 / (1 + updates / 10).sqrt()
+    return 0.2 / (1 + updates.double() / 10).sqrt()
 
 
 def _share(start: float) -> Callable[[Curvature], Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import TreeSpec, tree_flatten
 
 from ddnewton.buffers import writes
 from ddnewton.structured.prepare import Untraceable, prepare
@@ -47,12 +48,16 @@ def as_function(module: nn.Module, forward: Forward | None) -> ModelFn:
     return model_fn
 
 
+PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, torch.Size, TreeSpec)
+"""What is compared by value; everything else a module holds is compared by identity."""
+
+
 class Known(NamedTuple):
     """A function with its layers found, and what it holds for."""
 
     model_fn: ModelFn
-    likeness: object
-    frozen: tuple[Tensor, ...]  # kept, so that their identities stay theirs
+    likeness: list[object]
+    frozen: list[Tensor]  # copies: what is written through .data leaves no other trace
 
 
 def known(
@@ -60,25 +65,73 @@ def known(
 ) -> Known:
     """Return the function with its layers found: what was found before, where that still holds.
 
-    It does not where samples have another shape, or where the module has other buffers, frozen
-    parameters or modes. A module that cannot be traced is its own function.
+    It does not where samples have another shape, or where the module is no longer what it was: has
+    other buffers, frozen parameters, parts, attributes, hooks or modes. A module that cannot be
+    traced is its own function.
     """
     trained = {id(p) for p in params.values()}
     tensors = (*module.parameters(), *module.buffers())
-    frozen = tuple(tensor for tensor in tensors if id(tensor) not in trained)
-    leaves, structure = tree_flatten(X)
-    likeness = (
-        structure,
-        [(leaf.shape[1:], leaf.dtype, leaf.device) for leaf in leaves],
-        [(name, p.shape, p.dtype, p.device) for name, p in params.items()],
-        [(id(tensor), writes(tensor)) for tensor in frozen],
-        [part.training for part in module.modules()],
-    )
-    if before is not None and before.likeness == likeness:
+    frozen = [tensor for tensor in tensors if id(tensor) not in trained]
+    if (
+        before is not None
+        and _all(_equal, before.frozen, frozen)
+        and _all(_same, before.likeness, list(_likeness(module, trained, params, X)))
+    ):
         return before
     try:
         found: ModelFn = prepare(model_fn, params, X)
     except Untraceable as reason:
         logger.info("the layers of the module are not found: %s", reason)
         found = model_fn
-    return Known(found, likeness, frozen)
+    # Looked at after its calls, which it may count, or keep something of.
+    likeness = list(_likeness(module, trained, params, X))
+    return Known(found, likeness, [tensor.detach().clone() for tensor in frozen])
+
+
+def _likeness(module: nn.Module, trained: set[int], params: PyTree, X: PyTree) -> Iterator[object]:
+    """Yield what a trace depends on, besides the values of buffers and frozen parameters."""
+    leaves, structure = tree_flatten(X)
+    yield structure
+    for leaf in leaves:
+        yield from (leaf.shape[1:], leaf.dtype, leaf.device)
+    for name, p in params.items():
+        yield from (name, p.shape, p.dtype, p.device)
+    device = leaves[0].device.type
+    yield from (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+    for part in module.modules():
+        for name, value in vars(part).items():
+            yield name
+            # Names alone of what is compared by value, or is passed.
+            of_tensors = name in {"_parameters", "_buffers"}
+            yield from _parts([*value] if of_tensors else value, trained)
+
+
+def _parts(value: object, trained: set[int]) -> Iterator[object]:
+    """Yield what an attribute consists of."""
+    if isinstance(value, (list, tuple)):
+        yield len(value)
+        for each in value:
+            yield from _parts(each, trained)
+    elif isinstance(value, dict):
+        yield from value
+        yield from _parts(list(value.values()), trained)
+    else:
+        yield value
+        if isinstance(value, Tensor) and id(value) not in trained:
+            yield writes(value)
+
+
+def _all(
+    alike: Callable[[Any, Any], bool], some: Sequence[object], others: Sequence[object]
+) -> bool:
+    return len(some) == len(others) and all(map(alike, some, others))
+
+
+def _same(one: object, other: object) -> bool:
+    return one is other or (type(one) is type(other) and isinstance(one, PLAIN) and one == other)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+        return False
+    return torch.equal(one, other)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,8 +38,9 @@ class DirectionalNewton(Optimizer):
     writes ``.grad``. For code that insists on closures, ``step(closure)`` takes a function that
     returns the batch, ``(X, y)``. Parameter groups are blocks of the Gauss-Newton matrix, with
     ``"lr"``, ``"damping"`` and ``"select"`` of their own. Buffers, and parameters that are in no
-    group, are used as they are at every step; layers that mix samples have to be in eval mode. The
-    layers are found once, and again when shapes, buffers or modes change.
+    group or require no gradient, are used as they are at every step; layers that mix samples have
+    to be in eval mode. The layers are found once, and again when shapes of samples change, or
+    anything that the module holds besides what is trained.
 
     Parameters
     ----------
@@ -102,10 +104,9 @@ class DirectionalNewton(Optimizer):
             check_nonnegative("DirectionalNewton: lr", lr)
         adaptation = as_adaptation(levenberg_marquardt() if damping is None else damping)
         self._module = module
-        self._model_fn = as_function(module, forward)
+        self._forward = forward
         self._criterion = criterion
-        own = adaptation.learning_rate if lr is None else 1.0
-        self._base: Callable[[Tensor], Any] = own if callable(own) else lambda updates: own
+        self._base = adaptation.learning_rate if lr is None else 1.0
         self._options: dict[str, Any] = {
             "damping": adaptation,
             "momentum": adaptation.momentum if momentum is None else momentum,
@@ -122,7 +123,7 @@ class DirectionalNewton(Optimizer):
         if params is None:
             params = [p for p in module.parameters() if p.requires_grad]
         super().__init__(params, {"lr": 1.0 if lr is None else float(lr)})
-        self._optimizer(self._model_fn)  # raises where an option breaks a rule
+        self._optimizer(as_function(module, forward))  # raises where an option breaks a rule
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the module, as a block of the Gauss-Newton matrix."""
@@ -135,6 +136,8 @@ class DirectionalNewton(Optimizer):
         if rules["damping"] is not None:
             check_damping("damping", rules["damping"])
         check_select("select", rules["select"])
+        if "lr" in group:
+            check_nonnegative("DirectionalNewton: lr of a group", group["lr"])
         super().add_param_group(group)
         names = {id(p) for p in self._module.parameters()}
         if any(id(p) not in names for p in self.param_groups[-1]["params"]):
@@ -163,14 +166,15 @@ class DirectionalNewton(Optimizer):
         """
         X, y = _batch(X, y, closure)
         params = self._params()
-        model_fn = self._model_fn
+        model_fn = as_function(self._module, self._forward)
         if self._options["gram"] != "dense":
             check_batch(X=X)
             self._known = known(self._known, model_fn, self._module, params, X)
             model_fn = self._known.model_fn
         optimizer = self._optimizer(model_fn)
         state = self._state(optimizer.init(params))
-        moved, state, info = optimizer.update(params, state, X, y)
+        with self._drawing():
+            moved, state, info = optimizer.update(params, state, X, y)
         for name, p in params.items():
             p.copy_(moved[name])
         self._keep(state)
@@ -190,21 +194,48 @@ class DirectionalNewton(Optimizer):
         if isinstance(self._criterion, MonteCarlo) and "generator" in state_dict:
             self._criterion.generator.set_state(state_dict["generator"].cpu())
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied or pickled: all but hooks, as in torch, and what can be found."""
+        own = ("_module", "_forward", "_criterion", "_base", "_options", "_rules", "info")
+        found: dict[str, Any] = super().__getstate__()
+        return found | {name: getattr(self, name) for name in own} | {"_known": None}
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Take back the random numbers that were drawn for a step which is refused."""
+        generator = self._criterion.generator if isinstance(self._criterion, MonteCarlo) else None
+        before = None if generator is None else generator.get_state()
+        try:
+            yield
+        except BaseException:
+            if generator is not None and before is not None:
+                generator.set_state(before)
+            raise
+
+    def _all_params(self) -> list[Tensor]:
+        """Return the parameters of all groups, in their order."""
+        return [p for group in self.param_groups for p in group["params"]]
+
     def _params(self) -> dict[str, Tensor]:
-        """Return the parameters of all groups by their names, in the module's order."""
-        mine = {id(p) for group in self.param_groups for p in group["params"]}
-        named = self._module.named_parameters()
-        return {name: p for name, p in named if id(p) in mine}
+        """Return those that require gradients, by their names, in the module's order."""
+        mine = {id(p) for p in self._all_params()}
+        named = dict(self._module.named_parameters())
+        if not mine <= {id(p) for p in named.values()}:
+            rule = "step: the parameters of all groups must still be those of the module"
+            remedy = "Load with assign=False, or make the optimizer after changing the module."
+            raise BadValue(sentence(rule, "others in their place", remedy))
+        return {name: p for name, p in named.items() if id(p) in mine and p.requires_grad}
 
     def _optimizer(self, model_fn: ModelFn) -> FunctionalOptimizer:
         """Return the optimizer as functions, as the groups are now."""
         groups = None
         if len(self.param_groups) > 1 or any(rule is not None for rule in self._rules[0].values()):
-            names = {id(p): name for name, p in self._module.named_parameters()}
+            names = {id(p): name for name, p in self._params().items()}
             groups = [
-                Group([names[id(p)] for p in group["params"]], **rules)
+                Group([names[id(p)] for p in group["params"] if id(p) in names], **rules)
                 for group, rules in zip(self.param_groups, self._rules, strict=True)
             ]
+            groups = [group for group in groups if group.params]
         return directional_newton(
             model_fn,
             self._criterion,
@@ -215,17 +246,20 @@ class DirectionalNewton(Optimizer):
 
     def _rate(self, updates: Tensor) -> float | Tensor:
         """Return the learning rate, or one for every parameter where groups have their own."""
-        base = self._base(updates)
+        base = self._base(updates) if callable(self._base) else self._base
         rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
         if len(set(rates.values())) == 1:
             rate: float | Tensor = base * next(iter(rates.values()))
             return rate
-        each = [torch.full((p.numel(),), rates[id(p)]) for p in self._params().values()]
+        each = [
+            torch.full((p.numel(),), float(rates[id(p)]), dtype=torch.float64)
+            for p in self._params().values()
+        ]
         return torch.as_tensor(base * torch.cat(each).to(updates.device))
 
     def _state(self, first: State) -> State:
         """Return the state of the optimizer as functions."""
-        kept = self.state.get(next(iter(self._params().values())), {})
+        kept = self.state.get(self._all_params()[0], {})
         if not kept:
             return first
         return State(
@@ -234,17 +268,19 @@ class DirectionalNewton(Optimizer):
             damping=torch.full_like(first.damping, kept["damping"]),
             previous=first.previous
             and {
-                name: self.state[p].get("previous", first.previous[name])
+                name: self.state.get(p, {}).get("previous", first.previous[name])
                 for name, p in self._params().items()
             },
         )
 
     def _keep(self, state: State) -> None:
         """Keep a state: plain numbers, which loading leaves as they are, and the step before."""
-        params = self._params()
         numbers = {"control": state.control.item(), "damping": state.damping.item()}
-        self.state[next(iter(params.values()))] |= {"step": int(state.updates), **numbers}
+        everything, params = self._all_params(), self._params()
+        self.state[everything[0]] |= {"step": int(state.updates), **numbers}
         if state.previous:
+            for p in everything:  # one that is frozen for now has none
+                self.state.get(p, {}).pop("previous", None)
             for name, p in params.items():
                 self.state[p]["previous"] = state.previous[name]
 
@@ -256,7 +292,7 @@ def _batch(X: PyTree, y: PyTree, closure: Callable[[], Any] | None) -> tuple[PyT
     if closure is not None:
         given = closure()
         if X is None:
-            if not (isinstance(given, tuple) and len(given) == 2):
+            if not (isinstance(given, (tuple, list)) and len(given) == 2):
                 rule = "step: closure must return the batch, (X, y)"
                 remedy = "There is no backward: pass X and y, or a function that returns them."
                 raise BadType(sentence(rule, type(given).__name__, remedy))

@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ddnewton.adaptation import SLACK, Adaptation, Curvature, LearningRate, Outcome
+from ddnewton.adaptation import Adaptation, Curvature, LearningRate, Outcome
 from ddnewton.problem import Problem
+from ddnewton.radius import least_damping
 from ddnewton.transforms import surely
 from ddnewton.trees import flattened, unflatten
 from ddnewton.trials import Complement, Inertia, Trials
@@ -22,9 +23,6 @@ ATTEMPTS = 13
 
 ROUNDINGS = 16.0
 """From how many roundings of the loss upwards a decrease of it can be compared with another."""
-
-CHORDS = 12
-"""How many dampings are tried for a step of a given length."""
 
 
 class Settings(NamedTuple):
@@ -46,6 +44,7 @@ class Local(NamedTuple):
     params: PyTree
     inertia: Inertia | None
     updates: Int[Tensor, ""]
+    damping: Float[Tensor, ""]  # of the step before
     own: Int[Tensor, " _"] | None  # the samples of the gradient, None for all
     others: Int[Tensor, " _"] | None  # those held out, None for none
     curvature: Curvature
@@ -170,7 +169,7 @@ def _directed(
     """Return a direction, and how far to go along it."""
     vector = local.trials.step(delta, 0.0 if momentum == "exact" else momentum)
     if momentum == "exact" and local.inertia is not None:
-        both = torch.stack([vector, local.inertia.previous])
+        both = torch.cat([vector[None], local.inertia.previous])
         vector = _best(local.trials, both, delta) @ both
     if settings.learning_rate == "exact":
         return vector, _best(local.trials, vector[None], delta)[0]
@@ -200,37 +199,16 @@ def _within(
     least: Float[Tensor, ""],
     momentum: float | Literal["exact"],
 ) -> Float[Tensor, ""]:
-    """Return the least damping, from ``least`` upwards, with a step no longer than the radius.
+    """Return the least damping, from ``least`` upwards, with a step no longer than the radius."""
 
-    The reciprocal of a step's length is nearly linear in the damping, so its root is looked for
-    along chords (Moré, Sorensen, 1983), between dampings for which the step is too long and not.
-    """
-
-    def inverse(delta: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    def length(delta: Float[Tensor, ""]) -> Float[Tensor, ""]:
         vector, rate = _directed(local, settings, delta, momentum)
-        length: Tensor = (rate * vector).norm().nan_to_num(nan=torch.inf)
-        return 1 / length
+        norm: Tensor = (rate * vector).norm()
+        return norm
 
-    goal = 1 / torch.as_tensor(radius, dtype=least.dtype, device=least.device)
-    low, at_low = least, inverse(least)
-    fine = at_low >= goal
-    if not surely(~fine):
-        return least
-    high = torch.maximum(2 * low, local.gradient_norm * goal)
-    at_high = inverse(high)
-    for _ in range(CHORDS):
-        if not surely(~fine & (at_high < goal)):
-            break
-        high = torch.where(at_high < goal, 8 * high, high)
-        at_high = inverse(high)
-    for _ in range(CHORDS):
-        if not surely(~fine & (at_high * SLACK > goal)):
-            break
-        chord = low + (goal / SLACK**0.5 - at_low) / (at_high - at_low) * (high - low)
-        middle = torch.where((chord > low) & (chord < high), chord, (low + high) / 2)
-        at_middle = inverse(middle)
-        short = at_middle >= goal
-        low, high = torch.where(short, low, middle), torch.where(short, middle, high)
-        at_low = torch.where(short, at_low, at_middle)
-        at_high = torch.where(short, at_middle, at_high)
-    return torch.where(fine, least, high)
+    guess = least
+    if settings.adaptation.by_length:  # the last damping, or one that is sure to be enough
+        last = torch.where(local.damping.isnan(), local.gradient_norm / radius, local.damping)
+        guess = torch.maximum(last, least)
+    limit = torch.as_tensor(radius, dtype=least.dtype, device=least.device)
+    return least_damping(length, guess, least, limit)

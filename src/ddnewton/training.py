@@ -199,7 +199,7 @@ def _held_out(
     options: Options, choice: Choice | None, state: State, X: PyTree
 ) -> tuple[Options, Tensor | None]:
     """Return which samples a step is made of, and which are held out, the last ones if any."""
-    if choice is None or not surely(state.updates % choice.every == choice.every - 1):
+    if choice is None or not surely(state.updates % choice.every == 0):
         return options, None
     check_batch(X=X)
     n, device = sample_count(X), tree_leaves(X)[0].device
@@ -230,9 +230,12 @@ def _local(
     problem = problem._replace(blocks=expanded.blocks)
     inertia = None
     if settings.momentum or settings.weight_decay:
-        theta = flattened(params)
-        previous = flattened(state.previous) if settings.momentum else torch.zeros_like(theta)
-        inertia = Inertia(previous, theta, settings.weight_decay)
+        theta = flattened(params)[None]
+        inertia = Inertia(
+            previous=flattened(state.previous)[None] if settings.momentum else theta[:0],
+            params=theta if settings.weight_decay else theta[:0],
+            decay=settings.weight_decay,
+        )
     n, device = len(problem.values), problem.values.device
     return Local(
         problem=problem,
@@ -240,6 +243,7 @@ def _local(
         params=params,
         inertia=inertia,
         updates=state.updates,
+        damping=state.damping,
         own=indices("subsampling_grad", options.subsampling_grad, n, device),
         others=held,
         curvature=curvature_of(systems),

@@ -34,10 +34,13 @@ Complement: TypeAlias = float | Literal["damping"] | None
 
 
 class Inertia(NamedTuple):
-    """What pulls a step besides the gradient: the step before, and the parameters themselves."""
+    """What pulls a step besides the gradient: the step before, and, if they decay, the parameters.
 
-    previous: Float[Tensor, " d"]
-    params: Float[Tensor, " d"]
+    A vector that does not pull is none.
+    """
+
+    previous: Float[Tensor, "_ d"]
+    params: Float[Tensor, "_ d"]
     decay: float
 
 
@@ -76,11 +79,12 @@ def trials(
             for block in damped.blocks
         ]
         outside = [_outside(complement, scalar, decay) for scalar in scalars]
-        if pulls is None:
+        if inertia is None or pulls is None:
             return joined(_lifted(damped, systems, outside, directions, None), leaves, sizes)
-        weights = [_weights(scalar, decay, momentum) for scalar in scalars]
+        weights = [_weights(inertia, scalar, momentum) for scalar in scalars]
+        moving = len(inertia.previous)
         centres = [
-            Centre(pull.slopes @ w, pull.slopes[:, 1] * w[1], scalar)
+            Centre(pull.slopes @ w, pull.slopes[:, moving:] @ w[moving:], scalar)
             for pull, w, scalar in zip(pulls, weights, scalars, strict=True)
         ]
         moved = _lifted(damped, systems, outside, directions, centres)
@@ -95,7 +99,7 @@ def trials(
         slopes = problem.shares @ along
         curvatures = along[:i].mT @ (problem.weights[:, None] * along[:i])
         if inertia is not None and inertia.decay:
-            slopes = slopes + inertia.decay * (vectors @ inertia.params)
+            slopes = slopes + inertia.decay * (vectors @ inertia.params[0])
             curvatures = curvatures + inertia.decay * (vectors @ vectors.mT)
         return Quadratic(slopes, curvatures)
 
@@ -136,24 +140,27 @@ def _outside(complement: Complement, scalar: Tensor, decay: float) -> float | Te
     return scalar if complement == "damping" else complement + decay
 
 
-def _weights(delta: Tensor, decay: float, momentum: float | Tensor) -> Float[Tensor, "2"]:
+def _weights(inertia: Inertia, delta: Tensor, momentum: float | Tensor) -> Float[Tensor, " v"]:
     """Return how much of the step before, and of the parameters, the centre is."""
-    if not decay:
-        return torch.stack([delta * 0 + momentum, delta * 0])
-    return torch.stack([momentum * (delta - decay) / delta, -decay / delta])
+    decay = inertia.decay
+    moving = momentum * (delta - decay) / delta if decay else delta * 0 + momentum
+    shares = [moving.expand(len(inertia.previous))]
+    if decay:
+        shares.append((-decay / delta).expand(1))
+    return torch.cat(shares)
 
 
 class Pull(NamedTuple):
-    """The step before and the parameters of a block, and the slopes of the columns along them."""
+    """What pulls on a block, and the slopes of the columns along it."""
 
-    vectors: Float[Tensor, "2 d"]
-    slopes: Float[Tensor, "a 2"]
+    vectors: Float[Tensor, "v d"]
+    slopes: Float[Tensor, "a v"]
 
 
 def _pulls(
     problem: Problem, systems: Sequence[System], inertia: Inertia, sizes: Sequence[int]
 ) -> list[Pull]:
-    parts = torch.stack([inertia.previous, inertia.params]).split(list(sizes), 1)
+    parts = torch.cat([inertia.previous, inertia.params]).split(list(sizes), 1)
     vectors = [torch.cat([parts[leaf] for leaf in block.leaves], 1) for block in problem.blocks]
     return [
         Pull(each, system.columns.project(each.mT))
