@@ -21,8 +21,9 @@ def over(**axes: tuple) -> Grid:
 
 
 ADAM = over(lr=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1))
-HELD_OUT = over(learning_rate=(1.0, 0.3, 0.1), momentum=(0.0, 0.9))
-START = over(start=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0))
+HELD_OUT = over(learning_rate=(0.3, 0.2, 0.1), momentum=(0.8, 0.9))
+PLAIN = over(learning_rate=(1.0, 0.5, 0.3, 0.2, 0.1, 0.05))
+START = over(start=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0))
 
 FULL: dict[str, Grid] = {
     "SGD": over(lr=(1e-3, 1e-2, 1e-1), momentum=(0.9, 0.99)),
@@ -42,10 +43,11 @@ MINI: dict[str, Grid] = {
     "Adam": ADAM,
     "Adam, cosine": ADAM,
     "Gauss-Newton CG": over(iterations=(5, 20), delta=(0.1, 1.0, 10.0)),
-    "constant": over(damping=(0.03, 0.3, 3.0), learning_rate=(1.0, 0.3)),
-    "constant, momentum": over(damping=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0)),
+    "constant": over(damping=(0.03, 0.3, 3.0), learning_rate=(0.5, 0.2)),
+    "constant, momentum": over(damping=(0.01, 0.1, 1.0), learning_rate=(0.2, 0.1)),
     "held-out, as shipped": SHIPPED,
     "held-out": HELD_OUT,
+    "held-out, no momentum": PLAIN,
     "held-out, complement": HELD_OUT,
     "noise-aware": HELD_OUT,
     "held-out γ and λ": over(damping=(0.1, 1.0, 10.0), learning_rate=(1.0, 0.3)),
@@ -57,8 +59,8 @@ LATE: dict[str, Grid] = {
     "Adam": over(lr=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
     "constant": over(damping=(0.1, 1.0, 10.0), learning_rate=(1.0, 0.3)),
     "held-out, as shipped": SHIPPED,
-    "held-out": HELD_OUT,
-    "noise-aware": HELD_OUT,
+    "held-out": PLAIN,
+    "noise-aware": PLAIN,
     "held-out γ and λ": over(damping=(0.1, 1.0, 10.0), learning_rate=(1.0, 0.3)),
 }
 

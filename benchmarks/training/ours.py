@@ -64,13 +64,14 @@ def halves(problem: Problem, *, damping: float, learning_rate: float) -> Update:
 
 OURS: dict[str, Start] = {
     "constant": newton,
-    "constant, momentum": partial(newton, learning_rate=0.3, momentum=0.9),
+    "constant, momentum": partial(newton, momentum=0.9),
     "LM, as shipped": newton,
     "LM, momentum": partial(newton, damping=levenberg_marquardt()),
     "LM": partial(started, adaptation=levenberg_marquardt),
     "trust region": partial(started, adaptation=trust_region),
     "held-out, as shipped": partial(newton, damping=held_out()),
     "held-out": partial(newton, damping=held_out()),
+    "held-out, no momentum": partial(newton, damping=held_out(), momentum=0.0),
     "held-out, complement": partial(newton, damping=held_out(), complement="damping"),
     "noise-aware": partial(newton, damping=held_out(rule=signal_to_noise())),
     "held-out γ and λ": halves,

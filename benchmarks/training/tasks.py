@@ -122,7 +122,13 @@ TASKS = {
         decades=1.0,
         setup=0.5,
         evaluation=1.0,
-        without=("constant, momentum", "held-out, complement", "held-out γ and λ", "noise-aware"),
+        without=(
+            "constant, momentum",
+            "held-out, complement",
+            "held-out, no momentum",
+            "held-out γ and λ",
+            "noise-aware",
+        ),
     ),
     "late-digits": _late(
         partial(trained, build_digits, 400, 1e-2), setup=1.5, seeds=10, tuning_seeds=2
