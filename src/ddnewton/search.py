@@ -145,7 +145,7 @@ def _tried(
     after = loss_at(local, decay, rate * vector, local.own)
     slopes, curvatures = local.trials.model((rate * vector)[None])
     predicted = -(slopes[0] + curvatures[0, 0] / 2)
-    rounding = ROUNDINGS * torch.finfo(torch.float64).eps * before.abs()
+    rounding = ROUNDINGS * torch.finfo(problem.model.precise.dtype).eps * before.abs()
     small = (predicted.abs() <= rounding) & ((before - after).abs() <= rounding)
     outcome = Outcome(
         before=before,
