@@ -100,6 +100,8 @@ def _likeness(module: nn.Module, trained: set[int], params: PyTree, X: PyTree) -
     yield from (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
     for part in module.modules():
         for name, value in vars(part).items():
+            if name.startswith("_flat_weight"):  # a recurrent layer's parameters once more
+                continue
             yield name
             # Names alone of what is compared by value, or is passed.
             of_tensors = name in {"_parameters", "_buffers"}

@@ -275,14 +275,13 @@ class DirectionalNewton(Optimizer):
 
     def _keep(self, state: State) -> None:
         """Keep a state: plain numbers, which loading leaves as they are, and the step before."""
+        params = self._params() if state.previous else {}
+        kept = {p: {"previous": state.previous[name]} for name, p in params.items()}
+        first = self._all_params()[0]
         numbers = {"control": state.control.item(), "damping": state.damping.item()}
-        everything, params = self._all_params(), self._params()
-        self.state[everything[0]] |= {"step": int(state.updates), **numbers}
-        if state.previous:
-            for p in everything:  # one that is frozen for now has none
-                self.state.get(p, {}).pop("previous", None)
-            for name, p in params.items():
-                self.state[p]["previous"] = state.previous[name]
+        kept[first] = kept.get(first, {}) | {"step": int(state.updates), **numbers}
+        self.state.clear()  # and written to no more: what state_dict returned stays what it was
+        self.state.update(kept)
 
 
 def _batch(X: PyTree, y: PyTree, closure: Callable[[], Any] | None) -> tuple[PyTree, PyTree]:

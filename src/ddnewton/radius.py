@@ -19,11 +19,13 @@ def least_damping(
     length: Callable[[Float[Tensor, ""]], Float[Tensor, ""]],
     guess: Float[Tensor, ""],
     least: Float[Tensor, ""],
+    enough: Float[Tensor, ""],
     radius: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
     """Return the least damping, from ``least`` upwards, with a step no longer than the radius.
 
-    The step is then the radius long, to a tenth, or ``least`` will do. The reciprocal of a step's
+    The step is then the radius long, to a tenth, or ``least`` will do. About ``enough`` is enough.
+    The reciprocal of a step's
     length is nearly linear in the damping, so the root is looked for along chords (Moré, Sorensen,
     "Computing a trust region step", 1983), between dampings of which one makes a longer step.
     """
@@ -38,20 +40,21 @@ def least_damping(
         up, down = at_high < goal, (at_low >= goal) & (low > least)
         if not surely(up | down):
             break
-        new = torch.where(up, APART * high, torch.maximum(low / APART, least))
+        further = torch.where(high > 0, APART * high, enough)
+        new = torch.where(up, further, torch.maximum(low / APART, least))
         at_new = inverse(new)
         bracket = ((low, at_low), (high, at_high), (new, at_new))
         (low, at_low), (high, at_high) = _moved(bracket, up, down)
     free = at_low >= goal
     for _ in range(TRIALS):
-        if not surely(~free & (at_high * SLACK > goal)):
+        active = ~free & (at_high * SLACK > goal)
+        if not surely(active):
             break
         chord = low + (goal / SLACK**0.5 - at_low) / (at_high - at_low) * (high - low)
         new = torch.where((chord > low) & (chord < high), chord, (low + high) / 2)
         at_new = inverse(new)
-        short = at_new >= goal
-        low, high = torch.where(short, low, new), torch.where(short, new, high)
-        at_low, at_high = torch.where(short, at_low, at_new), torch.where(short, at_new, at_high)
+        bracket = ((low, at_low), (high, at_high), (new, at_new))
+        (low, at_low), (high, at_high) = _narrowed(bracket, active, at_new >= goal)
     return torch.where(free, low, high)
 
 
@@ -70,3 +73,14 @@ def _moved(
 
     low, high, new = bracket
     return chosen(high, new, low), chosen(new, low, high)
+
+
+def _narrowed(
+    bracket: tuple[Point, Point, Point], active: Bool[Tensor, ""], short: Bool[Tensor, ""]
+) -> tuple[Point, Point]:
+    """Return the ends of a bracket with one of them, where it is active, at a point inside."""
+    low, high, new = bracket
+    raised, lowered = active & ~short, active & short
+    x, at_x = (torch.where(raised, a, b) for a, b in zip(new, low, strict=True))
+    y, at_y = (torch.where(lowered, a, b) for a, b in zip(new, high, strict=True))
+    return (x, at_x), (y, at_y)

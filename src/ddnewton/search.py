@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ddnewton.adaptation import Adaptation, Curvature, LearningRate, Outcome
+from ddnewton.precision import narrowest
 from ddnewton.problem import Problem
 from ddnewton.radius import least_damping
 from ddnewton.transforms import surely
@@ -59,12 +60,13 @@ class Step(NamedTuple):
     damping: Float[Tensor, ""]
     outcome: Outcome
     taken: Bool[Tensor, ""]
+    settled: Bool[Tensor, ""]  # what there is to gain is lost in rounding
     following: Float[Tensor, ""]
     tried: Int[Tensor, ""]
 
 
 def search(local: Local, settings: Settings, control: Float[Tensor, ""]) -> Step:
-    """Return the first step that is taken, or the last that was tried."""
+    """Return the first step that is taken, or that leaves nothing to gain, or the last one."""
     found: Step | None = None
     momentum: float | Literal["exact"] = settings.momentum
     control = _started(local, settings, control)
@@ -72,7 +74,7 @@ def search(local: Local, settings: Settings, control: Float[Tensor, ""]) -> Step
         step = _tried(local, settings, control, momentum, attempt)
         found = step if found is None else _first(found, step)
         control = found.following
-        if not surely(~found.taken):
+        if not surely(~(found.taken | found.settled)):
             break
         momentum = 0.0  # which no damping shortens
     assert found is not None
@@ -81,7 +83,7 @@ def search(local: Local, settings: Settings, control: Float[Tensor, ""]) -> Step
 
 def _first(found: Step, step: Step) -> Step:
     """Return the step found, or where it is not taken another."""
-    first: Step = tree_map(partial(torch.where, found.taken), found, step)
+    first: Step = tree_map(partial(torch.where, found.taken | found.settled), found, step)
     return first
 
 
@@ -109,7 +111,8 @@ def _started(local: Local, settings: Settings, control: Float[Tensor, ""]) -> Fl
     adaptation = settings.adaptation
     first = adaptation.start(local.curvature)
     if adaptation.by_length and surely(control.isnan()):
-        first = local.trials.step(first, 0.0).norm()
+        length = local.trials.step(first, 0.0).norm()
+        first = torch.where(length > 0, length, torch.nan)
     control = torch.where(control.isnan(), first, control)
     if local.others is None or adaptation.choice is None:
         return control
@@ -130,34 +133,46 @@ def _tried(
     attempt: int,
 ) -> Step:
     """Try the step that a control leads to."""
-    radius: float | Tensor | None = settings.trust_radius
     delta = settings.adaptation.damping(control, local.curvature)
+    radius = torch.full_like(delta, settings.trust_radius or torch.inf)
     if settings.adaptation.by_length:
-        radius = control
-    if radius is not None:
+        radius = torch.minimum(radius, control.nan_to_num(nan=torch.inf))
+    if surely(radius.isfinite()):
         delta = _within(local, settings, radius, delta, momentum)
     vector, rate = _directed(local, settings, delta, momentum)
+    # What no damping shortens, a step before with momentum, is cut.
+    rate = rate * (radius / (rate * vector).norm()).nan_to_num(nan=1.0).clamp(max=1)
     decay, problem = settings.weight_decay, local.problem
     values = problem.values if local.own is None else problem.values[local.own]
     before = values.mean()
     if decay:
         before = before + decay / 2 * flattened(local.params).square().sum()
     after = loss_at(local, decay, rate * vector, local.own)
-    slopes, curvatures = local.trials.model((rate * vector)[None])
+    slopes, curvatures = local.trials.model((rate * vector)[None], None)
     predicted = -(slopes[0] + curvatures[0, 0] / 2)
-    rounding = ROUNDINGS * torch.finfo(problem.model.precise.dtype).eps * before.abs()
-    small = (predicted.abs() <= rounding) & ((before - after).abs() <= rounding)
+    noise = _noise(local, before)
+    settled = (predicted.abs() <= noise) & ((before - after).abs() <= noise)
     outcome = Outcome(
         before=before,
         after=after,
         predicted=predicted,
-        ratio=torch.where(small, 1, (before - after) / predicted),
+        ratio=torch.where(settled, 1, (before - after) / predicted),
         length=(rate * vector).norm().nan_to_num(nan=torch.inf),
         attempts=torch.full_like(local.updates, attempt),
         curvature=local.curvature,
     )
     taken, following = settings.adaptation.judge(control, outcome)
-    return Step(vector, rate, delta, outcome, taken, following, outcome.attempts + 1)
+    following = torch.where(settled & ~taken, control, following)
+    return Step(vector, rate, delta, outcome, taken, settled, following, outcome.attempts + 1)
+
+
+def _noise(local: Local, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Return by how much the rounding of the loss and of the parameters moves the loss."""
+    dtype = narrowest(tree_leaves(local.params))
+    apart = torch.finfo(dtype).eps * flattened(local.params).norm()
+    of_loss = torch.finfo(local.problem.model.precise.dtype).eps * loss.abs()
+    of_params: Tensor = local.gradient_norm * apart + local.curvature.trace * apart**2
+    return of_params + ROUNDINGS * of_loss
 
 
 def _directed(
@@ -182,8 +197,7 @@ def _best(
     trials: Trials, vectors: Float[Tensor, "k d"], delta: Float[Tensor, ""]
 ) -> Float[Tensor, " k"]:
     """Return by how much of each vector the damped quadratic model is lowest."""
-    slopes, curvatures = trials.model(vectors)
-    damped = curvatures + delta * (vectors @ vectors.mT)
+    slopes, damped = trials.model(vectors, delta)
     sizes = damped.diagonal().sqrt()
     sizes = torch.where(sizes > 0, sizes, 1)  # a vector of zeros stays one
     scaled = damped / sizes / sizes[:, None]
@@ -195,7 +209,7 @@ def _best(
 def _within(
     local: Local,
     settings: Settings,
-    radius: float | Tensor,
+    radius: Float[Tensor, ""],
     least: Float[Tensor, ""],
     momentum: float | Literal["exact"],
 ) -> Float[Tensor, ""]:
@@ -206,9 +220,7 @@ def _within(
         norm: Tensor = (rate * vector).norm()
         return norm
 
-    guess = least
-    if settings.adaptation.by_length:  # the last damping, or one that is sure to be enough
-        last = torch.where(local.damping.isnan(), local.gradient_norm / radius, local.damping)
-        guess = torch.maximum(last, least)
-    limit = torch.as_tensor(radius, dtype=least.dtype, device=least.device)
-    return least_damping(length, guess, least, limit)
+    guess, enough = least, torch.maximum(local.gradient_norm / radius, least)
+    if settings.adaptation.by_length:  # which has most often something to do
+        guess = torch.maximum(torch.where(local.damping.isnan(), enough, local.damping), least)
+    return least_damping(length, guess, least, enough, radius)

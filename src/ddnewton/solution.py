@@ -37,7 +37,7 @@ class Solution(NamedTuple):
 class Centre(NamedTuple):
     """Where the damping δ of all directions pulls the step of a block: Aᵀc, for the columns A.
 
-    ``decay`` is the part of it that weight decay makes: what a rule adds to δ pulls back from that.
+    ``decay`` is what weight decay has moved it by: what a rule adds to δ pulls to where it was.
     """
 
     slopes: Float[Tensor, " a"]
@@ -90,15 +90,20 @@ def solve(
     dampings = as_rule(block.damping)(*known)
     check_dampings(dampings, kept.evals.shape[0])
     gamma, curvature = derivatives.gammas.mean(0), derivatives.lambdas.mean(0)
+    held = torch.zeros_like(gamma)  # along a direction that a rule skips, but for weight decay
     if centre is not None:
-        gamma = gamma + curvature * _along(kept, problem.weights, centre.slopes)
+        held = _along(kept, problem.weights, centre.decay)
         added = torch.where(dampings.isfinite(), dampings - centre.delta, 0)
-        gamma = gamma + added * _along(kept, problem.weights, centre.decay)
+        inner = _along(kept, problem.weights, centre.slopes)
+        gamma = gamma + curvature * inner + added * held
     damped = curvature + dampings.double()
     coefficients = torch.where(kept.live & (damped > 0), -gamma / damped, 0)
+    coefficients = torch.where(kept.live & damped.isinf(), -held, coefficients)
     coordinates = kept.span @ coefficients
     if complement is not None:
-        coordinates = coordinates - outside(spectrum, problem.shares, kept) / complement
+        beyond = outside(spectrum, problem.shares, kept)
+        damped = torch.as_tensor(complement, dtype=beyond.dtype, device=beyond.device)
+        coordinates = coordinates - torch.where(damped > 0, beyond / damped, 0)
     elif block.select is None and not callable(block.damping) and problem.curvature_rows is None:
         curved = F.pad(problem.curvatures.reshape(-1) > 0, (0, len(problem.shares) - i))
         coordinates = coordinates - vanishing(spectrum, problem.shares, curved, block.damping)

@@ -93,14 +93,16 @@ def directional_newton(
         1503.05671, section 7). None is what goes with the damping: 0, and 0.9 for `held_out`.
     weight_decay
         w ≥ 0: the penalty ½ w ‖θ‖² on all parameters is part of the loss, its gradient and its
-        curvature.
+        curvature. Along directions that nothing else damps, for a rule all that it is not asked
+        about, parameters go to zero at once; there pass ``complement``.
     trust_radius
         Longest step: damping is raised until ‖s‖ does not exceed it.
     select, groups, subsampling_grad, subsampling_ggn, subsampling_curvature, gram, chunk_size
         As for `ddnewton.newton_step`. What a group or a rule damps by comes on top of what adapts.
     complement
         As for `ddnewton.newton_step`, or "damping": outside the kept directions damp by δ, as
-        inside. With it, and Monte-Carlo or sub-sampled curvature, all of the gradient counts.
+        inside. With it, and Monte-Carlo or sub-sampled curvature, all of the gradient counts. To a
+        number, what adapts is added.
 
     Returns
     -------
@@ -167,7 +169,7 @@ def directional_newton(
             local = _local(expanded, settings, params, state, mine, held)
             step = search(local, settings, state.control)
             moved = added(params, torch.where(step.taken, step.rate * step.vector, 0))
-            return moved, next_state(state, step, params), update_info(local, step)
+            return moved, next_state(state, step, params), update_info(local, step, adaptation.rule)
 
     return FunctionalOptimizer(public(init), public(update))
 

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.adaptation import Curvature
+from ddnewton.damping import check_dampings
 from ddnewton.directions import Along, directions_of
 from ddnewton.gram import is_gram, project
 from ddnewton.problem import Problem, System, lifted
@@ -55,7 +56,7 @@ class Trials(NamedTuple):
     """Steps for any damping δ and momentum, and the quadratic model of the loss along vectors."""
 
     step: Callable[[Tensor, float | Tensor], Float[Tensor, " d"]]
-    model: Callable[[Float[Tensor, "k d"]], Quadratic]
+    model: Callable[[Float[Tensor, "k d"], Tensor | None], Quadratic]  # damped by δ, or not
     known: Callable[[], list[Along] | None]  # the directions, if any were needed
 
 
@@ -78,14 +79,15 @@ def trials(
             delta + decay if callable(block.damping) else torch.as_tensor(block.damping)
             for block in damped.blocks
         ]
-        outside = [_outside(complement, scalar, decay) for scalar in scalars]
+        outside = [_outside(complement, scalar, delta + decay) for scalar in scalars]
         if inertia is None or pulls is None:
             return joined(_lifted(damped, systems, outside, directions, None), leaves, sizes)
-        weights = [_weights(inertia, scalar, momentum) for scalar in scalars]
-        moving = len(inertia.previous)
+        # A centre is that of the damping outside the kept directions; inside, some is added to it.
+        usual = [x if each is None else each for x, each in zip(scalars, outside, strict=True)]
+        weights = [_weights(inertia, x, momentum) for x in usual]
         centres = [
-            Centre(pull.slopes @ w, pull.slopes[:, moving:] @ w[moving:], scalar)
-            for pull, w, scalar in zip(pulls, weights, scalars, strict=True)
+            _centre(inertia, pull, w, x, momentum)
+            for pull, w, x in zip(pulls, weights, usual, strict=True)
         ]
         moved = _lifted(damped, systems, outside, directions, centres)
         parts = [
@@ -93,7 +95,7 @@ def trials(
         ]
         return joined(parts, leaves, sizes)
 
-    def model(vectors: Float[Tensor, "k d"]) -> Quadratic:
+    def model(vectors: Float[Tensor, "k d"], delta: Tensor | None) -> Quadratic:
         along = project(problem.columns, range(len(sizes)), vectors.mT)
         i = len(problem.weights)
         slopes = problem.shares @ along
@@ -101,6 +103,12 @@ def trials(
         if inertia is not None and inertia.decay:
             slopes = slopes + inertia.decay * (vectors @ inertia.params[0])
             curvatures = curvatures + inertia.decay * (vectors @ vectors.mT)
+        if delta is not None:
+            parts = vectors.split(sizes, 1)
+            for block, more in zip(problem.blocks, with_more(problem, delta).blocks, strict=True):
+                own = torch.cat([parts[leaf] for leaf in block.leaves], 1)
+                scalar = delta if callable(more.damping) else more.damping
+                curvatures = curvatures + scalar * (own @ own.mT)
         return Quadratic(slopes, curvatures)
 
     def known() -> list[Along] | None:
@@ -127,17 +135,23 @@ def with_more(problem: Problem, delta: Tensor) -> Problem:
         if not callable(damping):
             return damping + delta
         rule = damping
-        return lambda *known: rule(*known) + delta.to(known[0])
+
+        def higher(*known: Tensor) -> Tensor:
+            dampings = rule(*known)
+            check_dampings(dampings, known[0].shape[0])
+            return dampings + delta.to(dampings)
+
+        return higher
 
     blocks = [block._replace(damping=more(block.damping)) for block in problem.blocks]
     return problem._replace(blocks=blocks)
 
 
-def _outside(complement: Complement, scalar: Tensor, decay: float) -> float | Tensor | None:
+def _outside(complement: Complement, scalar: Tensor, more: Tensor) -> Tensor | None:
     """Return the damping outside the kept directions, that of all of them by its identity."""
     if complement is None:
         return None
-    return scalar if complement == "damping" else complement + decay
+    return scalar if complement == "damping" else complement + more
 
 
 def _weights(inertia: Inertia, delta: Tensor, momentum: float | Tensor) -> Float[Tensor, " v"]:
@@ -145,8 +159,7 @@ def _weights(inertia: Inertia, delta: Tensor, momentum: float | Tensor) -> Float
     decay = inertia.decay
     moving = momentum * (delta - decay) / delta if decay else delta * 0 + momentum
     shares = [moving.expand(len(inertia.previous))]
-    if decay:
-        shares.append((-decay / delta).expand(1))
+    shares.append((-decay / delta if decay else delta * 0).expand(len(inertia.params)))
     return torch.cat(shares)
 
 
@@ -155,6 +168,18 @@ class Pull(NamedTuple):
 
     vectors: Float[Tensor, "v d"]
     slopes: Float[Tensor, "a v"]
+
+
+def _centre(
+    inertia: Inertia,
+    pull: Pull,
+    weights: Float[Tensor, " v"],
+    delta: Tensor,
+    momentum: float | Tensor,
+) -> Centre:
+    """Return the centre that pulls make, and how far weight decay has moved it."""
+    alone = _weights(inertia._replace(decay=0.0), delta, momentum)
+    return Centre(pull.slopes @ weights, pull.slopes @ (weights - alone), delta)
 
 
 def _pulls(

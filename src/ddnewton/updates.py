@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.search import Local, Step
 from ddnewton.trees import unflatten
-from ddnewton.types import PyTree
+from ddnewton.types import DampingRule, PyTree
 
 
 class State(NamedTuple):
@@ -21,9 +21,10 @@ class State(NamedTuple):
     updates: Int[Tensor, ""]
     """How many updates there have been."""
     control: Float[Tensor, ""]
-    """What adapts: the damping, its multiple of the mean eigenvalue, or the longest step."""
+    """What adapts: the damping, its multiple of the mean eigenvalue, or the longest step; nan
+    where it is to start anew."""
     damping: Float[Tensor, ""]
-    """δ of the last step; nan, as what adapts, before the first update."""
+    """δ of the last step; nan before the first."""
     previous: PyTree
     """The step before, before the learning rate, like the parameters; () without momentum."""
 
@@ -44,9 +45,10 @@ class UpdateInfo(NamedTuple):
     """The mean over the parameters where groups have their own, as in `ddnewton.optim`."""
     step_norm: Float[Tensor, ""]
     gradient_norm: Float[Tensor, ""]
+    """Without the penalty of weight decay."""
     gradient_share: Float[Tensor, ""]
-    """Share of the squared gradient norm inside the kept directions, of the group with the least;
-    nan where no eigenpairs were needed."""
+    """Share of the squared gradient norm inside the kept directions, of all groups together; nan
+    where no eigenpairs were needed."""
     rank: Float[Tensor, ""]
     """Number of eigenvalues above the rank tolerance, of all groups; nan likewise."""
     attempts: Int[Tensor, ""]
@@ -90,7 +92,7 @@ def next_state(state: State, step: Step, params: PyTree) -> State:
     )
 
 
-def update_info(local: Local, step: Step) -> UpdateInfo:
+def update_info(local: Local, step: Step, rule: float | Tensor | DampingRule) -> UpdateInfo:
     """Return what an update did."""
     outcome = step.outcome
     rank, share = _directions(local)
@@ -99,7 +101,7 @@ def update_info(local: Local, step: Step) -> UpdateInfo:
         loss_after=torch.where(step.taken, outcome.after, outcome.before),
         predicted_decrease=torch.where(step.taken, outcome.predicted, 0),
         ratio=outcome.ratio,
-        damping=step.damping,
+        damping=step.damping if callable(rule) else step.damping + rule,
         learning_rate=step.rate.mean(),
         step_norm=torch.where(step.taken, outcome.length, 0),
         gradient_norm=local.gradient_norm,
@@ -122,5 +124,7 @@ def _directions(local: Local) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     ]
     inside, square = torch.stack(squares).sum(), local.gradient_norm.square()
     share = torch.where(square > 0, inside / square, 1).clamp(max=1)
-    rank = torch.stack([each.spectrum.live.sum() for each in along]).sum()
-    return rank.to(share), share
+    ranks = [each.spectrum.live.sum() for each in along]
+    if any(len(each.spectrum.evals) < len(local.problem.weights) for each in along):
+        return unknown, share  # of some matrix only the leading eigenpairs are known
+    return torch.stack(ranks).sum().to(share), share

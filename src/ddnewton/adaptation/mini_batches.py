@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddnewton.adaptation.record import Adaptation, Choice, Outcome
-from ddnewton.adaptation.steady import fixed
+from ddnewton.adaptation.steady import steady
 from ddnewton.checks import check_damping, check_positive
 from ddnewton.errors import BadType, BadValue, public, sentence
 from ddnewton.types import DampingRule
@@ -26,11 +26,11 @@ def held_out(
     """Return damping for mini-batches, chosen on a part of some that the step is not made of.
 
     δ is a multiple of the mean eigenvalue of the batch's Gauss-Newton matrix, tr G over how many of
-    them can be positive: what is right for one net and loss is so, about, for others. The multiple
-    is ``start`` at first. Then, in one of ``every`` so many updates, steps are made of the first
-    part of the batch, and of those of a ``grid`` of multiples the one is found whose whole step,
-    without momentum, leads to the lowest loss on the other part, a ``fraction`` of the batch: the
-    multiple moves half the way there, in its logarithm. So batches should come shuffled.
+    them can be positive: what is right for one net and loss is so, about, for others. In the first
+    and every so-many-th update steps are made of the first part of the batch, and of a ``grid`` of
+    multiples the one is found whose whole step, without momentum, leads to the lowest loss on the
+    other part, a ``fraction`` of the batch: the multiple, ``start`` before, moves half the way
+    there, in its logarithm. So batches should come shuffled.
 
     The learning rate falls from 0.2 as 1/√(1 + t/10) with the number t of updates, and momentum is
     0.9, both unless told otherwise.
@@ -56,7 +56,7 @@ def held_out(
         raise BadType(sentence(rule_, repr(grid), "Pass some multiples, such as (0.1, 1.0, 10.0)."))
     for multiple in grid:
         check_positive("grid", multiple)
-    return fixed(rule)._replace(
+    return steady(rule)._replace(
         start=lambda curvature: start + 0 * curvature.trace,
         damping=lambda control, curvature: control * curvature.mean,
         judge=_follow,

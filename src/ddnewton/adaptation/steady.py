@@ -30,6 +30,11 @@ def fixed(damping: float | Tensor | DampingRule) -> Adaptation:
     >>> fixed(0.1).rule
     0.1
     """
+    return steady(damping)
+
+
+def steady(damping: float | Tensor | DampingRule) -> Adaptation:
+    """Return `fixed` for those that call it."""
     check_damping("damping", damping)
 
     def judge(control: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
@@ -52,7 +57,7 @@ def fixed(damping: float | Tensor | DampingRule) -> Adaptation:
 
 def as_adaptation(damping: float | Tensor | DampingRule | Adaptation) -> Adaptation:
     """Return a number or a rule as damping that stays what it is."""
-    return damping if isinstance(damping, Adaptation) else fixed(damping)
+    return damping if isinstance(damping, Adaptation) else steady(damping)
 
 
 def bounded(delta: Tensor, outcome: Outcome) -> Tensor:

@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from ddnewton.adaptation.record import Adaptation, Curvature, Outcome
-from ddnewton.adaptation.steady import SMALLEST, bounded, fixed
+from ddnewton.adaptation.steady import SMALLEST, bounded, steady
 from ddnewton.checks import check_damping, check_positive
 from ddnewton.errors import public
 from ddnewton.types import DampingRule
@@ -55,7 +55,7 @@ def levenberg_marquardt(
         following = delta * torch.where(taken, less, 2.0 ** (outcome.attempts + 1))
         return taken, bounded(following, outcome)
 
-    return fixed(rule)._replace(start=_share(start), judge=judge)
+    return steady(rule)._replace(start=_share(start), judge=judge)
 
 
 @public
@@ -84,9 +84,10 @@ def trust_region(start: float = 1e-3, *, rule: float | Tensor | DampingRule = 0.
         poor = ~taken | ~(outcome.ratio >= POOR)
         long = outcome.length >= radius * SLACK
         following = torch.where((outcome.ratio > GOOD) & long, 2 * radius, radius)
-        return taken, torch.where(poor, torch.minimum(outcome.length, radius) / 4, following)
+        following = torch.where(poor, torch.fmin(outcome.length, radius) / 4, following)
+        return taken, torch.where(outcome.length > 0, following, torch.nan)  # to start anew
 
-    return fixed(rule)._replace(
+    return steady(rule)._replace(
         start=_share(start),
         damping=lambda control, curvature: SMALLEST * curvature.trace,
         judge=judge,
