@@ -34,8 +34,15 @@ print("compiled")
 """
 
 
-@pytest.mark.parametrize("name", ["relu_mlp", "convolution", "tied_autoencoder"])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("relu_mlp", "float32"),
+        ("relu_mlp", "float64"),
+        ("convolution", "float32"),
+        ("tied_autoencoder", "float64"),
+    ],
+)
 def test_a_step_on_a_prepared_model_compiles_to_one_graph(name, dtype):
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT, name, dtype],
