@@ -19,17 +19,21 @@ from ddnewton import newton_step, prepare, top_k
 name, dtype = sys.argv[1], getattr(torch, sys.argv[2])
 model_fn, params, X, y, criterion = problem(name, dtype)
 prepared = prepare(model_fn, params, X)
-for options in ({}, {"select": top_k(3)}, {"select": top_k(3), "complement": 0.5}):
-    for delta in (0.1, torch.tensor(0.1, dtype=dtype)):
-        torch.compiler.reset()
+number, tensor = 0.1, torch.tensor(0.1, dtype=dtype)
+for delta, options in (
+    (number, {}),
+    (tensor, {"select": top_k(3)}),
+    (number, {"select": top_k(3), "complement": 0.5}),
+):
+    torch.compiler.reset()
 
-        @torch.compile(fullgraph=True, backend="aot_eager")
-        def step(params, X, y):
-            return newton_step(prepared, params, X, y, criterion, delta, **options)
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(params, X, y):
+        return newton_step(prepared, params, X, y, criterion, delta, **options)
 
-        truth = newton_step(prepared, params, X, y, criterion, delta, **options)
-        for one, other in zip(tree_leaves(step(params, X, y)), tree_leaves(truth), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+    truth = newton_step(prepared, params, X, y, criterion, delta, **options)
+    for one, other in zip(tree_leaves(step(params, X, y)), tree_leaves(truth), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 print("compiled")
 """
 

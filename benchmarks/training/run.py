@@ -87,6 +87,8 @@ def on_schedule(task: Task, clock: Clock, seconds: float) -> Any:
     def ask(steps: int) -> tuple[bool, bool, float]:
         if task.steps is not None:
             return True, steps >= task.steps, steps / task.steps
+        if not steps:  # however short the time, a run has an update
+            return False, False, 0.0
         passed = [t for t in due if clock.seconds + clock.last / 2 >= t]
         del due[: len(passed)]
         return bool(passed), not due, clock.seconds / seconds

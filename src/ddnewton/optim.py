@@ -239,7 +239,7 @@ class DirectionalNewton(Optimizer):
         return directional_newton(
             model_fn,
             self._criterion,
-            learning_rate=self._rate,
+            learning_rate="exact" if self._base == "exact" else self._rate,
             groups=groups,
             **self._options,
         )

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.func import functionalize
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
 from torch.fx.passes.shape_prop import ShapeProp
@@ -46,9 +47,10 @@ def trace(function: ModelFn, params: PyTree, x: PyTree) -> GraphModule:
 
     with _plain_kernels(), torch.no_grad():
         graph = _tidy(make_fx(one)(*leaves))
-        # Writing into a tensor that is the same for all samples does not survive vmap.
-        graph = make_fx(functionalize(graph))(*leaves)
-        ShapeProp(graph).propagate(*leaves)
+        if any(map(_writes, graph.graph.nodes)):
+            # Writing into a tensor that is the same for all samples does not survive vmap.
+            graph = make_fx(functionalize(graph))(*leaves)
+            ShapeProp(graph).propagate(*leaves)
         graph = _tidy(_differentiable(graph))
     _map_constants(graph, lambda constant: constant.detach().clone())
     return graph
@@ -92,6 +94,11 @@ def _tidy(graph: GraphModule) -> GraphModule:
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def _writes(node: Node) -> bool:
+    """Return whether an operation writes to its arguments."""
+    return isinstance(node.target, OpOverload) and bool(node.target._schema.is_mutable)
 
 
 def _differentiable(graph: GraphModule) -> GraphModule:
