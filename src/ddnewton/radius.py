@@ -25,9 +25,9 @@ def least_damping(
     """Return the least damping, from ``least`` upwards, with a step no longer than the radius.
 
     The step is then the radius long, to a tenth, or ``least`` will do. About ``enough`` is enough.
-    The reciprocal of a step's
-    length is nearly linear in the damping, so the root is looked for along chords (Moré, Sorensen,
-    "Computing a trust region step", 1983), between dampings of which one makes a longer step.
+    The reciprocal of a step's length is nearly linear in the damping, so the root is looked for
+    along chords (Moré, Sorensen, "Computing a trust region step", 1983), between dampings of which
+    one makes a longer step.
     """
 
     def inverse(delta: Float[Tensor, ""]) -> Float[Tensor, ""]:

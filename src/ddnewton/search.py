@@ -15,7 +15,7 @@ from ddnewton.precision import narrowest
 from ddnewton.problem import Problem
 from ddnewton.radius import least_damping
 from ddnewton.transforms import surely
-from ddnewton.trees import flattened, unflatten
+from ddnewton.trees import flattened, unflattened
 from ddnewton.trials import Complement, Inertia, Trials
 from ddnewton.types import PyTree
 
@@ -96,14 +96,17 @@ def loss_at(
         new.to(leaf)
         for new, leaf in zip(tree_leaves(moved), local.problem.model.leaves, strict=True)
     ]
-    loss = local.problem.elsewhere(leaves, samples).mean()
-    return loss + decay / 2 * flattened(moved).square().sum() if decay else loss
+    return _penalised(local.problem.elsewhere(leaves, samples).mean(), decay, moved)
+
+
+def _penalised(loss: Float[Tensor, ""], decay: float, params: PyTree) -> Float[Tensor, ""]:
+    """Return a loss with the penalty of weight decay."""
+    return loss + decay / 2 * flattened(params).square().sum() if decay else loss
 
 
 def added(params: PyTree, vector: Float[Tensor, " d"]) -> PyTree:
     """Return the parameters after a step."""
-    leaves = range(len(tree_leaves(params)))
-    return tree_map(torch.add, params, unflatten([vector], [leaves], params))
+    return tree_map(torch.add, params, unflattened(vector, params))
 
 
 def _started(local: Local, settings: Settings, control: Float[Tensor, ""]) -> Float[Tensor, ""]:
@@ -142,13 +145,12 @@ def _tried(
     vector, rate = _directed(local, settings, delta, momentum)
     # What no damping shortens, a step before with momentum, is cut.
     rate = rate * (radius / (rate * vector).norm()).nan_to_num(nan=1.0).clamp(max=1)
+    moved = rate * vector
     decay, problem = settings.weight_decay, local.problem
     values = problem.values if local.own is None else problem.values[local.own]
-    before = values.mean()
-    if decay:
-        before = before + decay / 2 * flattened(local.params).square().sum()
-    after = loss_at(local, decay, rate * vector, local.own)
-    slopes, curvatures = local.trials.model((rate * vector)[None], None)
+    before = _penalised(values.mean(), decay, local.params)
+    after = loss_at(local, decay, moved, local.own)
+    slopes, curvatures = local.trials.model(moved[None], None)
     predicted = -(slopes[0] + curvatures[0, 0] / 2)
     noise = _noise(local, before)
     settled = (predicted.abs() <= noise) & ((before - after).abs() <= noise)
@@ -157,7 +159,7 @@ def _tried(
         after=after,
         predicted=predicted,
         ratio=torch.where(settled, 1, (before - after) / predicted),
-        length=(rate * vector).norm().nan_to_num(nan=torch.inf),
+        length=moved.norm().nan_to_num(nan=torch.inf),
         attempts=torch.full_like(local.updates, attempt),
         curvature=local.curvature,
     )

@@ -83,20 +83,31 @@ def joined(
     flat: Sequence[Float[Tensor, "*k _"]], blocks: Sequence[Sequence[int]], sizes: Sequence[int]
 ) -> Float[Tensor, "*k d"]:
     """Return the vectors of blocks of leaves as those of all leaves, zero in no block."""
+    parts = _by_leaf(flat, blocks, sizes)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _by_leaf(
+    flat: Sequence[Float[Tensor, "*k _"]], blocks: Sequence[Sequence[int]], sizes: Sequence[int]
+) -> list[Float[Tensor, "*k _"]]:
     found: dict[int, Tensor] = {}
     for vector, block in zip(flat, blocks, strict=True):
         found |= dict(zip(block, vector.split([sizes[leaf] for leaf in block], -1), strict=True))
     none = flat[0].new_zeros
-    parts = [
+    return [
         found[leaf] if leaf in found else none((*flat[0].shape[:-1], size))
         for leaf, size in enumerate(sizes)
     ]
-    return torch.cat(parts, -1)
 
 
 def flattened(tree: PyTree) -> Float[Tensor, " d"]:
     """Return the leaves of a tree in one vector, in float64."""
     return torch.cat([leaf.double().reshape(-1) for leaf in tree_leaves(tree)])
+
+
+def unflattened(vector: Float[Tensor, " d"], like: PyTree) -> PyTree:
+    """Return a vector of all leaves as a tree: back from `flattened`."""
+    return unflatten([vector], [range(len(tree_leaves(like)))], like)
 
 
 def unflatten(
@@ -108,8 +119,7 @@ def unflatten(
     zero.
     """
     leaves, spec = tree_flatten(like)
-    sizes = [leaf.numel() for leaf in leaves]
-    parts = joined(flat, blocks, sizes).split(sizes, -1)
+    parts = _by_leaf(flat, blocks, [leaf.numel() for leaf in leaves])
     cast = [
         part.reshape((*part.shape[:-1], *leaf.shape)).to(dtype=leaf.dtype, device=leaf.device)
         for part, leaf in zip(parts, leaves, strict=True)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.search import Local, Step
-from ddnewton.trees import unflatten
+from ddnewton.trees import unflattened
 from ddnewton.types import DampingRule, PyTree
 
 
@@ -82,13 +82,14 @@ def check_state(state: object, params: PyTree, momentum: bool) -> None:
 
 def next_state(state: State, step: Step, params: PyTree) -> State:
     """Return the state after a step; one that is not taken is no start for the next."""
-    vector = torch.where(step.taken, step.vector, 0)
-    leaves = range(len(tree_leaves(params)))
+    previous: PyTree = ()
+    if state.previous != ():
+        previous = unflattened(torch.where(step.taken, step.vector, 0), params)
     return State(
         updates=state.updates + 1,
         control=step.following,
         damping=step.damping,
-        previous=() if state.previous == () else unflatten([vector], [leaves], params),
+        previous=previous,
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddnewton.adaptation.record import Adaptation, Choice, Outcome
 from ddnewton.adaptation.steady import steady
-from ddnewton.checks import check_damping, check_positive
+from ddnewton.checks import check_positive
 from ddnewton.errors import BadType, BadValue, public, sentence
 from ddnewton.types import DampingRule
 
@@ -42,7 +42,6 @@ def held_out(
     tensor(0.1000, dtype=torch.float64)
     """
     check_positive("start", start)
-    check_damping("rule", rule)
     check_positive("fraction", fraction)
     if fraction >= 1:
         least = "fraction must be less than 1"
@@ -56,7 +55,7 @@ def held_out(
         raise BadType(sentence(rule_, repr(grid), "Pass some multiples, such as (0.1, 1.0, 10.0)."))
     for multiple in grid:
         check_positive("grid", multiple)
-    return steady(rule)._replace(
+    return steady("rule", rule)._replace(
         start=lambda curvature: start + 0 * curvature.trace,
         damping=lambda control, curvature: control * curvature.mean,
         judge=_follow,

@@ -30,12 +30,12 @@ def fixed(damping: float | Tensor | DampingRule) -> Adaptation:
     >>> fixed(0.1).rule
     0.1
     """
-    return steady(damping)
+    return steady("damping", damping)
 
 
-def steady(damping: float | Tensor | DampingRule) -> Adaptation:
-    """Return `fixed` for those that call it."""
-    check_damping("damping", damping)
+def steady(name: str, damping: float | Tensor | DampingRule) -> Adaptation:
+    """Return `fixed` for those that call the damping by another name."""
+    check_damping(name, damping)
 
     def judge(control: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
         finite = outcome.after.isfinite()
@@ -57,7 +57,7 @@ def steady(damping: float | Tensor | DampingRule) -> Adaptation:
 
 def as_adaptation(damping: float | Tensor | DampingRule | Adaptation) -> Adaptation:
     """Return a number or a rule as damping that stays what it is."""
-    return damping if isinstance(damping, Adaptation) else steady(damping)
+    return damping if isinstance(damping, Adaptation) else steady("damping", damping)
 
 
 def bounded(delta: Tensor, outcome: Outcome) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddnewton.adaptation.record import Adaptation, Curvature, Outcome
 from ddnewton.adaptation.steady import SMALLEST, bounded, steady
-from ddnewton.checks import check_damping, check_positive
+from ddnewton.checks import check_positive
 from ddnewton.errors import public
 from ddnewton.types import DampingRule
 
@@ -47,7 +47,6 @@ def levenberg_marquardt(
     1.0
     """
     check_positive("start", start)
-    check_damping("rule", rule)
 
     def judge(delta: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
         taken = _falls(outcome)
@@ -55,7 +54,7 @@ def levenberg_marquardt(
         following = delta * torch.where(taken, less, 2.0 ** (outcome.attempts + 1))
         return taken, bounded(following, outcome)
 
-    return steady(rule)._replace(start=_share(start), judge=judge)
+    return steady("rule", rule)._replace(start=_share(start), judge=judge)
 
 
 @public
@@ -77,7 +76,6 @@ def trust_region(start: float = 1e-3, *, rule: float | Tensor | DampingRule = 0.
     True
     """
     check_positive("start", start)
-    check_damping("rule", rule)
 
     def judge(radius: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
         taken = _falls(outcome)
@@ -87,7 +85,7 @@ def trust_region(start: float = 1e-3, *, rule: float | Tensor | DampingRule = 0.
         following = torch.where(poor, torch.fmin(outcome.length, radius) / 4, following)
         return taken, torch.where(outcome.length > 0, following, torch.nan)  # to start anew
 
-    return steady(rule)._replace(
+    return steady("rule", rule)._replace(
         start=_share(start),
         damping=lambda control, curvature: SMALLEST * curvature.trace,
         judge=judge,
