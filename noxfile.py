@@ -43,9 +43,13 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def notebooks(session: nox.Session) -> None:
-    """Run the notebooks alone; ``-- --overwrite`` stores their new outputs."""
+    """Run the notebooks alone; ``-- FILE`` runs one and stores its new outputs."""
     install(session, "tests")
-    session.run("pytest", "notebooks", *session.posargs, env=ONE_THREAD)
+    if session.posargs:
+        store = ("--inplace", "--NotebookClient.record_timing=False")
+        session.run("jupyter", "execute", *store, *session.posargs, env=ONE_THREAD)
+    else:
+        session.run("pytest", "tests/test_notebooks.py", env=ONE_THREAD)
 
 
 @nox.session
