@@ -844,11 +844,17 @@ def check_contraction(shape: Shape, others: int, dtype=FLOAT64) -> None:
     mine, theirs = columns(left), columns(right)
     tolerance = {FLOAT32: 1e-6, FLOAT64: 1e-14}[dtype]
     assert error(formed(left), mine) < tolerance
-    assert error(inner(left, left), mine @ mine.T) < tolerance
-    assert error(inner(left, right), mine @ theirs.T) < tolerance
-    assert error(inner(right, left), theirs @ mine.T) < tolerance
-    assert error(inner(left, theirs.to(dtype)), mine @ theirs.T) < tolerance
-    assert error(inner(mine.to(dtype), mine.to(dtype)), mine @ mine.T) < tolerance
+    m, m2 = shape.m, shape.m + 1
+    pairs = {
+        "one set": (left, left, (m, m), mine @ mine.T),
+        "two sets": (left, right, (m, m2), mine @ theirs.T),
+        "two sets, swapped": (right, left, (m2, m), theirs @ mine.T),
+        "two kinds": (left, theirs.to(dtype), (m, m2), mine @ theirs.T),
+        "as they are": (mine.to(dtype), mine.to(dtype), (m, m), mine @ mine.T),
+    }
+    for one, other, counts, expected in pairs.values():
+        products = inner(one, other, counts).flatten(0, 1).flatten(1)
+        assert error(products, expected) < tolerance
     weights = normal(3, shape.n, shape.m).double()
     for factor in (left, formed(left)):
         sums = torch.cat(combined(factor, weights), 1)

@@ -44,7 +44,7 @@ MINI: dict[str, Grid] = {
     "Adam, cosine": ADAM,
     "Gauss-Newton CG": over(iterations=(5, 20), delta=(0.1, 1.0, 10.0)),
     "constant": over(damping=(0.03, 0.3, 3.0), learning_rate=(0.5, 0.2)),
-    "constant, momentum": over(damping=(0.01, 0.1, 1.0), learning_rate=(0.2, 0.1)),
+    "constant, momentum": over(damping=(0.01, 0.03, 0.3), learning_rate=(0.3, 0.2)),
     "held-out, as shipped": SHIPPED,
     "held-out": HELD_OUT,
     "held-out, no momentum": PLAIN,

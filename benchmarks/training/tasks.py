@@ -102,11 +102,17 @@ TASKS = {
     "poisson-2d": _pde(partial(pde, EQUATIONS["poisson-2d"], 400)),
     "heat": _pde(partial(pde, EQUATIONS["heat"], 400)),
     "digits": _images(
-        build_digits, budgets=(6.0,), tuning=4.0, level=0.97, every_step=True, tuning_seeds=2
+        build_digits,
+        budgets=(6.0,),
+        tuning=4.0,
+        level=0.97,
+        every_step=True,
+        seeds=10,
+        tuning_seeds=2,
     ),
     "fashion-mlp": _images(
         build_fashion,
-        budgets=(15.0,),
+        budgets=(20.0,),
         tuning=6.0,
         level=0.85,
         setup=0.5,

@@ -34,6 +34,15 @@ WARMING = 1.5
 """Seconds that a worker's first run of a method on a task takes longer."""
 
 
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    # Memory once taken is kept: the C library's way of giving it back costs large matrices dearly.
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+}
+"""Of every worker, whatever its method."""
+
+
 class Plan:
     """What is to be run, for the command line's options."""
 
@@ -170,7 +179,7 @@ def main() -> None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "runs.jsonl"
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update(ENVIRONMENT)
     context = multiprocessing.get_context("spawn")
     new = 0
     with ProcessPoolExecutor(options.workers, mp_context=context) as pool:

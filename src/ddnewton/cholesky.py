@@ -27,6 +27,9 @@ from ddnewton.transforms import is_batched
 CONDITION = 1e6
 """Up to which ratio of the largest curvature to δ all digits that matter are left."""
 
+BLOCK = 96
+"""Of how many columns at a time the factor is made."""
+
 
 def damped_step(
     columns: Columns,
@@ -60,7 +63,7 @@ def damped_step(
     else:
         right = torch.where(weights > 0, shares / root, 0)
     damped.diagonal().add_(delta)
-    factor, failed = torch.linalg.cholesky_ex(damped)
+    factor, failed = _factorized(damped)
     half = torch.linalg.solve_triangular(factor, right[:, None], upper=False)
     solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)[:, 0]
     if failed or not solution.isfinite().all():
@@ -68,3 +71,22 @@ def damped_step(
     if gram_side and beyond:
         return (F.pad(root * solution, (0, len(shares) - i)) - shares) / delta
     return -root * solution
+
+
+def _factorized(own: Float[Tensor, "side side"]) -> tuple[Float[Tensor, "side side"], Tensor]:
+    """Return a lower factor in the place of a matrix, one's own, and whether there is none.
+
+    What lies above the diagonal is left there: torch's own function takes longer to clear it, and
+    for new memory, than to factorize.
+    """
+    if not own.is_cpu:
+        return torch.linalg.cholesky_ex(own)
+    failures = [own.new_zeros((), dtype=torch.int32)]
+    for start in range(0, len(own), BLOCK):
+        panel, end = own[start:, start : start + BLOCK], start + BLOCK
+        panel.addmm_(own[start:, :start], own[start:end, :start].mT, alpha=-1)
+        corner, failed = torch.linalg.cholesky_ex(panel[:BLOCK])
+        below = torch.linalg.solve_triangular(corner.mT, panel[BLOCK:], upper=True, left=False)
+        panel[:BLOCK], panel[BLOCK:] = corner, below
+        failures.append(failed)
+    return own, torch.stack(failures).any()

@@ -37,15 +37,22 @@ IRREGULAR = 1.6
 """How much longer a flop takes in many small products than in one large one."""
 
 
-def inner(left: Factor, right: Factor) -> Float[Tensor, "nm nm2"]:
-    """Return all inner products of two sets of columns, in float64; half the work for one set."""
-    if not (isinstance(left, Outer) and isinstance(right, Outer)):
-        return _of_rows(formed(left), formed(right))
-    if alone(left) and alone(right):
-        return _one_position(left, right)
-    if _columns_pay(left, right):
-        return _from_columns(left, right)
-    return _positions_first(left, right)
+def inner(
+    left: Factor, right: Factor, columns: tuple[int, int]
+) -> Float[Tensor, "n {columns[0]} n2 {columns[1]}"]:
+    """Return all inner products of two sets of columns, in float64; half the work for one set.
+
+    ``columns`` are those of a sample. Products of one position lie in memory as columns are
+    counted, all samples of the first column first.
+    """
+    if isinstance(left, Outer) and isinstance(right, Outer):
+        if alone(left) and alone(right):
+            return _one_position(left, right)
+        way = _from_columns if _columns_pay(left, right) else _positions_first
+        matrix = way(left, right)
+    else:
+        matrix = _of_rows(formed(left), formed(right))
+    return matrix.unflatten(1, (-1, columns[1])).unflatten(0, (-1, columns[0]))
 
 
 def flops(outer: Outer) -> float:
@@ -71,15 +78,15 @@ def _flops(left: Outer, right: Outer, order: Sequence[tuple[int, int]]) -> float
     return float(path.opt_cost) / (2 if left is right else 1)
 
 
-def _one_position(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
+def _one_position(left: Outer, right: Outer) -> Float[Tensor, "n m n2 m2"]:
     """Return (a · a') (b · b'), all of one position."""
-    m, m2 = left.b.shape[1], right.b.shape[1]
+    n, n2 = left.b.shape[0], right.b.shape[0]
     a = left.a[:, 0, 0] @ right.a[:, 0, 0].T
-    b = left.b.flatten(0, 1).flatten(1)
-    products = product(b, b if left is right else right.b.flatten(0, 1).flatten(1))
-    products = completed(products, left is right and b.shape[1] >= LONG)
-    whole = scaled(products.unflatten(1, (-1, m2)).unflatten(0, (-1, m)), a[:, None, :, None])
-    return whole.flatten(0, 1).flatten(1).double()
+    b = left.b.transpose(0, 1).flatten(0, 1).flatten(1)
+    other = b if left is right else right.b.transpose(0, 1).flatten(0, 1).flatten(1)
+    products = completed(product(b, other), left is right and b.shape[1] >= LONG)
+    whole = scaled(products.unflatten(1, (-1, n2)).unflatten(0, (-1, n)), a[:, None])
+    return whole.permute(1, 0, 3, 2).double()
 
 
 def _from_columns(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
