@@ -32,7 +32,7 @@ def held_out(
     other part, a ``fraction`` of the batch: the multiple, ``start`` before, moves half the way
     there, in its logarithm. So batches should come shuffled.
 
-    The learning rate falls from 0.2 as 1/√(1 + t/10) with the number t of updates, and momentum is
+    The learning rate falls from 0.2 as 1/√(1 + t/40) with the number t of updates, and momentum is
     0.9, both unless told otherwise.
 
     Examples
@@ -67,7 +67,7 @@ def held_out(
 
 def _falling(updates: Tensor) -> Tensor:
     """Return the learning rate of mini-batches: averaging over them takes ever shorter steps."""
-    return 0.2 / (1 + updates.double() / 10).sqrt()
+    return 0.2 / (1 + updates.double() / 40).sqrt()
 
 
 def _follow(control: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
