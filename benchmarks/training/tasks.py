@@ -63,7 +63,9 @@ def a_teacher(seed: int) -> data.Split:
 
 build_digits = partial(classification, data.digits, small_tanh)
 build_fashion = partial(classification, partial(data.fashion, flat=True), wide_relu)
-build_2c2d = partial(classification, partial(data.fashion, flat=False, test=400), nets.net_2c2d)
+build_2c2d = partial(
+    classification, partial(data.fashion, flat=False, test=400), nets.net_2c2d, batch=64
+)
 
 _pde = partial(
     Task,
