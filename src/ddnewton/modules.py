@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import TreeSpec, tree_flatten
 
-from ddnewton.buffers import writes
+from ddnewton.buffers import equal, writes
 from ddnewton.structured.prepare import Untraceable, prepare
 from ddnewton.types import ModelFn, PyTree
 
@@ -74,7 +74,7 @@ def known(
     frozen = [tensor for tensor in tensors if id(tensor) not in trained]
     if (
         before is not None
-        and _all(_equal, before.frozen, frozen)
+        and _all(equal, before.frozen, frozen)
         and _all(_same, before.likeness, list(_likeness(module, trained, params, X)))
     ):
         return before
@@ -131,9 +131,3 @@ def _all(
 
 def _same(one: object, other: object) -> bool:
     return one is other or (type(one) is type(other) and isinstance(one, PLAIN) and one == other)
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
-        return False
-    return torch.equal(one, other)

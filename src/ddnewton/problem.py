@@ -72,6 +72,7 @@ class Problem(NamedTuple):
     curvatures: Float[Tensor, "m n2"]  # h
     weights: Float[Tensor, " i"]  # h / N: a matrix is A diag(w) Aᵀ
     shares: Float[Tensor, " a"]  # z / N: the gradient is A z / N
+    slope_samples: Int[Tensor, " _"] | None  # those of the gradient, None for all
     slope_rows: Int[Tensor, " _"] | None  # of the samples asked for among γ, None for all
     curvature_rows: Int[Tensor, " _"] | None  # and among λ, None for those of the directions
     unseen: Unseen | None
@@ -186,6 +187,7 @@ def _expanded(
         curvatures=mine.curvatures.T,
         weights=mine.curvatures.T.reshape(-1) / count,  # the mean's 1/N
         shares=shares,
+        slope_samples=samples.slopes,
         slope_rows=rows,
         curvature_rows=curvature_rows,
         unseen=unseen,

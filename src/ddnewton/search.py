@@ -46,7 +46,6 @@ class Local(NamedTuple):
     inertia: Inertia | None
     updates: Int[Tensor, ""]
     damping: Float[Tensor, ""]  # of the step before
-    own: Int[Tensor, " _"] | None  # the samples of the gradient, None for all
     others: Int[Tensor, " _"] | None  # those held out, None for none
     curvature: Curvature
     gradient_norm: Float[Tensor, ""]
@@ -147,9 +146,10 @@ def _tried(
     rate = rate * (radius / (rate * vector).norm()).nan_to_num(nan=1.0).clamp(max=1)
     moved = rate * vector
     decay, problem = settings.weight_decay, local.problem
-    values = problem.values if local.own is None else problem.values[local.own]
+    own = problem.slope_samples
+    values = problem.values if own is None else problem.values[own]
     before = _penalised(values.mean(), decay, local.params)
-    after = loss_at(local, decay, moved, local.own)
+    after = loss_at(local, decay, moved, own)
     slopes, curvatures = local.trials.model(moved[None], None)
     predicted = -(slopes[0] + curvatures[0, 0] / 2)
     noise = _noise(local, before)

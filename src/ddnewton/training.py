@@ -22,7 +22,7 @@ from ddnewton.criteria import AnyCriterion
 from ddnewton.errors import BadValue, public, sentence
 from ddnewton.groups import Group
 from ddnewton.problem import Options, Problem, gradients, opened, systems_of
-from ddnewton.samples import Indices, indices
+from ddnewton.samples import Indices
 from ddnewton.search import Local, Settings, added, search
 from ddnewton.transforms import surely
 from ddnewton.trees import flattened, sample_count
@@ -166,7 +166,7 @@ def directional_newton(
         check_state(state, params, bool(settings.momentum))
         mine, held = _held_out(options, adaptation.choice, state, X)
         with opened(model_fn, params, X, y, criterion, mine) as expanded:
-            local = _local(expanded, settings, params, state, mine, held)
+            local = _local(expanded, settings, params, state, held)
             step = search(local, settings, state.control)
             moved = added(params, torch.where(step.taken, step.rate * step.vector, 0))
             return moved, next_state(state, step, params), update_info(local, step, adaptation.rule)
@@ -222,7 +222,6 @@ def _local(
     settings: Settings,
     params: PyTree,
     state: State,
-    options: Options,
     held: Tensor | None,
 ) -> Local:
     """Decompose the curvature of a batch, on as many digits as the damping so far asks for."""
@@ -238,7 +237,6 @@ def _local(
             params=theta if settings.weight_decay else theta[:0],
             decay=settings.weight_decay,
         )
-    n, device = len(problem.values), problem.values.device
     return Local(
         problem=problem,
         trials=trials(problem, systems, settings.complement, inertia),
@@ -246,7 +244,6 @@ def _local(
         inertia=inertia,
         updates=state.updates,
         damping=state.damping,
-        own=indices("subsampling_grad", options.subsampling_grad, n, device),
         others=held,
         curvature=curvature_of(systems),
         gradient_norm=torch.cat(gradients(problem)).norm(),
