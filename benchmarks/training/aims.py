@@ -35,6 +35,11 @@ def verdict(reached: bool) -> str:
     return "**yes**" if reached else "**no**"
 
 
+def shown(value: float, digits: int = 4) -> str:
+    """Return a number of steps or seconds, a sign where it was never reached."""
+    return f"{value:.{digits}g}" if math.isfinite(value) else "∞"
+
+
 def regression(methods: Methods) -> Iterator[str]:
     """Judge the teacher's training loss: a million times below the best competitor's."""
     if found := both(methods, lambda runs: at(runs, "train", math.inf).median):
@@ -92,8 +97,8 @@ def shipped(name: str, methods: Methods) -> Iterator[str]:
     yield (
         f"- (d) {name}, as shipped without divergence: {verdict(failures(runs) == 0)}; no more "
         f"steps than Adam to {100 * TASKS[name].level:g} %: "
-        f"{verdict(own <= theirs and math.isfinite(own))}; {own:g} against {theirs:g} steps, "
-        f"{seconds[0]:.2g} against {seconds[1]:.2g} s"
+        f"{verdict(own <= theirs and math.isfinite(own))}; {shown(own)} against {shown(theirs)} steps, "
+        f"{shown(seconds[0], 2)} against {shown(seconds[1], 2)} s"
     )
 
 
