@@ -933,7 +933,7 @@ def test_the_choice_of_held_out_samples(name, decay, fraction):
             steps = [spring(g, G, theta, 0 * g, Pulls(m * mean, 0.0, decay)) for m in grid]
             losses = [loss_of(given, moved(params, s), 0.0, slice(kept, None)) for s in steps]
             multiple = math.sqrt(multiple * grid[losses.index(min(losses))])
-        rate = 0.2 / math.sqrt(1 + t / 40)
+        rate = 0.2 / math.sqrt(1 + t / 20)
         vector = spring(g, G, theta, previous, Pulls(multiple * mean, 0.9, decay))
         before = loss_of(given, params, decay, slice(0, kept) if t % 3 == 0 else slice(None))
         params, state, info = optimizer.update(params, state, given.X, given.y)

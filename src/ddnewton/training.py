@@ -85,7 +85,7 @@ def directional_newton(
         How much of a step is taken: a number, a function of the number of updates so far (a
         tensor), or "exact" for where the damped quadratic model is lowest along it; that is 1 but
         for groups, a ``select`` or momentum. None is what goes with the damping: 1, and
-        0.2 / √(1 + t / 40) for `held_out`.
+        0.2 / √(1 + t / 20) for `held_out`.
     momentum
         How much μ < 1 of the step before damping pulls a step to, instead of to zero (SPRING:
         Goldshlager, Abrahamsen, Lin, 2024, arXiv 2401.10190). "exact" adds as much of the

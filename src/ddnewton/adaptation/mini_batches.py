@@ -30,15 +30,16 @@ def held_out(
     and every so-many-th update steps are made of the first part of the batch, and of a ``grid`` of
     multiples the one is found whose whole step, without momentum, leads to the lowest loss on the
     other part, a ``fraction`` of the batch: the multiple, ``start`` before, moves half the way
-    there, in its logarithm. So batches should come shuffled.
+    there, in its logarithm. So batches should come shuffled. A step that lowers the loss of its own
+    samples by less than half of what their quadratic model promises is not taken: δ rises fourfold.
 
-    The learning rate falls from 0.2 as 1/√(1 + t/40) with the number t of updates, and momentum is
+    The learning rate falls from 0.2 as 1/√(1 + t/20) with the number t of updates, and momentum is
     0.9, both unless told otherwise.
 
     Examples
     --------
     >>> import torch
-    >>> held_out().learning_rate(torch.tensor(30))
+    >>> held_out().learning_rate(torch.tensor(60))
     tensor(0.1000, dtype=torch.float64)
     """
     check_positive("start", start)
@@ -67,10 +68,16 @@ def held_out(
 
 def _falling(updates: Tensor) -> Tensor:
     """Return the learning rate of mini-batches: averaging over them takes ever shorter steps."""
-    return 0.2 / (1 + updates.double() / 40).sqrt()
+    return 0.2 / (1 + updates.double() / 20).sqrt()
 
 
 def _follow(control: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
-    """Take every step to a finite loss; damp more where it is none."""
-    finite = outcome.after.isfinite()
-    return finite, torch.where(finite, control, 10 * control)
+    """Take a step that keeps half of what it promises; damp more where it does not.
+
+    Momentum may promise a rise of the loss. Without this a net whose curvature has nearly gone,
+    fitted to all but a few samples, is thrown far away by those.
+    """
+    promised = outcome.predicted
+    kept = promised * (1 - outcome.ratio) <= promised.abs() / 2
+    taken = outcome.after.isfinite() & kept
+    return taken, torch.where(taken, control, 4 * control)
