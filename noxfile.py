@@ -46,8 +46,7 @@ def notebooks(session: nox.Session) -> None:
     """Run the notebooks alone; ``-- FILE`` runs one and stores its new outputs."""
     install(session, "tests")
     if session.posargs:
-        store = ("--inplace", "--NotebookClient.record_timing=False")
-        session.run("jupyter", "execute", *store, *session.posargs, env=ONE_THREAD)
+        session.run("jupyter", "execute", "--inplace", *session.posargs, env=ONE_THREAD)
     else:
         session.run("pytest", "tests/test_notebooks.py", env=ONE_THREAD)
 

@@ -33,6 +33,7 @@ from ddnewton import (
     top_k,
     trust_region,
 )
+from ddnewton.adaptation import Curvature, Outcome
 from ddnewton.damping import constant, relative, signal_to_noise
 from models import Problem, normal, problem
 from reference import (
@@ -957,6 +958,52 @@ def test_of_several_that_will_do_the_largest_multiple_is_chosen():
         assert float(state.control) == pytest.approx(10.0)
         assert bool(info.accepted)
         assert not torch.equal(new, params)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+def test_a_step_that_keeps_less_than_half_of_its_promise_is_not_taken(rate):
+    """From where curvature is small the whole step overshoots, to a finite loss."""
+    given = growth(rate=-2.0, target=3.0)
+    reference = some(dense(*given), range(4))
+    first = rate * solve(reference, 0.001 * float(reference.ggn))
+    after = loss_of(given, moved(given.params, first), 0.0, slice(4))
+    assert loss_of(given, given.params, 0.0, slice(4)) < after < math.inf
+    damping = held_out(grid=(0.001,), start=0.001)
+    _, state, info = updated(given, damping, learning_rate=rate, momentum=0.0)
+    assert bool(info.accepted)
+    assert int(info.attempts) > 1
+    assert float(info.ratio) >= 0.5
+    assert float(state.control) == pytest.approx(0.001 * 4.0 ** (int(info.attempts) - 1))
+
+
+@pytest.mark.parametrize(
+    ("promised", "ratio", "after", "taken"),
+    [
+        (1.0, 0.5, 1.0, True),
+        (1.0, 0.49, 1.0, False),
+        (1.0, 3.0, 1.0, True),
+        (1.0, -1.0, 3.0, False),
+        (-1.0, 1.5, 3.0, True),  # momentum's rise, not much more than promised
+        (-1.0, 1.6, 3.0, False),
+        (-1.0, -2.0, 1.0, True),  # a rise that did not come
+        (1.0, math.nan, math.nan, False),
+        (1.0, math.inf, -math.inf, False),
+    ],
+)
+def test_what_a_mini_batch_step_has_to_keep(promised, ratio, after, taken):
+    one = torch.ones((), dtype=FLOAT64)
+    outcome = Outcome(
+        before=2 * one,
+        after=after * one,
+        predicted=promised * one,
+        ratio=ratio * one,
+        length=one,
+        attempts=one,
+        curvature=Curvature(one, one),
+    )
+    found, control = held_out().judge(3 * one, outcome)
+    assert bool(found) is taken
+    assert float(control) == (3.0 if taken else 12.0)
 
 
 @pytest.mark.parametrize("every", [1, 2])

@@ -97,8 +97,8 @@ def shipped(name: str, methods: Methods) -> Iterator[str]:
     yield (
         f"- (d) {name}, as shipped without divergence: {verdict(failures(runs) == 0)}; no more "
         f"steps than Adam to {100 * TASKS[name].level:g} %: "
-        f"{verdict(own <= theirs and math.isfinite(own))}; {shown(own)} against {shown(theirs)} steps, "
-        f"{shown(seconds[0], 2)} against {shown(seconds[1], 2)} s"
+        f"{verdict(own <= theirs and math.isfinite(own))}; {shown(own)} against {shown(theirs)} "
+        f"steps, {shown(seconds[0], 2)} against {shown(seconds[1], 2)} s"
     )
 
 
