@@ -80,7 +80,8 @@ def _factorized(own: Float[Tensor, "side side"]) -> tuple[Float[Tensor, "side si
     for new memory, than to factorize.
     """
     if not own.is_cpu:
-        return torch.linalg.cholesky_ex(own)
+        factor, failed = torch.linalg.cholesky_ex(own)
+        return factor, failed
     failures = [own.new_zeros((), dtype=torch.int32)]
     for start in range(0, len(own), BLOCK):
         panel, end = own[start:, start : start + BLOCK], start + BLOCK

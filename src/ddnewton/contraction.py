@@ -52,7 +52,8 @@ def inner(
         matrix = way(left, right)
     else:
         matrix = _of_rows(formed(left), formed(right))
-    return matrix.unflatten(1, (-1, columns[1])).unflatten(0, (-1, columns[0]))
+    products: Tensor = matrix.unflatten(1, (-1, columns[1])).unflatten(0, (-1, columns[0]))
+    return products
 
 
 def flops(outer: Outer) -> float:
