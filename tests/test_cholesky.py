@@ -5,12 +5,20 @@ import torch
 from torch import nn
 
 from ddnewton import newton_step
-from ddnewton.cholesky import BLOCK, _factorized
+from ddnewton.quadratic.cholesky import CHOLESKY_BLOCK, _factorized
 from models import normal, of_module
 from reference import dense, error, flat, solve
 
 FLOAT64 = torch.float64
-SIDES = (1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 53)
+SIDES = (
+    1,
+    2,
+    CHOLESKY_BLOCK - 1,
+    CHOLESKY_BLOCK,
+    CHOLESKY_BLOCK + 1,
+    2 * CHOLESKY_BLOCK,
+    2 * CHOLESKY_BLOCK + 53,
+)
 
 
 WIDTHS = {"columns": 40, "parameters": 8}
@@ -38,9 +46,9 @@ def test_what_is_above_the_diagonal_does_not_count(side):
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan")])
-@pytest.mark.parametrize("place", [0, BLOCK - 1, BLOCK, 2 * BLOCK + 52])
+@pytest.mark.parametrize("place", [0, CHOLESKY_BLOCK - 1, CHOLESKY_BLOCK, 2 * CHOLESKY_BLOCK + 52])
 def test_a_matrix_without_a_factor_is_told_of(place, value):
-    matrix = positive(2 * BLOCK + 53)
+    matrix = positive(2 * CHOLESKY_BLOCK + 53)
     matrix[place, place] = value
     _, failed = _factorized(matrix)
     assert failed

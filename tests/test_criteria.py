@@ -279,7 +279,7 @@ def test_smooth_l1_without_a_round_kink_is_l1(beta):
 @pytest.mark.parametrize("function", [F.huber_loss, F.smooth_l1_loss])
 def test_the_kink_itself_is_flat(function):
     f, y = torch.tensor([[1.0, -1.0, 0.999]]), torch.zeros(1, 3)
-    assert as_loss(function).expand(f, y).curvatures.tolist() == [[0.0, 0.0, 1.0]]
+    assert as_loss(function).expand(f, y).h.tolist() == [[0.0, 0.0, 1.0]]
 
 
 def test_counts_may_be_integers():
@@ -297,7 +297,7 @@ def test_weights_may_have_another_dtype():
 
 def test_numbers_are_not_rounded_to_float32():
     f, y = torch.ones(2, 2, dtype=FLOAT64), torch.zeros(2, 2, dtype=FLOAT64)
-    assert criteria.gaussian_nll(var=0.1).expand(f, y).slopes[0, 0] == 1 / 0.1
+    assert criteria.gaussian_nll(var=0.1).expand(f, y).z[0, 0] == 1 / 0.1
 
 
 # --- positions that do not count --------------------------------------------------------------
@@ -311,9 +311,9 @@ def test_ignored_positions_are_flat_and_level(ignore_index):
     options = {"ignore_index": ignore_index, "label_smoothing": 0.1, "weight": ramp(3).double()}
     expansion = criteria.cross_entropy(**options).expand(f, y)
     ignored = (y == ignore_index).repeat_interleave(2, 1)
-    assert (expansion.slopes[ignored] == 0).all()
-    assert (expansion.curvatures[ignored] == 0).all()
-    assert (expansion.curvatures[~ignored] > 0).all()
+    assert (expansion.z[ignored] == 0).all()
+    assert (expansion.h[ignored] == 0).all()
+    assert (expansion.h[~ignored] > 0).all()
     found = derivatives(expand_batch(criteria.cross_entropy(**options), f, f, y))
     truth = partial(F.cross_entropy, **options)
     check_close(found, (truth(f, y), *autograd_derivatives(truth, f, y)))

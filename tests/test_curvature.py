@@ -350,7 +350,7 @@ def test_leading_eigenpairs_of_many_samples(samples, k, monkeypatch):
     given, reference = many_samples(samples)
     calls = []
     if find_spec("scipy") and find_spec("threadpoolctl"):
-        from ddnewton import spectrum
+        from ddnewton.quadratic import spectrum
 
         subset = spectrum._subset
         monkeypatch.setattr(
@@ -375,7 +375,7 @@ def test_leading_eigenpairs_of_many_samples(samples, k, monkeypatch):
 @pytest.mark.parametrize("name", ["relu_mlp", "convolution", "many_points"])
 def test_large_models_in_float32_stay_in_float32(name, select, monkeypatch):
     """Their columns are rounded, the sums of products are not."""
-    monkeypatch.setattr("ddnewton.linearization.CHEAP", 0)
+    monkeypatch.setattr("ddnewton.linearize.linearization.CHEAP_FLOPS", 0)
     given, options = problem(name, FLOAT32), {"select": select, "gram": "structured"}
     evals, evecs = ggn_eigh(*given, **options)
     assert error(evals, ggn_eigvalsh(*given)[-len(evals) :]) < 1e-5

@@ -149,7 +149,7 @@ def test_bootstrap_on_many_random_problems_is_its_loop():
 @pytest.mark.parametrize("piece", [1, 8 * 30, 8 * 30 * 3, 2**22])
 def test_bootstrap_is_the_same_in_pieces(piece, monkeypatch):
     gammas, lambdas = noisy()
-    monkeypatch.setattr(module, "PIECE", piece)
+    monkeypatch.setattr(module, "GAINS_AT_ONCE", piece)
     result = call(bootstrap(GRID, seeded(), 30), gammas, lambdas)
     assert torch.equal(result, loop_bootstrap(gammas, lambdas, GRID, 0, 30, 0.05))
 

@@ -34,7 +34,7 @@ MILD = st.lists(st.floats(-5, 5), min_size=1, max_size=5)
 
 def first_and_second(expansion):
     """The gradient and the Hessian that an expansion stands for."""
-    L, z, h = expansion.basis, expansion.slopes, expansion.curvatures
+    L, z, h = expansion.basis, expansion.z, expansion.h
     return L @ z, L @ torch.diag(h) @ L.mT
 
 
@@ -51,9 +51,9 @@ def check_expansion(expansion, loss, f) -> None:
     torch.testing.assert_close(gradient, grad(loss)(f), rtol=1e-13, atol=1e-13 * scale)
     truth = hessian(loss)(f).reshape(len(f), len(f))
     torch.testing.assert_close(curvature, truth, rtol=1e-13, atol=1e-13)
-    S = expansion.basis * expansion.curvatures.sqrt()
+    S = expansion.basis * expansion.h.sqrt()
     torch.testing.assert_close(S @ S.mT, truth, rtol=1e-13, atol=1e-13)
-    assert (expansion.curvatures >= 0).all()
+    assert (expansion.h >= 0).all()
 
 
 @MANY

@@ -82,7 +82,7 @@ def test_the_mean_of_many_draws_is_the_hessian(name):
     f = outputs_for(name)
     expansion = expand_batch(as_loss(monte_carlo(criterion, DRAWS, source())), f, f, y)
     assert expansion.basis.shape[2] == DRAWS * positions
-    columns = expansion.basis * (DRAWS * expansion.curvatures)[:, None].sqrt()
+    columns = expansion.basis * (DRAWS * expansion.h)[:, None].sqrt()
     columns = columns.reshape(*columns.shape[:2], positions, DRAWS)
     squares = torch.einsum("nctd,nbtd->dncb", columns, columns)
     _, truth = exact(criterion, f, y)
@@ -97,9 +97,9 @@ def test_the_gradient_and_the_value_are_exact(name):
     f = outputs_for(name)
     expansion = expand_batch(as_loss(monte_carlo(criterion, 3, source())), f, f, y)
     gradient, _ = exact(criterion, f, y)
-    assert (expansion.slopes == 0).all()
-    assert expansion.rest.shape == (*gradient.shape, 1)
-    torch.testing.assert_close(expansion.rest[:, :, 0], gradient, rtol=1e-13, atol=1e-14)
+    assert (expansion.z == 0).all()
+    assert expansion.R.shape == (*gradient.shape, 1)
+    torch.testing.assert_close(expansion.R[:, :, 0], gradient, rtol=1e-13, atol=1e-14)
     value = expand_batch(as_loss(criterion), f, f, y).value
     torch.testing.assert_close(expansion.value, value, rtol=1e-13, atol=1e-14)
 
@@ -226,7 +226,7 @@ def test_the_empirical_fisher_is_made_of_the_samples_gradients(name):
     loss = empirical_fisher(criterion)
     expansion = expand_batch(loss, f, f, y)
     assert expansion.basis.shape[2] == 1
-    assert expansion.rest.shape[2] == 0
+    assert expansion.R.shape[2] == 0
     function = log_cosh if isinstance(criterion, Loss) else criterion
     slopes, _ = autograd_derivatives(function, f, y)
     denominator = loss.denominator(f, y)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.optim import lr_scheduler
 
-import ddnewton.modules
+import ddnewton.optim.modules
 from ddnewton import (
     Group,
     State,
@@ -62,7 +62,7 @@ def _once(monkeypatch):
         shared = list(params) == names and params["0.weight"].shape == (5, X.shape[1])
         return layers(X.dtype) if shared else prepare(model_fn, params, X)
 
-    monkeypatch.setattr(ddnewton.modules, "prepare", found)
+    monkeypatch.setattr(ddnewton.optim.modules, "prepare", found)
 
 
 def batch(count=12, dtype=FLOAT64, seed=0):
@@ -562,7 +562,7 @@ def test_an_unchanged_module_is_prepared_once(monkeypatch):
         calls.append(arguments)
         return prepare(*arguments)
 
-    monkeypatch.setattr(ddnewton.modules, "prepare", counted)
+    monkeypatch.setattr(ddnewton.optim.modules, "prepare", counted)
     modules = {
         "net": (net().eval(), *batch()),
         "batch norm": (normed(), *batch()),

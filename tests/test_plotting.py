@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 from ddnewton import newton_step_and_info, plotting, top_k
 from ddnewton.diagnostics import append, read, summary
-from ddnewton.plotting import runs
+from ddnewton.plotting import run_figures
 
 
 def everything(evals):
@@ -278,17 +278,19 @@ def test_short_runs_can_be_drawn(lines, tmp_path):
     assert (drawn.get_marker() == ".") == (len(lines) == 1)
 
 
-@pytest.mark.parametrize("groups", [0, 1, 2, runs.GROUPS + 1])
+@pytest.mark.parametrize("groups", [0, 1, 2, run_figures.SHOWN_GROUPS + 1])
 def test_an_overview_shows_the_last_directions(groups, tmp_path, monkeypatch):
     file, info, drawn = tmp_path / "run.jsonl", record(top_k(4)), []
     for draw in ("spectrum", "signal_to_noise", "budget"):
-        monkeypatch.setattr(runs, draw, lambda ax, each: drawn.append((ax.get_title("left"), each)))
+        monkeypatch.setattr(
+            run_figures, draw, lambda ax, each: drawn.append((ax.get_title("left"), each))
+        )
     for step in range(3):
         parts = [info._replace(loss=info.loss + step + i) for i in range(groups)]
         append(file, info, parts if groups and step < 2 else None)
     plotting.overview(read(file), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    shown = min(groups, runs.GROUPS)
+    shown = min(groups, run_figures.SHOWN_GROUPS)
     letters = "ghijklmnopqrstuvwxyz"[: 3 * shown]
     assert [letter for letter, _ in drawn] == list(letters)
     losses = [each.loss for _, each in drawn[::3]]

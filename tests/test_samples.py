@@ -528,7 +528,7 @@ PUSHED += [(name, "structured") for name in ("relu_mlp", "many_points")]
 @pytest.mark.parametrize(("name", "gram"), PUSHED)
 def test_pushed_and_multiplied_slopes_agree(name, gram, monkeypatch):
     """The one is taken where directions are fewer than columns of a sample, the other elsewhere."""
-    monkeypatch.setattr("ddnewton.unseen.PULLBACKS", 1e-6)
+    monkeypatch.setattr("ddnewton.quadratic.unseen_samples.PULLBACKS_PER_DIRECTION", 1e-6)
     given, reference = problem(name), whole(name)
     M = len(gram_matrix(*given)) // len(reference.slopes)
     for held, ggn in (([0, 1, 2], [2, 1]), ([2, 1], [0])):
@@ -537,7 +537,7 @@ def test_pushed_and_multiplied_slopes_agree(name, gram, monkeypatch):
             options |= {"select": top_k(k), "chunk_size": chunk_size}
             found = directional_derivatives(*given, **options)
             with monkeypatch.context() as patch:
-                patch.setattr("ddnewton.unseen._pushed", no_forward_mode)
+                patch.setattr("ddnewton.quadratic.unseen_samples._pushed", no_forward_mode)
                 multiplied = directional_derivatives(*given, **options)
             assert error(found, multiplied) < 1e-10
         E = rows(ggn_eigh(*given, select=top_k(1), subsampling_ggn=ggn, gram=gram)[1])
@@ -550,15 +550,15 @@ def test_pushed_and_multiplied_slopes_agree(name, gram, monkeypatch):
 @pytest.mark.parametrize("name", ["relu_mlp", "tanh_mlp", "many_points", "tuple_of_two"])
 def test_which_way_is_taken(name, gram, monkeypatch):
     """Parameters without axes are pushed like all others."""
-    monkeypatch.setattr("ddnewton.unseen.PULLBACKS", 1)
+    monkeypatch.setattr("ddnewton.quadratic.unseen_samples.PULLBACKS_PER_DIRECTION", 1)
     given = problem(name)
     M = len(gram_matrix(*given)) // len(whole(name).slopes)
     held = {"subsampling_ggn": [0, 1], "subsampling_curvature": [2], "gram": gram}
     with monkeypatch.context() as patch:
-        patch.setattr("ddnewton.unseen._multiplied", refuse)
+        patch.setattr("ddnewton.quadratic.unseen_samples._multiplied", refuse)
         directional_derivatives(*given, select=top_k(M), **held)
     with monkeypatch.context() as patch:
-        patch.setattr("ddnewton.unseen._pushed", refuse)
+        patch.setattr("ddnewton.quadratic.unseen_samples._pushed", refuse)
         directional_derivatives(*given, select=top_k(M + 1), **held)
         directional_derivatives(*given, select=lambda evals: [], **held)
         directional_derivatives(*given, select=top_k(1), subsampling_curvature=[1])
@@ -569,15 +569,15 @@ def test_which_way_is_taken(name, gram, monkeypatch):
 @pytest.mark.parametrize("name", SMALL_AND_LARGE)
 def test_directions_are_pushed_some_at_a_time(name, monkeypatch):
     given = problem(name)
-    monkeypatch.setattr("ddnewton.unseen.PULLBACKS", 1e-6)
+    monkeypatch.setattr("ddnewton.quadratic.unseen_samples.PULLBACKS_PER_DIRECTION", 1e-6)
     options = {"select": top_k(2), "subsampling_ggn": [0, 1, 4], "subsampling_curvature": [2, 3]}
     expected = directional_derivatives(*given, **options)
-    monkeypatch.setattr("ddnewton.unseen.TOGETHER", 1)
+    monkeypatch.setattr("ddnewton.quadratic.unseen_samples.PUSHED_AT_ONCE", 1)
     assert error(directional_derivatives(*given, **options), expected) < 1e-12
 
 
 def test_a_chunk_bounds_the_samples_that_directions_are_pushed_through(monkeypatch):
-    monkeypatch.setattr("ddnewton.unseen.PULLBACKS", 1e-6)
+    monkeypatch.setattr("ddnewton.quadratic.unseen_samples.PULLBACKS_PER_DIRECTION", 1e-6)
     given, sizes = problem("tanh_mlp"), set()
 
     def watched(p, x):
@@ -593,7 +593,7 @@ def test_a_chunk_bounds_the_samples_that_directions_are_pushed_through(monkeypat
 
 
 def test_shared_directions_have_the_same_curvature_however_many_are_asked_for(monkeypatch):
-    monkeypatch.setattr("ddnewton.unseen.PULLBACKS", 1)
+    monkeypatch.setattr("ddnewton.quadratic.unseen_samples.PULLBACKS_PER_DIRECTION", 1)
     for name in ("relu_mlp", "tanh_mlp", "convolution", "many_points"):
         held = {"subsampling_ggn": [0, 1], "subsampling_curvature": [3, 1, 2]}
         one, more = (
@@ -669,7 +669,7 @@ def cubes(model_fn, samples: int) -> Problem:
 @pytest.mark.parametrize("samples", [5, 15], ids=["Gram side", "parameter side"])
 @pytest.mark.parametrize("function", [Cube, WrongForward])
 def test_a_forward_mode_that_is_missing_or_wrong_is_not_used(function, samples, monkeypatch):
-    monkeypatch.setattr("ddnewton.unseen.PULLBACKS", 1e-6)
+    monkeypatch.setattr("ddnewton.quadratic.unseen_samples.PULLBACKS_PER_DIRECTION", 1e-6)
     given, reference = (
         cubes(with_cube(function), samples),
         dense(*cubes(plain_cube, samples)),
@@ -687,7 +687,7 @@ def test_a_forward_mode_that_is_missing_or_wrong_is_not_used(function, samples, 
 
 @DTYPES
 def test_recurrent_nets_have_held_out_curvature(dtype, monkeypatch):
-    monkeypatch.setattr("ddnewton.unseen.PULLBACKS", 1)
+    monkeypatch.setattr("ddnewton.quadratic.unseen_samples.PULLBACKS_PER_DIRECTION", 1)
     from models import of_module
 
     torch.manual_seed(0)
@@ -707,8 +707,8 @@ def test_recurrent_nets_have_held_out_curvature(dtype, monkeypatch):
 @pytest.mark.parametrize("select", [top_k(1), top_k(4), None], ids=["1", "4", "all"])
 @pytest.mark.parametrize("name", ["relu_mlp", "many_points"])
 def test_large_models_in_float32_stay_in_float32(name, select, monkeypatch):
-    monkeypatch.setattr("ddnewton.linearization.CHEAP", 0)
-    monkeypatch.setattr("ddnewton.unseen.PULLBACKS", 1)
+    monkeypatch.setattr("ddnewton.linearize.linearization.CHEAP_FLOPS", 0)
+    monkeypatch.setattr("ddnewton.quadratic.unseen_samples.PULLBACKS_PER_DIRECTION", 1)
     given, choice = problem(name, FLOAT32), Choice([3, 1], [0, 2, 1], [3, 0])
     options = {"select": select, "gram": "structured"}
     expected = truth_of(given, whole(name), choice, 1e-5, **options)
@@ -756,7 +756,7 @@ TRANSFORMED = {
 @pytest.mark.parametrize("function", TRANSFORMED)
 @pytest.mark.parametrize("name", ["relu_mlp", "many_points"])
 def test_an_ensemble_is_a_loop(name, function, choice, monkeypatch):
-    monkeypatch.setattr("ddnewton.unseen.PULLBACKS", 1)
+    monkeypatch.setattr("ddnewton.quadratic.unseen_samples.PULLBACKS_PER_DIRECTION", 1)
     given = problem(name)
     apart = [problem(name, seed=seed).params for seed in range(3)]
     stacked = tree_map(lambda *leaves: torch.stack(leaves), *apart)

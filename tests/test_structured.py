@@ -19,8 +19,8 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.nn.utils.parametrizations import weight_norm
 
 from ddnewton import above, newton_step, newton_step_and_info, prepare, top_k
-from ddnewton.contraction import inner
-from ddnewton.factors import Outer, combined, formed, projected
+from ddnewton.columns.contraction import inner
+from ddnewton.columns.factors import Outer, dense_columns, inner_products, weighted_sums
 from models import PROBLEMS, Problem, cast, normal, problem
 from reference import Dense, clusters, dense, directions, error, flat, solve, step
 
@@ -704,7 +704,7 @@ def test_every_problem_in_float32_itself(name, monkeypatch):
 
     With λ up to 3 and δ = 0.1 the step is wrong by about thirty times that.
     """
-    monkeypatch.setattr("ddnewton.linearization.CHEAP", 0)
+    monkeypatch.setattr("ddnewton.linearize.linearization.CHEAP_FLOPS", 0)
     prepared, given = prepared_problem(name, FLOAT32)
     result, info = newton_step_and_info(prepared, *given[1:], 0.1)
     assert error(result, solve(truth(name), 0.1)) < 1e-5
@@ -843,7 +843,7 @@ def check_contraction(shape: Shape, others: int, dtype=FLOAT64) -> None:
     right = outer_products(shape._replace(n=others, m=shape.m + 1), dtype)
     mine, theirs = columns(left), columns(right)
     tolerance = {FLOAT32: 1e-6, FLOAT64: 1e-14}[dtype]
-    assert error(formed(left), mine) < tolerance
+    assert error(dense_columns(left), mine) < tolerance
     m, m2 = shape.m, shape.m + 1
     pairs = {
         "one set": (left, left, (m, m), mine @ mine.T),
@@ -856,11 +856,11 @@ def check_contraction(shape: Shape, others: int, dtype=FLOAT64) -> None:
         products = inner(one, other, counts).flatten(0, 1).flatten(1)
         assert error(products, expected) < tolerance
     weights = normal(3, shape.n, shape.m).double()
-    for factor in (left, formed(left)):
-        sums = torch.cat(combined(factor, weights), 1)
+    for factor in (left, dense_columns(left)):
+        sums = torch.cat(weighted_sums(factor, weights), 1)
         assert error(sums, weights.flatten(1) @ mine) < tolerance
         vectors = normal(3, mine.shape[1]).double()
-        assert error(projected(factor, vectors), mine @ vectors.T) < tolerance
+        assert error(inner_products(factor, vectors), mine @ vectors.T) < tolerance
 
 
 @DTYPES
@@ -871,8 +871,8 @@ def test_inner_products_in_every_order(name, dtype):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_inner_products_in_small_blocks(name, monkeypatch):
-    monkeypatch.setattr("ddnewton.contraction.BYTES", 2**9)
-    monkeypatch.setattr("ddnewton.factors.BYTES", 2**9)
+    monkeypatch.setattr("ddnewton.columns.contraction.INTERMEDIATE_BYTES", 2**9)
+    monkeypatch.setattr("ddnewton.columns.factors.INTERMEDIATE_BYTES", 2**9)
     check_contraction(SHAPES[name], 5)
 
 
@@ -1048,7 +1048,7 @@ def test_batch_normalisation_in_train_mode_is_refused_by_name(gram):
 
 def count_traces(monkeypatch) -> list:
     """A list that grows with every model that is traced."""
-    from ddnewton.structured import prepare
+    from ddnewton.linearize.structured import prepare
 
     traced, trace = [], prepare.trace
     monkeypatch.setattr(prepare, "trace", lambda *args: traced.append(1) or trace(*args))

@@ -33,8 +33,8 @@ from ddnewton import (
     top_k,
     trust_region,
 )
-from ddnewton.adaptation import Curvature, Outcome
 from ddnewton.damping import constant, relative, signal_to_noise
+from ddnewton.optim.adaptation import Curvature, Outcome
 from models import Problem, normal, problem
 from reference import (
     Dense,

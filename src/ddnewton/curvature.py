@@ -14,16 +14,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.checks import check_derivatives
+from ddnewton.columns.gram import products
 from ddnewton.criteria import AnyCriterion
-from ddnewton.derivatives import Derivatives
-from ddnewton.directions import directions_of, orthonormal
 from ddnewton.errors import public
-from ddnewton.gram import products
-from ddnewton.groups import Group
-from ddnewton.problem import Options, lifted, opened, systems_of
-from ddnewton.samples import Indices
-from ddnewton.spectrum import eigenvalues
+from ddnewton.inputs.checks import check_derivatives
+from ddnewton.inputs.groups import Group
+from ddnewton.inputs.samples import Indices
+from ddnewton.quadratic.derivatives import Derivatives
+from ddnewton.quadratic.directions import directions_of, orthonormal
+from ddnewton.quadratic.quadratic_model import (
+    Options,
+    gauss_newton_matrices,
+    quadratic_model,
+    to_parameters,
+)
+from ddnewton.quadratic.spectrum import eigenvalues
 from ddnewton.trees import unflatten
 from ddnewton.types import GramWay, ModelFn, PyTree, Select
 
@@ -71,8 +76,8 @@ def ggn_eigvalsh(
     options = Options(
         groups=groups, subsampling_ggn=subsampling_ggn, gram=gram, chunk_size=chunk_size
     )
-    with opened(model_fn, params, X, y, criterion, options, gradient=False) as problem:
-        _, systems = systems_of(problem._replace(precisely=None))
+    with quadratic_model(model_fn, params, X, y, criterion, options, gradient=False) as problem:
+        _, systems = gauss_newton_matrices(problem._replace(in_float64=None))
         evals = [eigenvalues(system.weights, system.matrix) for system in systems]
     return _grouped([each.to(problem.dtype) for each in evals], groups)
 
@@ -125,11 +130,11 @@ def ggn_eigh(
         gram=gram,
         chunk_size=chunk_size,
     )
-    with opened(model_fn, params, X, y, criterion, options, gradient=False) as expanded:
-        problem, systems = systems_of(expanded)
+    with quadratic_model(model_fn, params, X, y, criterion, options, gradient=False) as expanded:
+        problem, systems = gauss_newton_matrices(expanded)
         found = directions_of(problem, systems, only_kept=True)
         evals = [each.kept.evals.to(problem.dtype) for each in found]
-        vectors = lifted(problem, systems, [each.kept.span.mT for each in found])
+        vectors = to_parameters(problem, systems, [each.kept.vectors.mT for each in found])
         leaves = [[block.leaves] for block in problem.blocks]
         evecs = [
             unflatten([orthonormal(own, each.kept)], block, params)
@@ -195,8 +200,8 @@ def directional_derivatives(
         gram=gram,
         chunk_size=chunk_size,
     )
-    with opened(model_fn, params, X, y, criterion, options) as expanded:
-        problem, systems = systems_of(expanded)
+    with quadratic_model(model_fn, params, X, y, criterion, options) as expanded:
+        problem, systems = gauss_newton_matrices(expanded)
         found = directions_of(problem, systems, only_kept=True)
         pairs = [Derivatives(*(x.to(problem.dtype) for x in each.derivatives)) for each in found]
     return _grouped(pairs, groups)
@@ -245,8 +250,8 @@ def gram_matrix(
     options = Options(
         groups=groups, subsampling_ggn=subsampling_ggn, gram=gram, chunk_size=chunk_size
     )
-    with opened(model_fn, params, X, y, criterion, options, gradient=False) as problem:
-        columns, root = problem.columns[0], problem.weights.sqrt()
+    with quadratic_model(model_fn, params, X, y, criterion, options, gradient=False) as problem:
+        columns, root = problem.columns[0], problem.curvature_weights.sqrt()
         inner = products(columns, columns, [block.leaves for block in problem.blocks])
         for matrix in inner:
             check_derivatives(matrix)

@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.checks import check_nonnegative
 from ddnewton.errors import BadType, BadValue, sentence
-from ddnewton.transforms import bare, surely, untransformed
+from ddnewton.inputs.checks import check_nonnegative
+from ddnewton.transforms import any_known, untransformed, unwrapped
 from ddnewton.types import DampingRule
 
-PIECE = 2**22
+GAINS_AT_ONCE = 2**22
 """How many gains of a bootstrap exist at once: 32 MiB."""
 
 
@@ -169,7 +169,7 @@ def bootstrap(
         weights = {n: _weights(n, resamples, generator).to(gammas.device) for n in counts}
         steps = -gammas.mean(0) / (lambdas.mean(0) + deltas[:, None])
         redrawn = (steps, weights[len(gammas)] @ gammas, weights[len(lambdas)] @ lambdas)
-        piece = max(1, PIECE // (len(deltas) * resamples))
+        piece = max(1, GAINS_AT_ONCE // (len(deltas) * resamples))
         pieces = zip(*(part.split(piece, dim=1) for part in redrawn), strict=True)
         gains = torch.cat([_gains(quantile, *parts) for parts in pieces], dim=1)
         best = deltas[gains.argmax(0)]  # the first of equals, so the smallest
@@ -186,7 +186,7 @@ def _ascending(grid: Sequence[float] | Tensor) -> Float[Tensor, " g"]:
         deltas = torch.as_tensor(grid, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise BadType(sentence(rule, got, remedy)) from error
-    if deltas.ndim != 1 or deltas.numel() == 0 or surely(~(deltas >= 0)):
+    if deltas.ndim != 1 or deltas.numel() == 0 or any_known(~(deltas >= 0)):
         raise BadValue(sentence(rule, got, remedy))
     return deltas.sort().values
 
@@ -247,8 +247,8 @@ def check_dampings(dampings: object, directions: int) -> None:
         rule = f"damping must return one value for each of the K = {directions} directions"
         remedy = "Return a tensor of shape [K], such as δ * torch.ones_like(evals)."
         raise BadValue(sentence(rule, f"shape {list(dampings.shape)}", remedy))
-    if surely(~(dampings >= 0)):
-        values = bare(dampings)
+    if any_known(~(dampings >= 0)):
+        values = unwrapped(dampings)
         rule = "damping must not be negative or nan"
         got = f"{float(values[~(values >= 0)][0])}"
         raise BadValue(sentence(rule, got, "Return 0 or more; inf skips a direction."))

@@ -19,8 +19,8 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.utils._pytree import tree_map
 
 from ddnewton import plotting
-from ddnewton.info import NewtonInfo
 from ddnewton.newton import newton_step, newton_step_and_info
+from ddnewton.quadratic.info import NewtonInfo
 from ddnewton.types import ModelFn, PyTree
 
 try:

@@ -18,14 +18,16 @@ class BadType(TypeError):
     """An argument of the wrong kind."""
 
 
-LONG = 300
+SHOWN_CHARACTERS = 300
 """How many characters of what was got a message shows."""
 
 
 def sentence(rule: str, got: object, remedy: str) -> str:
     """Return the message of an error: the rule, what was got, what to do."""
     shown = str(got)
-    return f"{rule}; got {shown if len(shown) <= LONG else shown[:LONG] + '…'}. {remedy}"
+    if len(shown) > SHOWN_CHARACTERS:
+        shown = f"{shown[:SHOWN_CHARACTERS]}…"
+    return f"{rule}; got {shown}. {remedy}"
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:

@@ -1,10 +1,10 @@
 r"""Directionally damped Newton steps: the method from top to bottom, a room to a line.
 
-    X → outputs f → loss expansions L, z, h → columns A = JᵀL                 `problem.opened`
-      → the smaller side of A diag(h/N) Aᵀ                                    `problem.systems_of`
-      → eigenpairs → directions e_k → γ_nk, λ_nk                              `directions_of`
-      → δ_k → −γ_k / (λ_k + δ_k)                                              `solve`
-      → s = Σ_k −γ_k / (λ_k + δ_k) e_k                                        `problem.lifted`
+    X → outputs f → loss expansions L, z, h → columns A = JᵀL       `quadratic_model`
+      → the smaller side of A diag(h/N) Aᵀ                          `gauss_newton_matrices`
+      → eigenpairs → directions e_k → γ_nk, λ_nk                    `directions_of`
+      → δ_k → −γ_k / (λ_k + δ_k)                                    `solve`
+      → s = Σ_k −γ_k / (λ_k + δ_k) e_k                              `to_parameters`
 
 Source: Dangel, Tatzel, Hennig, "ViViT: Curvature access through the generalized Gauss-Newton's
 low-rank structure", TMLR 2022, arXiv 2106.02624.
@@ -19,13 +19,19 @@ import torch
 from torch import Tensor
 
 from ddnewton.criteria import AnyCriterion
-from ddnewton.directions import directions_of
 from ddnewton.errors import public
-from ddnewton.groups import Group
-from ddnewton.info import NewtonInfo, info_of
-from ddnewton.problem import Options, gradients, lifted, opened, systems_of
-from ddnewton.samples import Indices
-from ddnewton.solution import solve, without_eigenpairs
+from ddnewton.inputs.groups import Group
+from ddnewton.inputs.samples import Indices
+from ddnewton.quadratic.directions import directions_of
+from ddnewton.quadratic.info import NewtonInfo, info_of
+from ddnewton.quadratic.quadratic_model import (
+    Options,
+    gauss_newton_matrices,
+    gradients,
+    quadratic_model,
+    to_parameters,
+)
+from ddnewton.quadratic.solution import solve, without_eigenpairs
 from ddnewton.trees import unflatten
 from ddnewton.types import DampingRule, GramWay, ModelFn, PyTree, Select
 
@@ -137,13 +143,13 @@ def newton_step(
         gram=gram,
         chunk_size=chunk_size,
     )
-    with opened(model_fn, params, X, y, criterion, options) as expanded:
-        problem, systems = systems_of(expanded)
+    with quadratic_model(model_fn, params, X, y, criterion, options) as expanded:
+        problem, systems = gauss_newton_matrices(expanded)
         coordinates = without_eigenpairs(problem, systems, [complement] * len(systems))
         if coordinates is None:
             found = directions_of(problem, systems, only_kept=complement is None)
             coordinates = [solve(problem, each, complement).coordinates for each in found]
-        flat = lifted(problem, systems, coordinates)
+        flat = to_parameters(problem, systems, coordinates)
     return unflatten(flat, [block.leaves for block in problem.blocks], params)
 
 
@@ -191,11 +197,11 @@ def newton_step_and_info(
         gram=gram,
         chunk_size=chunk_size,
     )
-    with opened(model_fn, params, X, y, criterion, options) as expanded:
-        problem, systems = systems_of(expanded)
+    with quadratic_model(model_fn, params, X, y, criterion, options) as expanded:
+        problem, systems = gauss_newton_matrices(expanded)
         found = directions_of(problem, systems)  # all, for the rank
         solutions = [solve(problem, each, complement) for each in found]
-        flat = lifted(problem, systems, [each.coordinates for each in solutions])
+        flat = to_parameters(problem, systems, [each.coordinates for each in solutions])
         slopes = gradients(problem)
         infos = tuple(
             info_of(problem, along, gradient, solution.dampings, solution.coefficients)

@@ -19,7 +19,7 @@ from ddnewton.types import PyTree
 logger = logging.getLogger(__name__)
 
 
-def bare(tensor: Tensor) -> Tensor:
+def unwrapped(tensor: Tensor) -> Tensor:
     """Return the plain tensor below every ``vmap`` and ``grad``: an ensemble's members at once."""
     while not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
@@ -47,7 +47,7 @@ def first_member(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def possibly(mask: Tensor) -> bool:
+def any_possible(mask: Tensor) -> bool:
     """Return whether an entry is true, or may be: under ``vmap`` nobody can tell."""
     return is_batched(mask) or bool(mask.any())
 
@@ -65,9 +65,9 @@ def summed(own: Tensor, other: Tensor) -> Tensor:
     return own + other if is_batched(other) else own.add_(other)
 
 
-def surely(mask: Tensor) -> bool:
+def any_known(mask: Tensor) -> bool:
     """Return whether an entry is known to be true, of any member; what is compiled is not known."""
-    return not torch.compiler.is_compiling() and bool(bare(mask).any())
+    return not torch.compiler.is_compiling() and bool(unwrapped(mask).any())
 
 
 def untransformed() -> AbstractContextManager[object]:

@@ -1,12 +1,12 @@
 """Losses as records of functions: closed forms for torch's, torch.func for any other convex one."""
 
-from ddnewton.criteria.batch import AnyCriterion, as_loss, expand_batch, losses, weight
 from ddnewton.criteria.convex import convex
-from ddnewton.criteria.distances import huber, mse, smooth_l1
 from ddnewton.criteria.empirical import empirical_fisher
+from ddnewton.criteria.expand import AnyCriterion, as_loss, expand_batch, losses, weight
 from ddnewton.criteria.likelihoods import bce_with_logits, gaussian_nll, poisson_nll
+from ddnewton.criteria.loss import Expansion, Loss, slopes_of, spanned
 from ddnewton.criteria.monte_carlo import MonteCarlo, monte_carlo
-from ddnewton.criteria.record import Expansion, Loss, slopes_of, spanned
+from ddnewton.criteria.regression import huber, mse, smooth_l1
 from ddnewton.criteria.softmax import cross_entropy
 
 __all__ = [

@@ -10,17 +10,17 @@ from torch import Tensor
 from torch.func import grad, jacrev
 from torch.utils._pytree import tree_map
 
-from ddnewton.criteria.record import Expansion, Loss, spanned
+from ddnewton.criteria.loss import Expansion, Loss, spanned
 from ddnewton.errors import BadType, BadValue, sentence
-from ddnewton.precision import in_float64
+from ddnewton.linearize.precision import in_float64
 from ddnewton.transforms import first_member, over_samples
 from ddnewton.trees import as_batch, on_copies
 from ddnewton.types import Criterion, PyTree
 
-ROUNDINGS = 16.0
+HESSIAN_ROUNDINGS = 16.0
 """How many roundings of a Hessian an eigenvalue must have to count."""
 
-AGREEMENT = 1e-3
+GRADIENT_AGREEMENT = 1e-3
 """How far, relatively, a sample's gradient may stray from the mean's or the sum's share."""
 
 
@@ -36,7 +36,7 @@ def convex(criterion: Criterion) -> Loss:
     --------
     >>> import torch
     >>> log_cosh = convex(lambda outputs, y: torch.cosh(outputs - y).log().mean())
-    >>> log_cosh.expand(torch.zeros(1, 2), torch.zeros(1, 2)).curvatures.tolist()
+    >>> log_cosh.expand(torch.zeros(1, 2), torch.zeros(1, 2)).h.tolist()
     [[0.5, 0.5]]
     """
     criterion = on_copies(criterion)
@@ -54,7 +54,7 @@ def convex(criterion: Criterion) -> Loss:
         # certain of it, beside H at the origin; there it may also diverge.
         origin = jacrev(grad(loss))(0 * u).nan_to_num(0, 0, 0).abs().amax().clamp(max=1)
         size = torch.stack([H.abs().amax(), r.abs().amax(), origin]).amax()
-        rounding = ROUNDINGS * torch.finfo(u.dtype).eps * u.shape[0] * size
+        rounding = HESSIAN_ROUNDINGS * torch.finfo(u.dtype).eps * u.shape[0] * size
         curvatures = torch.where(curvatures.abs() <= rounding, 0, curvatures)
         return loss(u), basis, basis.mT @ r, curvatures
 
@@ -111,7 +111,7 @@ def _slopes(criterion: Criterion, outputs: Tensor, y: PyTree) -> Float[Tensor, "
 
 def _verdict(alone: Float[Tensor, "n ..."], together: Float[Tensor, "n ..."]) -> float:
     """Return the denominator that turns the gradients of the samples into the batch's."""
-    tolerance = max(AGREEMENT, 16 * torch.finfo(alone.dtype).eps) * alone.abs().amax()
+    tolerance = max(GRADIENT_AGREEMENT, 16 * torch.finfo(alone.dtype).eps) * alone.abs().amax()
     for divisor in (float(alone.shape[0]), 1.0):
         if (divisor * together - alone).abs().amax() <= tolerance:
             return divisor

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.criteria.record import Expansion, Loss, Uniform, spanned
+from ddnewton.criteria.loss import Expansion, Loss, Uniform, spanned
 from ddnewton.types import PyTree
 
 

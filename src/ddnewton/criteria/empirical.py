@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ddnewton.criteria.loss import Expansion, Loss, spanned, value_and_gradient
 from ddnewton.criteria.monte_carlo import MonteCarlo
-from ddnewton.criteria.record import Expansion, Loss, spanned, value_and_gradient
 from ddnewton.criteria.torch_losses import record_of
 from ddnewton.errors import BadValue, public, sentence
 from ddnewton.types import Criterion, PyTree
@@ -49,7 +49,7 @@ def empirical_fisher(criterion: Criterion | Loss) -> Loss:
     >>> import torch
     >>> fisher = empirical_fisher(torch.nn.MSELoss())
     >>> expansion = fisher.expand(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2))
-    >>> expansion.basis.tolist(), expansion.slopes.tolist(), expansion.curvatures.tolist()
+    >>> expansion.basis.tolist(), expansion.z.tolist(), expansion.h.tolist()
     ([[[2.0], [6.0]]], [[1.0]], [[1.0]])
     """
     if isinstance(criterion, MonteCarlo):

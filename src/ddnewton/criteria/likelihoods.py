@@ -10,9 +10,9 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from ddnewton.criteria.elementwise import Terms, elementwise, normal, spread
-from ddnewton.criteria.options import check_broadcasts, check_number, check_weight
-from ddnewton.criteria.record import SMALLEST, Loss, Reduction, per_element
-from ddnewton.criteria.targets import (
+from ddnewton.criteria.loss import SMALLEST_CURVATURE, Loss, Reduction, per_element
+from ddnewton.criteria.option_checks import check_broadcasts, check_number, check_weight
+from ddnewton.criteria.target_checks import (
     check_counts,
     check_pair,
     check_probabilities,
@@ -20,10 +20,10 @@ from ddnewton.criteria.targets import (
     check_variances,
 )
 from ddnewton.errors import BadValue, sentence
-from ddnewton.transforms import bare, surely
+from ddnewton.transforms import any_known, unwrapped
 from ddnewton.types import PyTree
 
-BISECTIONS = 32
+QUANTILE_BISECTIONS = 32
 """As many as lead from 18 standard deviations to one count, for rates up to 1e16."""
 
 
@@ -42,7 +42,7 @@ def bce_with_logits(
     --------
     >>> import torch
     >>> expansion = bce_with_logits().expand(torch.zeros(1, 1), torch.ones(1, 1))
-    >>> expansion.slopes.item(), expansion.curvatures.item()
+    >>> expansion.z.item(), expansion.h.item()
     (-0.5, 0.25)
     """
     check_weight("weight", weight)
@@ -56,7 +56,9 @@ def bce_with_logits(
         (up, down), on, off = shares(f, y), f.sigmoid(), (-f).sigmoid()
         value = -down * F.logsigmoid(-f) - up * F.logsigmoid(f)
         # σ(f) − y without cancellation: for y = 0 and y = 1 one of the terms is exactly zero.
-        return Terms(value, down * on - up * off, (up + down) * (on * off).clamp(min=SMALLEST))
+        return Terms(
+            value, down * on - up * off, (up + down) * (on * off).clamp(min=SMALLEST_CURVATURE)
+        )
 
     def score(
         f: Float[Tensor, "n ..."], y: Float[Tensor, "n ..."], u: Float[Tensor, "n ..."]
@@ -88,7 +90,7 @@ def poisson_nll(
     --------
     >>> import torch
     >>> expansion = poisson_nll().expand(torch.zeros(1, 1), torch.tensor([[3]]))
-    >>> expansion.slopes.item(), expansion.curvatures.item()
+    >>> expansion.z.item(), expansion.h.item()
     (-2.0, 1.0)
     """
     check_number("eps must be a number ≥ 0", eps, lambda x: x >= 0, usual=1e-8)
@@ -98,7 +100,7 @@ def poisson_nll(
         constant = _stirling(y) if full else torch.zeros_like(y)
         if log_input:
             rate = f.exp()
-            return Terms(rate - y * f + constant, rate - y, rate.clamp(min=SMALLEST))
+            return Terms(rate - y * f + constant, rate - y, rate.clamp(min=SMALLEST_CURVATURE))
         rate = f + eps
         return Terms(f - y * rate.log() + constant, (rate - y) / rate, y / rate.square())
 
@@ -110,8 +112,11 @@ def poisson_nll(
 
     def check(outputs: Tensor, y: PyTree) -> None:
         check_counts(outputs, y)
-        if not log_input and surely(outputs <= -eps):
-            rule, got = "outputs must be rates above −eps", f"{bare(outputs).amin().item():.3g}"
+        if not log_input and any_known(outputs <= -eps):
+            rule, got = (
+                "outputs must be rates above −eps",
+                f"{unwrapped(outputs).amin().item():.3g}",
+            )
             raise BadValue(sentence(rule, got, "Let the model return logarithms: log_input=True."))
 
     return elementwise(terms, per_element(reduction), check, score if log_input else None)
@@ -135,7 +140,7 @@ def gaussian_nll(
     >>> import torch
     >>> y = torch.tensor([[1.0]]), torch.tensor([[4.0]])
     >>> expansion = gaussian_nll().expand(torch.tensor([[3.0]]), y)
-    >>> expansion.slopes.item(), expansion.curvatures.item()
+    >>> expansion.z.item(), expansion.h.item()
     (0.5, 0.25)
     """
     check_number("eps must be a number ≥ 0", eps, lambda x: x >= 0, usual=1e-6)
@@ -178,7 +183,7 @@ def poisson_quantile(u: Float[Tensor, "*c"], rate: Float[Tensor, "..."]) -> Floa
     reach = 9 * rate.sqrt()
     low = (rate - reach).floor().clamp(min=0) - 1 + torch.zeros_like(u)
     high = (rate + reach).ceil() + 26 + torch.zeros_like(u)
-    for _ in range(BISECTIONS):
+    for _ in range(QUANTILE_BISECTIONS):
         middle = ((low + high) / 2).floor()
         enough = torch.special.gammaincc(middle.clamp(min=0) + 1, rate.expand_as(u)) >= u
         enough = enough & (middle >= 0)

@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddnewton.criteria.record import Expansion, Loss, Uniform, value_and_gradient
+from ddnewton.criteria.loss import Expansion, Loss, Uniform, value_and_gradient
 from ddnewton.criteria.torch_losses import TORCH_LOSSES, record_of
 from ddnewton.errors import BadType, BadValue, public, sentence
 from ddnewton.transforms import untransformed
 from ddnewton.types import Criterion, PyTree
 
-LEAST = 2.0**-54
+LEAST_UNIFORM = 2.0**-54
 """Stands for a random number of zero, and is smaller than all others."""
 
 
@@ -127,7 +127,7 @@ def _uniform(seed: int, device: torch.device) -> Uniform:
             numbers = torch.rand(
                 tuple(shape), generator=generator, dtype=torch.float64, device="cpu"
             )
-        return numbers.clamp(min=LEAST).to(device)
+        return numbers.clamp(min=LEAST_UNIFORM).to(device)
 
     return uniform
 

@@ -10,14 +10,8 @@ from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
 from ddnewton.criteria.elementwise import separable
-from ddnewton.criteria.options import (
-    check_denominator,
-    check_number,
-    check_weight,
-    check_weight_shape,
-)
-from ddnewton.criteria.record import (
-    SMALLEST,
+from ddnewton.criteria.loss import (
+    SMALLEST_CURVATURE,
     Expansion,
     Loss,
     Reduction,
@@ -25,7 +19,13 @@ from ddnewton.criteria.record import (
     check_reduction,
     spanned,
 )
-from ddnewton.criteria.targets import check_classes
+from ddnewton.criteria.option_checks import (
+    check_denominator,
+    check_number,
+    check_weight,
+    check_weight_shape,
+)
+from ddnewton.criteria.target_checks import check_classes
 from ddnewton.types import PyTree
 
 
@@ -62,7 +62,7 @@ def cross_entropy(
     --------
     >>> import torch
     >>> expansion = cross_entropy().expand(torch.tensor([[0.0, 40.0]]), torch.tensor([1]))
-    >>> f"{expansion.slopes.item():.6e} {expansion.curvatures.item():.6e}"
+    >>> f"{expansion.z.item():.6e} {expansion.h.item():.6e}"
     '4.248354e-18 4.248354e-18'
     """
     check_reduction(reduction)
@@ -147,7 +147,7 @@ def _factored(
     log_q, t_tail = _tail(log_p_up, torch.logcumsumexp), _tail(t_up, torch.cumsum)
     # Quotients are differences of logarithms: p and q may underflow, their quotients need not.
     share, rest = (log_p_up - log_q)[:, :-1], log_q[:, 1:] - log_q[:, :-1]
-    curvatures = t_tail[:, :1] * (log_p_up[:, :-1] + rest).exp().clamp(min=SMALLEST)
+    curvatures = t_tail[:, :1] * (log_p_up[:, :-1] + rest).exp().clamp(min=SMALLEST_CURVATURE)
     slopes = share.exp() * t_tail[:, 1:] - t_up[:, :-1] * rest.exp()
     below = (log_p_up[:, :, None] - log_q[:, None, 1:]).exp().tril(-1)
     unit = torch.eye(c, c - 1, dtype=f.dtype, device=f.device) - below

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddnewton.criteria.convex import convex
-from ddnewton.criteria.distances import huber, mse, smooth_l1
 from ddnewton.criteria.likelihoods import bce_with_logits, gaussian_nll, poisson_nll
-from ddnewton.criteria.record import Loss, check_reduction
+from ddnewton.criteria.loss import Loss, check_reduction
+from ddnewton.criteria.regression import huber, mse, smooth_l1
 from ddnewton.criteria.softmax import cross_entropy
 from ddnewton.errors import BadType, sentence
 from ddnewton.types import Criterion

@@ -10,7 +10,8 @@ except ImportError as missing:
     _message = "ddnewton.plotting needs matplotlib: python -m pip install 'ddnewton[plot]'"
     raise ImportError(_message, name=missing.name) from missing
 
-from ddnewton.plotting.directions import (
+from ddnewton.plotting.run_figures import decreases, history, overview, training
+from ddnewton.plotting.step_figures import (
     budget,
     curvature_bias,
     curvatures,
@@ -18,7 +19,6 @@ from ddnewton.plotting.directions import (
     slopes,
     spectrum,
 )
-from ddnewton.plotting.runs import decreases, history, overview, training
 from ddnewton.plotting.style import COLORS, panels
 
 __all__ = [

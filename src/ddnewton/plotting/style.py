@@ -16,9 +16,14 @@ from torch import Tensor
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 """Five of Okabe and Ito's colours, which the colour-blind tell apart."""
 
-MEAN: dict[str, Any] = {"color": "black", "linewidth": 0.8}
+MEAN_LINE: dict[str, Any] = {"color": "black", "linewidth": 0.8}
 
-POINTS: dict[str, Any] = {"linestyle": "none", "marker": ".", "markersize": 3, "markevery": None}
+POINT_MARKS: dict[str, Any] = {
+    "linestyle": "none",
+    "marker": ".",
+    "markersize": 3,
+    "markevery": None,
+}
 """For what jumps from one to the next."""
 
 

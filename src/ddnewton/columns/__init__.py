@@ -1,0 +1,1 @@
+"""Columns of the Jacobian: as factors, their inner products, and the matrices made of them."""

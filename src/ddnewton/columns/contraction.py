@@ -1,0 +1,188 @@
+r"""Inner products of columns that are sums of outer products, in the cheapest order.
+
+Columns Σ_t b_t ⊗ a_t of a weight, for groups g side by side, have the inner products
+
+    Σ_g Σ_tt' (a_gt · a'_gt') (b_gt · b'_gt'),
+
+which can be had from the columns themselves, or by contracting positions first, without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from opt_einsum import contract_path
+from torch import Tensor
+
+from ddnewton.columns.factors import (
+    INTERMEDIATE_BYTES,
+    Factor,
+    Outer,
+    dense_columns,
+    entries_at_once,
+    rows_of,
+    single_position,
+)
+from ddnewton.transforms import scaled
+from ddnewton.trees import chunks
+
+INNER_PRODUCTS = "ngtp,nmgot,NgTp,NMgoT->nmNM"
+
+COLUMNS_FIRST, POSITIONS_FIRST = ((0, 1), (0, 1), (0, 1)), ((0, 2), (1, 2), (0, 1))
+"""Two orders: each a with its b; and a with a', then b', then b."""
+
+SYMMETRIC_STRIPS, LONG_ROWS = 4, 1024
+"""Into how many strips of rows a symmetric product is cut, to leave out what lies below, and from
+which length of the rows on that pays."""
+
+SAMPLES_ABREAST = 8
+"""Of how many samples at a time a is multiplied with a', at best: few columns are slow ones."""
+
+IRREGULAR_FLOP = 1.6
+"""How much longer a flop takes in many small products than in one large one."""
+
+
+def inner(
+    left: Factor, right: Factor, columns: tuple[int, int]
+) -> Float[Tensor, "n {columns[0]} n2 {columns[1]}"]:
+    """Return all inner products of two sets of columns, in float64; half the work for one set.
+
+    ``columns`` are those of a sample. Products of one position lie in memory as columns are
+    counted, all samples of the first column first.
+    """
+    if isinstance(left, Outer) and isinstance(right, Outer):
+        if single_position(left) and single_position(right):
+            return _one_position(left, right)
+        way = _from_columns if _columns_pay(left, right) else _positions_first
+        matrix = way(left, right)
+    else:
+        matrix = _of_rows(dense_columns(left), dense_columns(right))
+    products: Tensor = matrix.unflatten(1, (-1, columns[1])).unflatten(0, (-1, columns[0]))
+    return products
+
+
+def flops(outer: Outer) -> float:
+    """Return how many operations the inner products of columns with each other take."""
+    if single_position(outer):
+        count = outer.b.shape[0] * outer.b.shape[1]
+        return float(count**2 * outer.b.shape[3])
+    return min(_flops(outer, outer, order) for order in (COLUMNS_FIRST, POSITIONS_FIRST))
+
+
+def _columns_pay(left: Outer, right: Outer) -> bool:
+    """Return whether forming the columns is cheaper than contracting positions first."""
+    if torch.compiler.is_compiling():  # opt_einsum cannot be compiled
+        return True
+    return _flops(left, right, COLUMNS_FIRST) <= IRREGULAR_FLOP * _flops(
+        left, right, POSITIONS_FIRST
+    )
+
+
+def _flops(left: Outer, right: Outer, order: Sequence[tuple[int, int]]) -> float:
+    """Return the cost of an order of contraction, half of which symmetry saves."""
+    p = sum(left.widths)
+    shapes = [shape for x in (left, right) for shape in ((*x.a.shape[:3], p), tuple(x.b.shape))]
+    _, path = contract_path(INNER_PRODUCTS, *shapes, shapes=True, optimize=list(order))
+    return float(path.opt_cost) / (2 if left is right else 1)
+
+
+def _one_position(left: Outer, right: Outer) -> Float[Tensor, "n m n2 m2"]:
+    """Return (a · a') (b · b'), all of one position."""
+    n, n2 = left.b.shape[0], right.b.shape[0]
+    a = left.a[:, 0, 0] @ right.a[:, 0, 0].T
+    b = left.b.transpose(0, 1).flatten(0, 1).flatten(1)
+    other = b if left is right else right.b.transpose(0, 1).flatten(0, 1).flatten(1)
+    products = completed(product(b, other), left is right and b.shape[1] >= LONG_ROWS)
+    whole = scaled(products.unflatten(1, (-1, n2)).unflatten(0, (-1, n)), a[:, None])
+    return whole.permute(1, 0, 3, 2).double()
+
+
+def _from_columns(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
+    """Form the columns, some outputs at a time, and multiply them."""
+    n, m, g, o, _ = left.b.shape
+    total: Tensor | float = 0.0
+    size = max(1, INTERMEDIATE_BYTES // (n * m * sum(left.widths) * left.b.element_size()))
+    for group in range(g):
+        for start in range(0, o, size):
+            some = slice(start, start + size)
+            mine = _some(left, group, some)
+            theirs = mine if left is right else _some(right, group, some)
+            total = total + product(mine, theirs).double()
+    return completed(torch.as_tensor(total), left is right)
+
+
+def _some(outer: Outer, group: int, outputs: slice) -> Float[Tensor, "nm op"]:
+    b = outer.b[:, :, group, outputs]
+    return (b.flatten(1, 2) @ rows_of(outer)[:, group]).reshape(b.shape[0] * b.shape[1], -1)
+
+
+def _positions_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
+    """Contract a with a', then with b', then with b, for one sample of the left at a time."""
+    n, _, g, o, t = left.b.shape
+    m = right.b.shape[1]
+    each = t * left.b.element_size()
+    size = max(1, INTERMEDIATE_BYTES // (4 * m * o * each))
+    abreast = max(
+        1, min(SAMPLES_ABREAST, INTERMEDIATE_BYTES // (each * right.b.shape[0] * right.b.shape[4]))
+    )
+    total: Tensor | float = 0.0
+    for group in range(g):
+        mine = left.b[:, :, group].flatten(2)  # [n m ot]
+        theirs = right.b[:, :, group].flatten(1, 2)  # [n mo t]
+        rows = []
+        for few in chunks(n, abreast):
+            first = few.start if left is right else 0
+            overlaps = _overlaps(left, right, group, few, slice(first, None))
+            for sample, overlap in zip(range(few.start, few.stop), overlaps, strict=True):
+                parts = [
+                    mine[sample] @ (b @ a).unflatten(1, (m, o)).flatten(0, 1).flatten(1).T
+                    for b, a in zip(theirs[first:].split(size), overlap.split(size), strict=True)
+                ]
+                rows.append(F.pad(torch.cat(parts, 1), (first * m, 0)))
+        total = total + torch.cat(rows).double()
+    return completed(torch.as_tensor(total), left is right)
+
+
+def _overlaps(
+    left: Outer, right: Outer, group: int, mine: slice, theirs: slice
+) -> Float[Tensor, "n n2 t2 t"]:
+    """Return a' · a for some samples on either side."""
+    a, others = left.a[mine, group], right.a[theirs, group]
+    if a.is_floating_point():
+        products = others.flatten(0, 1) @ a.flatten(0, 1).T
+        each: Tensor = products.unflatten(1, a.shape[:2]).unflatten(0, others.shape[:2])
+        return each.movedim(2, 0)
+    same = (others[None, :, :, None] == a[:, None, None, :]) & (a >= 0)[:, None, None, :]
+    return same.to(left.b.dtype)
+
+
+def product(left: Float[Tensor, "i d"], right: Float[Tensor, "j d"]) -> Float[Tensor, "i j"]:
+    """Return left rightᵀ; of one tensor with itself perhaps the upper triangle: see `completed`."""
+    count, length = left.shape
+    if left is not right or length < LONG_ROWS or count < LONG_ROWS // 8:
+        return left @ right.T
+    starts = range(0, count, -(-count // SYMMETRIC_STRIPS))
+    ends = [*starts[1:], count]
+    strips = [
+        F.pad(left[start:end] @ left[start:].T, (start, 0))
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    return torch.cat(strips)
+
+
+def completed(products: Float[Tensor, "i j"], symmetric: bool) -> Float[Tensor, "i j"]:
+    """Return all products, given the upper triangle of those that are symmetric."""
+    return products.triu() + products.triu(1).T if symmetric else products
+
+
+def _of_rows(left: Float[Tensor, "nm d"], right: Float[Tensor, "nm2 d"]) -> Float[Tensor, "nm nm2"]:
+    """Return the inner products of columns as they are, a few parameters at a time."""
+    total: Tensor | float = 0.0
+    width = min(entries_at_once(left), entries_at_once(right))
+    for a, b in zip(left.split(width, 1), right.split(width, 1), strict=True):
+        wide = a.double()
+        total = total + product(wide, wide if left is right else b.double())
+    return completed(torch.as_tensor(total), left is right)

@@ -1,0 +1,89 @@
+"""From whatever the user calls a criterion to the expansions of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ddnewton.criteria.loss import Expansion, Loss, value_and_gradient
+from ddnewton.criteria.monte_carlo import MonteCarlo, sampled
+from ddnewton.criteria.torch_losses import record_of
+from ddnewton.errors import BadType, BadValue, sentence
+from ddnewton.transforms import any_known, unwrapped
+from ddnewton.types import Criterion, PyTree
+
+T = TypeVar("T")
+
+AnyCriterion: TypeAlias = Criterion | Loss | MonteCarlo
+"""What the public functions take as a criterion."""
+
+CONVEXITY = 1e-6
+"""How negative, relative to the largest, an eigenvalue of a loss Hessian may come out."""
+
+
+def as_loss(criterion: AnyCriterion) -> Loss:
+    """Return the record of a criterion, once for every call: here Monte-Carlo draws its seed."""
+    return sampled(criterion) if isinstance(criterion, MonteCarlo) else record_of(criterion)
+
+
+def expand_batch(
+    loss: Loss, outputs: Float[Tensor, "n ..."], precise: Float[Tensor, "n ..."], y: PyTree
+) -> Expansion:
+    """Return the expansions of all samples, scaled so that the loss is the mean of the values.
+
+    They are taken at the precise outputs where the loss can be, else at the outputs themselves.
+    """
+    loss.check(outputs, y)
+    expansion, denominator = _precisely(
+        lambda f: (loss.expand(f, y), loss.denominator(f, y)), precise, outputs
+    )
+    _check_expansion(expansion)
+    scale = outputs.shape[0] / denominator
+    return Expansion(
+        value=scale * expansion.value,
+        basis=expansion.basis,
+        z=scale * expansion.z,
+        h=scale * expansion.h.clamp(min=0),
+        R=scale * expansion.R if expansion.R.numel() else expansion.R,
+    )
+
+
+def losses(loss: Loss, outputs: Float[Tensor, "n ..."], y: PyTree) -> Float[Tensor, " n"]:
+    """Return the losses of samples as they are, not finite ones too."""
+    return _precisely(lambda f: value_and_gradient(loss, f, y)[0].double(), outputs, outputs)
+
+
+def weight(
+    loss: Loss, outputs: Float[Tensor, "n ..."], precise: Float[Tensor, "n ..."], y: PyTree
+) -> float | Tensor:
+    """Return what the losses of a batch are multiplied with, so that their mean is its loss."""
+    denominator = _precisely(lambda f: loss.denominator(f, y), precise, outputs)
+    return outputs.shape[0] / denominator
+
+
+def _precisely(function: Callable[[Tensor], T], precise: Tensor, outputs: Tensor) -> T:
+    """Apply a function to outputs in float64, or as they are where it cannot take these."""
+    try:
+        return function(precise.double())
+    except (torch.OutOfMemoryError, BadType, BadValue):
+        raise
+    except Exception:  # noqa: BLE001 - the loss was never asked to take float64
+        return function(outputs)
+
+
+def _check_expansion(expansion: Expansion) -> None:
+    """Require a finite loss and Hessians without negative eigenvalues."""
+    if any(any_known(~part.isfinite()) for part in expansion if part.numel()):
+        got = "nan or inf in the loss or its derivatives"
+        raise BadValue(sentence("the loss must be finite", got, "Check the outputs and y."))
+    h = expansion.h
+    if any_known(h < -CONVEXITY * unwrapped(h).abs().amax()):
+        h = unwrapped(h)
+        rule = "criterion must be convex in the outputs"
+        got = f"a Hessian eigenvalue of {h.min().item():.3g}"
+        remedy = "The Gauss-Newton matrix needs a convex loss: move what bends it into the model."
+        raise BadValue(sentence(rule, got, remedy))

@@ -1,0 +1,105 @@
+r"""What the library knows of a loss.
+
+A convex loss enters the Gauss-Newton matrix through its gradient and Hessian in the outputs.
+Every loss here gives both in one factored form,
+
+    ∇ℓ = L z + R 1,        ∇²ℓ = L diag(h) Lᵀ,        h ≥ 0,
+
+with L [c, m] of moderate size whatever the outputs, and R [c, q] for what of the gradient L does
+not span: no column at all but for curvature that is sampled. The textbook root of the Hessian is
+S = L √h, and the gradient is S t with t = z / √h; but where a net is confident h underflows and t
+overflows, while L and z stay what they are. So slope and curvature travel apart. A sample whose
+loss is locally flat (h = 0) but not level (z ≠ 0) is no special case either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ddnewton.errors import BadValue, sentence
+from ddnewton.types import PyTree
+
+Reduction: TypeAlias = Literal["mean", "sum"]
+
+SMALLEST_CURVATURE = 1e-200
+"""Floor of the curvature of a loss that is never flat: it is positive, however sure the net."""
+
+
+class Expansion(NamedTuple):
+    """Losses around their outputs: ℓ(f + u) ≈ value + (L z + R 1)ᵀu + ½ uᵀL diag(h) Lᵀu."""
+
+    value: Float[Tensor, " n"]
+    basis: Float[Tensor, "n c m"]  # L
+    z: Float[Tensor, "n m"]  # z
+    h: Float[Tensor, "n m"]  # h
+    R: Float[Tensor, "n c q"]  # R, where q is 0 or 1
+
+
+Uniform: TypeAlias = Callable[[Sequence[int]], Tensor]
+"""``uniform(shape)``: random numbers strictly between 0 and 1, in float64."""
+
+
+class Loss(NamedTuple):
+    """A convex loss as a record of functions.
+
+    ``expand(outputs, y)`` gives the `Expansion` of every sample's loss ℓ, with nothing averaged;
+    ``denominator(outputs, y)`` is what the reduction divides Σ_n ℓ_n by; ``check(outputs, y)``
+    raises where a batch does not fit the loss. ``scores(outputs, y, count, uniform)`` are columns
+    [n c m], gradients of the loss at ``count`` targets drawn from the model's own likelihood, whose
+    mean square E[s sᵀ] is the Hessian; None where the loss is the likelihood of nothing.
+    ``gradient(outputs, y)`` gives the values [n] and the gradients [n c] alone, for curvature that
+    needs no Hessian; None where only an expansion knows them.
+    """
+
+    expand: Callable[[Tensor, PyTree], Expansion]
+    denominator: Callable[[Tensor, PyTree], float | Tensor]
+    check: Callable[[Tensor, PyTree], None]
+    scores: Callable[[Tensor, PyTree, int, Uniform], Tensor] | None = None
+    gradient: Callable[[Tensor, PyTree], tuple[Tensor, Tensor]] | None = None
+
+
+def spanned(
+    value: Float[Tensor, " n"],
+    basis: Float[Tensor, "n c m"],
+    z: Float[Tensor, "n m"],
+    h: Float[Tensor, "n m"],
+) -> Expansion:
+    """Return the expansion of losses whose gradient is L z."""
+    return Expansion(value, basis, z, h, R=basis[:, :, :0])
+
+
+def slopes_of(expansion: Expansion) -> Float[Tensor, "n c"]:
+    """Return the gradients of the losses in the outputs, L z + R 1."""
+    _, basis, z, _, R = expansion
+    gradients: Tensor = torch.einsum("ncm,nm->nc", basis, z) + R.sum(2)
+    return gradients
+
+
+def value_and_gradient(
+    loss: Loss, outputs: Float[Tensor, "n ..."], y: PyTree
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "n c"]]:
+    """Return every sample's loss and its gradient L z + R 1, without L where the loss can."""
+    if loss.gradient is not None:
+        return loss.gradient(outputs, y)
+    expansion = loss.expand(outputs, y)
+    return expansion.value, slopes_of(expansion)
+
+
+def per_element(reduction: Reduction) -> Callable[[Tensor, PyTree], float]:
+    """Return the denominator of a loss whose "mean" runs over samples and outputs."""
+    check_reduction(reduction)
+    return lambda outputs, y: float(outputs.numel()) if reduction == "mean" else 1.0
+
+
+def check_reduction(reduction: str) -> None:
+    """Refuse a reduction that does not lead to one number."""
+    if reduction not in ("mean", "sum"):
+        rule = "the criterion must reduce to one number"
+        raise BadValue(
+            sentence(rule, f"reduction={reduction!r}", 'Use reduction="mean" or reduction="sum".')
+        )

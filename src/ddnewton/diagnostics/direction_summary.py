@@ -1,0 +1,99 @@
+"""What the samples say of every direction, in a few numbers each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ddnewton.errors import BadType, BadValue, public, sentence
+from ddnewton.quadratic.info import NewtonInfo
+
+
+class Summary(NamedTuple):
+    """What is known of every direction, without the [N, K] matrices of a `NewtonInfo`.
+
+    Numbers are float64: the square of a slope may be too small for float32.
+    """
+
+    loss: Float[Tensor, ""]
+    evals: Float[Tensor, " k"]
+    slope: Float[Tensor, " k"]
+    """γ_k, the mean of γ_nk over the samples."""
+    slope_variance: Float[Tensor, " k"]
+    """Variance of γ_nk between samples, unbiased; nan if there is only one."""
+    curvature: Float[Tensor, " k"]
+    """λ_k, the mean of λ_nk over the samples: other ones with ``subsampling_curvature``."""
+    curvature_variance: Float[Tensor, " k"]
+    """Variance of λ_nk between samples, unbiased; nan if there is only one."""
+    dampings: Float[Tensor, " k"]
+    coefficients: Float[Tensor, " k"]
+    predicted_decrease: Float[Tensor, " k"]
+    gradient_norm: Float[Tensor, ""]
+    gradient_share: Float[Tensor, ""]
+    rank: Int[Tensor, ""]
+    samples: Int[Tensor, ""]
+    """How many samples the slopes are of."""
+    curvature_samples: Int[Tensor, ""]
+    """How many samples the curvatures are of."""
+
+
+Info: TypeAlias = NewtonInfo | Summary
+
+
+@public
+def summary(info: Info) -> Summary:
+    """Return what a record says of every direction; a summary is returned as it is.
+
+    Raises
+    ------
+    TypeError
+        If this is no record. With groups there are several, to be summed up one by one.
+    ValueError
+        If this is the record of an ensemble, whose members are to be summed up one by one.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ddnewton import newton_step_and_info
+    >>> x, line = torch.tensor([[0.0], [1.0], [2.0]]), lambda p, x: p * x
+    >>> problem = (line, torch.zeros(1), x, 3 * x + 1, torch.nn.MSELoss())
+    >>> _, info = newton_step_and_info(*problem, damping=0.0)
+    >>> found = summary(info)
+    >>> found.curvature.item(), found.curvature_variance.item(), found.samples.item()
+    (3.3333, 17.3333, 3)
+    """
+    if isinstance(info, Summary):
+        return info
+    if not isinstance(info, NewtonInfo):
+        rule, got = "info must be a NewtonInfo or a Summary", type(info).__name__
+        raise BadType(sentence(rule, got, "With groups, pass their records one by one."))
+    if info.evals.ndim != 1:
+        rule, got = "info must be one record", f"evals of shape {list(info.evals.shape)}"
+        raise BadValue(sentence(rule, got, "Take a member: tree_map(lambda x: x[0], info)."))
+    slope, slope_variance = _moments(info.gammas)
+    curvature, curvature_variance = _moments(info.lambdas)
+    return Summary(
+        loss=info.loss.double(),
+        evals=info.evals.double(),
+        slope=slope,
+        slope_variance=slope_variance,
+        curvature=curvature,
+        curvature_variance=curvature_variance,
+        dampings=info.dampings.double(),
+        coefficients=info.coefficients.double(),
+        predicted_decrease=info.predicted_decrease.double(),
+        gradient_norm=info.gradient_norm.double(),
+        gradient_share=info.gradient_share.double(),
+        rank=info.rank,
+        samples=torch.full_like(info.rank, info.gammas.shape[0]),
+        curvature_samples=torch.full_like(info.rank, info.lambdas.shape[0]),
+    )
+
+
+def _moments(values: Float[Tensor, "n k"]) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
+    """Return the mean and the unbiased variance over samples; torch's warns if there is one."""
+    mean = values.double().mean(0)
+    return mean, (values - mean).square().sum(0) / (values.shape[0] - 1)

@@ -1,0 +1,187 @@
+"""The log of a run: a JSON object for every step, a line each.
+
+    {"loss": 0.71, "damping": 0.1, "ratio": null, "accepted": true, "epoch": 3}
+
+Numbers are exact. JSON has no word for nan, written as ``null``, nor for the infinite damping of a
+skipped direction, written as ``"inf"``; `read` turns both back into numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from os import SEEK_END
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ddnewton.diagnostics.direction_summary import Info, Summary, summary
+from ddnewton.diagnostics.json_records import as_plain, unwritten, written
+from ddnewton.errors import BadType, BadValue, public, sentence
+from ddnewton.quadratic.info import NewtonInfo
+
+logger = logging.getLogger(__name__)
+
+
+@public
+def append(
+    path: str | Path,
+    info: tuple[Any, ...] | Sequence[Info],
+    directions: Info | Sequence[Info] | None = None,
+    **more: float | Tensor,
+) -> None:
+    """Write a line for a step at the end of a run.
+
+    Parameters
+    ----------
+    path
+        A file whose name ends in ``.jsonl``, or a folder for the file ``run.jsonl``; made if
+        missing. A last line that a crash has cut off is taken out.
+    info
+        What an optimizer's ``update`` returned, or any NamedTuple of scalars. Or what
+        `newton_step_and_info` returned, for its loss, predicted decrease (of the full step),
+        gradient norm, gradient share and rank: those of all groups together, the share that of
+        the group with the least.
+    directions
+        What `newton_step_and_info` returned, for a line with the `summary` of every direction.
+    more
+        Further numbers by their names, such as ``epoch=3, test_loss=0.2``.
+
+    Raises
+    ------
+    TypeError
+        If something is no number, or no record where a record is asked for.
+    ValueError
+        If something is several numbers, or a further number has the name of another.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> from typing import NamedTuple
+    >>> class Told(NamedTuple):
+    ...     loss: torch.Tensor
+    ...     accepted: torch.Tensor
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     append(folder, Told(torch.tensor(0.5), torch.tensor(True)), epoch=1)
+    ...     append(folder, Told(torch.tensor(0.25), torch.tensor(False)), epoch=2)
+    ...     read(folder)[1]
+    {'loss': 0.25, 'accepted': False, 'epoch': 2}
+    """
+    line = _scalars(info)
+    if taken := more.keys() & {*line, "directions"}:
+        rule, remedy = "a further number must have a name of its own", "Choose another name."
+        raise BadValue(sentence(rule, ", ".join(sorted(taken)), remedy))
+    line |= {name: written(name, value) for name, value in more.items()}
+    for name, value in line.items():
+        if isinstance(value, list):
+            rule, remedy = f"{name} must be one number", "Write a line for each member or entry."
+            raise BadValue(sentence(rule, f"{len(value)} of them", remedy))
+    if directions is not None:
+        blocks = _blocks(directions)
+        if not blocks:
+            rule = "directions must be what newton_step_and_info returned, or None"
+            raise BadType(sentence(rule, type(directions).__name__, "Pass its second value."))
+        line["directions"] = [as_plain(summary(block)) for block in blocks]
+    text = json.dumps(line, allow_nan=False)
+    file = run_file(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab+") as stream:
+        _mend(stream, file)
+        stream.write(f"{text}\n".encode())
+
+
+@public
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """Return the lines of a run, from the path that `append` was given.
+
+    A last line that a crash has cut off is left out, and said so in a warning of ``logging``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such file, or one of its lines is no JSON object.
+    """
+    file = run_file(path)
+    try:
+        *whole, rest = file.read_bytes().split(b"\n")
+    except OSError as error:
+        rule, got = "path must name a run, a .jsonl file or its folder", f"{file}: {error.strerror}"
+        raise BadValue(sentence(rule, got, "Pass what append was given.")) from error
+    lines = []
+    for number, text in enumerate(whole, 1):
+        try:
+            lines.append(_parsed(text))
+        except ValueError as error:
+            rule, got = f"line {number} of {file} must be a JSON object", f"{text[:40]!r} ({error})"
+            raise BadValue(sentence(rule, got, "Mend it, or take it out.")) from error
+    if rest:
+        try:
+            lines.append(_parsed(rest))
+        except ValueError:
+            logger.warning("%s: line %d was cut off, and is left out", file, len(whole) + 1)
+    return lines
+
+
+def run_file(path: str | Path) -> Path:
+    """Return the file of a run: the path itself if it ends in ``.jsonl``, else one inside it.
+
+    Examples
+    --------
+    >>> run_file("tanh-0.1").as_posix(), run_file("tanh-0.1.jsonl").as_posix()
+    ('tanh-0.1/run.jsonl', 'tanh-0.1.jsonl')
+    """
+    path = Path(path)
+    return path if path.suffix == ".jsonl" else path / "run.jsonl"
+
+
+def _scalars(info: object) -> dict[str, Any]:
+    """Return the scalars of a step; where it was made in blocks, of all of them together."""
+    blocks = _blocks(info)
+    if not blocks:
+        return as_plain(info)
+    norms = torch.stack([block.gradient_norm.double() for block in blocks])
+    decreases = torch.stack([block.predicted_decrease.double().sum(-1) for block in blocks])
+    totals = {
+        "loss": blocks[0].loss,
+        "predicted_decrease": decreases.sum(0),
+        "gradient_norm": norms.square().sum(0).sqrt(),
+        "gradient_share": torch.stack([block.gradient_share for block in blocks]).amin(0),
+        "rank": torch.stack([block.rank for block in blocks]).sum(0),
+    }
+    return {name: written(name, value) for name, value in totals.items()}
+
+
+def _blocks(info: object) -> list[Info]:
+    """Return the records that `newton_step_and_info` returned; none if it did not."""
+    if isinstance(info, NewtonInfo | Summary):
+        return [info]
+    if isinstance(info, list | tuple) and all(isinstance(x, NewtonInfo | Summary) for x in info):
+        return list(info)
+    return []
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    line = unwritten(json.loads(text))
+    if not isinstance(line, dict):
+        raise ValueError("no object")  # noqa: TRY004 - like all that is wrong with a line
+    return line
+
+
+def _mend(stream: BinaryIO, name: Path) -> None:
+    """End the last line of a file, or take it out if it was cut off: the next must not join it."""
+    end = stream.seek(0, SEEK_END)
+    stream.seek(max(0, end - 1))
+    if stream.read() in {b"", b"\n"}:
+        return
+    stream.seek(0)
+    rest = stream.read().rpartition(b"\n")[2]
+    try:
+        _parsed(rest)
+    except ValueError:
+        logger.warning("%s: its last line was cut off, and is taken out", name)
+        stream.truncate(end - len(rest))
+    else:
+        stream.write(b"\n")

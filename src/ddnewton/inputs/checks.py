@@ -1,0 +1,203 @@
+"""What the arguments must be, before any work."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddnewton.errors import BadType, BadValue, sentence
+from ddnewton.transforms import any_known, unwrapped
+from ddnewton.trees import named_leaves
+from ddnewton.types import PyTree
+
+GRAMS = ("auto", "structured", "dense")
+
+
+def check_params(params: PyTree) -> None:
+    """Require at least one leaf, and floating-point tensors throughout."""
+    leaves = named_leaves(params)
+    if not leaves:
+        remedy = "Pass a pytree of tensors, such as dict(module.named_parameters())."
+        raise BadValue(sentence("params must hold at least one tensor", repr(params), remedy))
+    if all(isinstance(leaf, Tensor) and leaf.numel() == 0 for _, leaf in leaves):
+        rule, got = "params must hold at least one number", "empty tensors only"
+        raise BadValue(sentence(rule, got, "Check how the parameters were made."))
+    for path, leaf in leaves:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            rule = "params must hold floating-point tensors only"
+            got = f"params{path}: {leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__}"
+            remedy = (
+                "Pass floating-point tensors, such as dict(module.named_parameters()), and keep "
+                "what is not trained in model_fn."
+            )
+            raise BadType(sentence(rule, got, remedy))
+
+
+def check_batch(**trees: PyTree) -> None:
+    """Require tensors that all hold the same number of samples on axis 0, at least one."""
+    counts: dict[str, int] = {}
+    names = " and ".join(trees)
+    for name, tree in trees.items():
+        leaves = named_leaves(tree)
+        if not leaves:
+            rule = f"{name} must hold at least one tensor"
+            raise BadValue(sentence(rule, repr(tree), "Pass a tensor or a pytree of tensors."))
+        for path, leaf in leaves:
+            counts[name + path] = _samples(name + path, leaf)
+    if len(set(counts.values())) > 1:
+        got = ", ".join(f"{name}: {count}" for name, count in counts.items())
+        rule = f"{names} must hold the same number of samples"
+        raise BadValue(sentence(rule, got, "Slice them to a common axis 0."))
+    if 0 in counts.values():
+        raise BadValue(
+            sentence(f"{names} must hold at least one sample", "0", "Skip the empty batch.")
+        )
+
+
+def _samples(name: str, leaf: Any) -> int:
+    if not isinstance(leaf, Tensor):
+        rule = "X and y must be tensors or pytrees of tensors"
+        got = f"{name}: {type(leaf).__name__}"
+        raise BadType(sentence(rule, got, "Convert it with torch.as_tensor."))
+    if leaf.ndim == 0:
+        rule = "every tensor in X and y must have the samples on axis 0"
+        got = f"{name}: a tensor without axes"
+        raise BadValue(sentence(rule, got, "Give it an axis, or keep constants in model_fn."))
+    return int(leaf.shape[0])
+
+
+def check_outputs(outputs: object, samples: int) -> None:
+    """Require finite floating-point outputs with the samples on axis 0."""
+    if not isinstance(outputs, Tensor):
+        rule = "model_fn must return one tensor"
+        raise BadType(sentence(rule, type(outputs).__name__, "Pick or concatenate the outputs."))
+    if not outputs.is_floating_point():
+        rule = "model_fn must return floating-point outputs"
+        raise BadType(sentence(rule, outputs.dtype, "Return logits or real values."))
+    check_sample_axis(outputs, samples)
+    if outputs.numel() == 0:
+        rule = "model_fn must return at least one output a sample"
+        raise BadValue(sentence(rule, list(outputs.shape), "Check the model's last layer."))
+    if any_known(~outputs.isfinite()):
+        rule, got = "the outputs of model_fn must be finite", "nan or inf"
+        raise BadValue(sentence(rule, got, "Check params and X; lower the last step."))
+
+
+def check_sample_axis(outputs: Tensor, samples: int) -> None:
+    """Require the samples on axis 0, be it one."""
+    if outputs.ndim == 0 or outputs.shape[0] != samples:
+        rule = "the outputs of model_fn must have the samples on axis 0"
+        got = f"outputs: {list(outputs.shape)} for a batch of {samples}"
+        remedy = "Keep the sample axis, also for one sample: squeeze(-1), not squeeze()."
+        raise BadValue(sentence(rule, got, remedy))
+
+
+def check_derivatives(values: Tensor) -> None:
+    """Require finite derivatives of the outputs."""
+    if values.numel() and any_known(~(values.amax() - values.amin()).isfinite()):
+        rule, got = "the derivatives of model_fn must be finite", "nan or inf"
+        remedy = "Look for square roots, norms or logarithms at zero in model_fn."
+        raise BadValue(sentence(rule, got, remedy))
+
+
+def check_functions(model_fn: object, select: object) -> None:
+    """Require functions where functions are asked for."""
+    if not callable(model_fn):
+        rule, remedy = "model_fn must be a function", "Pass model_fn(params, X) -> outputs."
+        raise BadType(sentence(rule, repr(model_fn), remedy))
+    if isinstance(model_fn, nn.Module) and not _takes(model_fn.forward, 2):
+        rule, got = "model_fn must take params and X", f"the module {type(model_fn).__name__}"
+        remedy = "Pass lambda p, x: torch.func.functional_call(module, p, (x,))."
+        raise BadType(sentence(rule, got, remedy))
+    check_select("select", select)
+
+
+def check_options(damping: object, complement: object, gram: object, chunk_size: object) -> None:
+    """Require sensible values of the options that do not depend on the data."""
+    check_damping("damping", damping)
+    if complement is not None:
+        check_positive("complement", complement)
+    if gram not in GRAMS:
+        rule = f"gram must be one of {', '.join(map(repr, GRAMS))}"
+        raise BadValue(sentence(rule, repr(gram), 'Leave it at "auto".'))
+    if chunk_size is not None:
+        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
+            rule, got = "chunk_size must be an integer or None", type(chunk_size).__name__
+            raise BadType(sentence(rule, got, "Pass a number of samples."))
+        if chunk_size < 1:
+            raise BadValue(
+                sentence("chunk_size must be at least 1", chunk_size, "Pass a number of samples.")
+            )
+
+
+def check_select(name: str, select: object) -> None:
+    """Require a rule that chooses directions, or None."""
+    if select is not None and not callable(select):
+        rule = f"{name} must be a function or None"
+        remedy = "Pass a rule such as top_k(10), or lambda evals: [0, 1]."
+        raise BadType(sentence(rule, repr(select), remedy))
+
+
+def check_damping(name: str, damping: object) -> None:
+    """Require a number, or a rule that takes what is known of the directions."""
+    if not callable(damping):
+        check_nonnegative(name, damping)
+    elif not _takes(damping, 4):
+        what = getattr(damping, "__name__", repr(damping))
+        must = f"{name} must be a number, or a function of evals, evecs, gammas and lambdas"
+        remedy = f"If it makes such a function, call it: {what}(…)."
+        raise BadType(sentence(must, what, remedy))
+
+
+def _takes(function: Callable[..., object], count: int) -> bool:
+    """Return whether a function can be called with so many arguments, as far as one can tell."""
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # it does not say what it takes
+        return True
+    return True
+
+
+def distinct(indices: Tensor, count: int, rule: str, remedy: str) -> Tensor:
+    """Require different indices of so many things, and return them counted from 0."""
+    indices = indices.long()  # the count need not fit into a smaller dtype
+    values = unwrapped(indices)
+    if any_known((values < -count) | (values >= count)):
+        got = f"indices from {int(values.min())} to {int(values.max())}"
+        raise BadValue(sentence(rule, got, remedy))
+    indices = torch.where(indices < 0, indices + count, indices)
+    ordered = unwrapped(indices).sort(-1).values
+    if any_known(ordered.diff(dim=-1) == 0):
+        raise BadValue(sentence(rule, f"repeats in {values.tolist()}", remedy))
+    return indices
+
+
+def check_nonnegative(name: str, value: object) -> None:
+    """Require a real number or a 0-d tensor, not negative and not nan."""
+    scalar = isinstance(value, Tensor) and value.ndim == 0
+    if isinstance(value, bool) or not (scalar or isinstance(value, Real)):
+        got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        remedy = "Pass a number" + (", or a function." if name == "damping" else ".")
+        raise BadType(sentence(f"{name} must be a number ≥ 0", got, remedy))
+    if isinstance(value, Tensor) and torch.compiler.is_compiling():
+        return
+    number = unwrapped(value) if isinstance(value, Tensor) else value
+    low = float(number.min() if isinstance(number, Tensor) else number)  # type: ignore[arg-type]
+    if math.isnan(low) or low < 0:
+        rule = f"{name} must be a number ≥ 0"
+        raise BadValue(sentence(rule, low, "Pass 0 or more."))
+
+
+def check_positive(name: str, value: object) -> None:
+    """Require a real number or a 0-d tensor above zero."""
+    check_nonnegative(name, value)
+    if any_known(~(torch.as_tensor(value) > 0)):
+        raise BadValue(sentence(f"{name} must be positive", value, "Pass a number above 0."))

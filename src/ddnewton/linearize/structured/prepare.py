@@ -1,0 +1,194 @@
+"""Finding the layers of a model, and making sure that they are its layers."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ddnewton.columns.factors import in_order, weighted_sums
+from ddnewton.errors import BadValue, public, sentence
+from ddnewton.inputs.checks import check_batch, check_functions, check_params
+from ddnewton.linearize.buffers import kept_buffers
+from ddnewton.linearize.independence import SamplesMix, check_independent, evaluate
+from ddnewton.linearize.precision import (
+    PULLBACK_TOLERANCE,
+    Model,
+    in_float64,
+    narrowest,
+    near,
+    pulled_back,
+    ramp,
+    tolerance,
+    widen_leaf,
+)
+from ddnewton.linearize.structured.program import Program, compile_program
+from ddnewton.linearize.structured.trace import trace, widen
+from ddnewton.linearize.structured.traced_model import Prepared, signature
+from ddnewton.linearize.structured.visit import Visit, visit
+from ddnewton.transforms import first_member
+from ddnewton.trees import take
+from ddnewton.types import ModelFn, PyTree
+
+logger = logging.getLogger(__name__)
+
+TRACED_SAMPLES = 4
+"""On how many samples a trace is compared with its model."""
+
+
+TRACE_REMEDY = (
+    "Branch with torch.where, index with fixed shapes and leave tensors tensors, or pass model_fn "
+    'itself, unprepared, with gram="auto" or "dense".'
+)
+
+
+class Untraceable(BadValue):
+    """A model whose layers cannot be found."""
+
+
+@public
+@torch.no_grad()
+def prepare(model_fn: ModelFn, params: PyTree, X: PyTree) -> Prepared:
+    """Find the layers of a model once, for any number of steps.
+
+    The result is a ``model_fn`` itself, faster in `newton_step` than the one it is made from. It
+    holds for any number of samples and any values of ``params`` and ``X``; what ``model_fn``
+    refers to besides is frozen as it is now, as under `jax.jit`. Printed, it tells through which
+    operations it sees each parameter, or why it differentiates one directly.
+
+    Parameters
+    ----------
+    model_fn, params, X
+        As in `ddnewton.newton_step`; of ``X`` a few samples are enough.
+
+    Returns
+    -------
+    Prepared
+        A ``model_fn``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Where an argument breaks a rule, or where the model cannot be traced.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model_fn = lambda p, x: torch.tanh(x @ p["W"] + p["b"]) * p["scale"]
+    >>> params = {"W": torch.ones(3, 2), "b": torch.zeros(2), "scale": torch.ones(2)}
+    >>> prepare(model_fn, params, torch.ones(1, 3))
+    Prepared(
+      ['W']: mm
+      ['b']: add
+      ['scale']: directly (no rule for mul)
+    )
+    """
+    check_functions(model_fn, None)
+    check_params(params)
+    check_batch(X=X)
+    if isinstance(model_fn, Prepared):
+        model_fn.leaves(params, X)
+        return model_fn
+    with kept_buffers(model_fn) as check_buffers:
+        model = evaluate(model_fn, params, take(X, slice(0, TRACED_SAMPLES)), None)
+        check_buffers()
+        return prepared_model(model)
+
+
+def prepared_model(model: Model) -> Prepared:
+    """Find the layers of a model, and compare what comes of them with the model on its batch."""
+    params, X, outputs = tree_map(first_member, (model.params, model.X, model.outputs))
+    model = Model(model.function, params, X, outputs)
+    first = take(X, slice(0, 1))
+    one = Model(model.function, params, first, model.function(params, first))
+    leaves, samples = tree_leaves(params), tree_leaves(X)
+    try:
+        graph = trace(model.function, params, tree_map(lambda x: x[0], X))
+        narrow = compile_program(graph, leaves, [sample[0] for sample in samples])
+        _check(narrow, one)
+    except torch.OutOfMemoryError:
+        raise
+    except SamplesMix as error:
+        got = "other values or derivatives, as of an autograd.Function with a backward of its own"
+        raise Untraceable(
+            sentence("the trace of model_fn must agree with it", got, TRACE_REMEDY)
+        ) from error
+    except Exception as error:
+        got = " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+        raise Untraceable(sentence("model_fn must be traceable", got, TRACE_REMEDY)) from error
+    agreed = _check(narrow, model)
+    return Prepared(
+        sample=graph,
+        narrow=narrow,
+        wide=_wide(narrow, leaves, samples, *agreed),
+        params=signature("params", params, 0),
+        X=signature("X", X, 1),
+        width=outputs[0].numel(),
+        dtype=outputs.dtype,
+    )
+
+
+def _check(program: Program, model: Model) -> tuple[Tensor, Tensor]:
+    """Return outputs and a pullback of all samples, which must be those of the model."""
+    v = visit(program, tree_leaves(model.params), tree_leaves(model.X))
+    size = model.outputs.abs().amax()
+    check_independent(model.outputs, v.outputs, size, size, "outputs")
+    expected, pulled = _expected(model), _pulled_back(program, v)
+    sizes = [leaf.numel() for leaf in tree_leaves(model.params)]
+    dtype = narrowest([model.outputs, *tree_leaves(model.params)])
+    expected, mine = expected.to(dtype), pulled.to(dtype)
+    largest = torch.maximum(expected.abs().amax(), size)
+    for together, alone in zip(expected.split(sizes), mine.split(sizes), strict=True):
+        if together.numel():
+            check_independent(together, alone, together.abs().amax(), largest, "derivatives")
+    return v.outputs, pulled
+
+
+def _expected(model: Model) -> Float[Tensor, " d"]:
+    """Return the model's own pullback of the ramp."""
+    try:
+        return pulled_back(model, model.X)
+    except RuntimeError:  # a kernel that has a derivative in float64 alone, as LSTM's on a CPU
+        params, X = tree_map(widen_leaf, (model.params, model.X))
+        return pulled_back(model._replace(function=in_float64(model.function), params=params), X)
+
+
+def _pulled_back(program: Program, visited: Visit) -> Float[Tensor, " d"]:
+    """Return the pullback of the ramp, summed over the samples' own."""
+    outputs = visited.outputs
+    n = outputs.shape[0]
+    factors = visited.pullback(ramp(outputs).reshape(n, -1, 1))
+    weights = torch.ones(1, n, 1, dtype=torch.float64, device=outputs.device)
+    pieces = [part[0] for factor in factors for part in weighted_sums(factor, weights)]
+    return in_order(torch.cat(pieces), program.order)
+
+
+def _wide(
+    program: Program,
+    leaves: list[Tensor],
+    samples: list[Tensor],
+    outputs: Float[Tensor, "n ..."],
+    slopes: Float[Tensor, " d"],
+) -> Program | None:
+    """Return the program in float64, if it is narrower and that makes no other function of it.
+
+    Of the program as it is the outputs and a pullback are known.
+    """
+    dtype = narrowest([*leaves, *samples])
+    if dtype == torch.float64:
+        return None
+    graph, rounded = widen(program.graph, dtype)
+    wide = program._replace(graph=graph)
+    try:
+        precise = visit(wide, *tree_map(widen_leaf, (leaves, samples)))
+        same = near(precise.outputs, outputs, tolerance(dtype, rounded))
+        if same and near(_pulled_back(wide, precise), slopes, PULLBACK_TOLERANCE):
+            return wide
+        reason: object = "its outputs or derivatives change"
+    except Exception as error:  # noqa: BLE001 - the model was never asked to run in float64
+        reason = error
+    logger.info("the model is not evaluated in float64: %s", reason)
+    return None

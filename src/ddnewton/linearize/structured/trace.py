@@ -1,0 +1,143 @@
+"""A model as a graph of operations on one sample, whatever it was written with.
+
+The graph is taken below every transform and module (`make_fx` after dispatch), from real tensors
+and for a single sample: ``vmap`` maps it over a batch of any size. A trace of the batch would have
+its number of samples baked in, and a trace above dispatch loses what an inner ``vmap`` maps over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.func import functionalize
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_aggregate
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ddnewton.inputs.checks import check_sample_axis
+from ddnewton.transforms import first_member
+from ddnewton.trees import as_batch
+from ddnewton.types import ModelFn, PyTree
+
+aten = torch.ops.aten
+
+
+def trace(function: ModelFn, params: PyTree, x: PyTree) -> GraphModule:
+    """Return ``graph(*leaves of params, *leaves of x) -> outputs`` of one sample.
+
+    Raises whatever stands in the way: a branch on data, say, or ``.item()``.
+    """
+    leaves, spec = tree_flatten((params, x))
+    # One tensor under two names would come out as one input.
+    leaves = [first_member(leaf).clone() for leaf in leaves]
+
+    def one(*leaves: Tensor) -> Tensor:
+        params, x = tree_unflatten(leaves, spec)
+        outputs = function(params, as_batch(x))
+        check_sample_axis(outputs, 1)
+        return outputs[0]
+
+    with _plain_kernels(), torch.no_grad():
+        graph = _tidy(make_fx(one)(*leaves))
+        if any(map(_writes, graph.graph.nodes)):
+            # Writing into a tensor that is the same for all samples does not survive vmap.
+            graph = make_fx(functionalize(graph))(*leaves)
+            ShapeProp(graph).propagate(*leaves)
+        graph = _tidy(_differentiable(graph))
+    _map_constants(graph, lambda constant: constant.detach().clone())
+    return graph
+
+
+def widen(graph: GraphModule, dtype: torch.dtype) -> tuple[GraphModule, bool]:
+    """Return a copy that computes in float64 what the graph computes in ``dtype`` or wider.
+
+    Also returns whether something narrower than ``dtype`` is left, and rounds.
+    """
+    rounded = False
+
+    def wide(leaf: Any) -> Any:
+        nonlocal rounded
+        if isinstance(leaf, torch.dtype) and leaf.is_floating_point:
+            rounded |= leaf.itemsize < dtype.itemsize
+            return leaf if leaf.itemsize < dtype.itemsize else torch.float64
+        return leaf
+
+    nodes = Graph()
+    nodes.output(nodes.graph_copy(graph.graph, {}))
+    copy = GraphModule(graph, nodes)
+    for node in copy.graph.nodes:
+        node.args, node.kwargs = map_aggregate(node.args, wide), map_aggregate(node.kwargs, wide)
+    _map_constants(copy, lambda x: x.double() if x.dtype == dtype else x)
+    copy.recompile()
+    return copy, rounded
+
+
+def _map_constants(graph: GraphModule, function: Callable[[Tensor], Tensor]) -> None:
+    """Replace the tensors that the model refers to, be they parameters, buffers or others."""
+    for name in {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}:
+        constant = getattr(graph, name)
+        if isinstance(constant, Tensor):
+            delattr(graph, name)
+            with torch.inference_mode(False):  # or autograd would refuse it
+                graph.register_buffer(name, function(constant))
+
+
+def _tidy(graph: GraphModule) -> GraphModule:
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _writes(node: Node) -> bool:
+    """Return whether an operation writes to its arguments."""
+    return isinstance(node.target, OpOverload) and bool(node.target._schema.is_mutable)
+
+
+def _differentiable(graph: GraphModule) -> GraphModule:
+    """Rewrite what functionalization makes of writing in place, and torch cannot map or pull."""
+    nodes, call = graph.graph.nodes, graph.graph.call_function
+    for node in nodes:
+        with graph.graph.inserting_before(node):
+            if node.target in (aten.copy.default, aten.fill.Tensor):
+                to, source = node.args[:2]
+                new = call(aten.add.Tensor, (call(aten.zeros_like.default, (to,)), source))
+            elif node.target == aten.select_scatter.default:
+                # Under vmap, torch 2.13 pulls back twice what is written to an unmapped tensor.
+                to, source, axis, place = node.args
+                place %= to.meta["tensor_meta"].shape[axis]
+                source = call(aten.unsqueeze.default, (source, axis))
+                new = call(aten.slice_scatter.default, (to, source, axis, place, place + 1))
+            elif node.target == aten.slice_scatter.default:
+                # Nor does it know, under vmap, a slice without a start or an end.
+                to, source, axis, *ends = (*node.args, 0)[: max(3, len(node.args))]
+                start, stop, step = slice(*ends).indices(to.meta["tensor_meta"].shape[axis])
+                new = call(aten.slice_scatter.default, (to, source, axis, start, stop, step))
+            elif node.target == aten.fill.Scalar:
+                new = call(aten.full_like.default, node.args)
+            else:
+                continue
+        new.meta = node.meta
+        node.replace_all_uses_with(new)
+    return graph
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Have attention and recurrent layers computed by operations that have all derivatives."""
+    fast, kernels = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.backends.mkldnn.enabled = kernels

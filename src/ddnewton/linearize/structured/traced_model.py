@@ -1,0 +1,96 @@
+"""A model whose layers have been found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import vmap
+from torch.fx import GraphModule
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_structure
+
+from ddnewton.errors import BadType, BadValue, sentence
+from ddnewton.linearize.structured.program import Program
+from ddnewton.trees import named_leaves
+from ddnewton.types import PyTree
+
+
+class Signature(NamedTuple):
+    """What the arguments of a prepared model must be like."""
+
+    name: str
+    structure: TreeSpec
+    skip: int  # axes in front, of the samples
+    leaves: Sequence[tuple[str, torch.Size, torch.dtype, torch.device]]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Prepared:
+    """A model with its layers found: called, the model itself; printed, what was found.
+
+    It holds for any number of samples and any values; what the model referred to besides its
+    arguments is frozen as it was, as under `jax.jit`.
+    """
+
+    sample: GraphModule
+    narrow: Program
+    wide: Program | None
+    params: Signature
+    X: Signature
+    width: int  # how many outputs a sample has
+    dtype: torch.dtype  # of the outputs
+
+    def __call__(self, params: PyTree, X: PyTree) -> Float[Tensor, "n ..."]:
+        """Return the model's outputs."""
+        leaves, samples = self.leaves(params, X)
+        mapped = (*(None for _ in leaves), *(0 for _ in samples))
+        outputs: Tensor = vmap(self.sample, mapped)(*leaves, *samples)
+        return outputs
+
+    def leaves(self, params: PyTree, X: PyTree) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the tensors of arguments that fit; refuse others."""
+        leaves, samples = _checked(self.params, params), _checked(self.X, X)
+        if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
+            # What was made in inference mode, autograd refuses outside.
+            leaves = [leaf.clone() if leaf.is_inference() else leaf for leaf in leaves]
+            samples = [leaf.clone() if leaf.is_inference() else leaf for leaf in samples]
+        return leaves, samples
+
+    def __repr__(self) -> str:
+        rows = [
+            f"  {name or 'params'}: {path}"
+            for (name, *_), path in zip(self.params.leaves, self.narrow.paths, strict=True)
+        ]
+        return "\n".join(["Prepared(", *rows, ")"])
+
+
+def signature(name: str, tree: PyTree, skip: int) -> Signature:
+    """Return what a tree is like, but for some axes in front."""
+    leaves = [
+        (path, leaf.shape[skip:], leaf.dtype, leaf.device) for path, leaf in named_leaves(tree)
+    ]
+    return Signature(name, tree_structure(tree), skip, leaves)
+
+
+def _checked(expected: Signature, tree: PyTree) -> list[Tensor]:
+    """Return the leaves of an argument; refuse what the model was not prepared for."""
+    leaves, structure = tree_flatten(tree)
+    name, remedy = expected.name, "Prepare the model anew for these."
+    if structure != expected.structure:
+        rule = f"{name} must have the structure that the model was prepared with"
+        got = "other keys, lengths or types: " + " ".join(str(structure).split())
+        raise BadType(sentence(rule, got, remedy))
+    for leaf, (path, shape, dtype, device) in zip(leaves, expected.leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            rule = f"{name} must hold tensors"
+            raise BadType(sentence(rule, f"{name}{path}: {type(leaf).__name__}", remedy))
+        like = (leaf.shape[expected.skip :], leaf.dtype, leaf.device)
+        if like != (shape, dtype, device) or leaf.ndim < expected.skip:
+            per = " a sample" if expected.skip else ""
+            rule = f"{name}{path} must be {dtype}{list(shape)}{per} on {device}, as prepared"
+            raise BadValue(sentence(rule, f"{like[1]}{list(like[0])} on {like[2]}", remedy))
+    return leaves

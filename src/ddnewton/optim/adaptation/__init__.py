@@ -1,0 +1,26 @@
+"""How damping follows what steps do."""
+
+from ddnewton.optim.adaptation.adaptation import (
+    Adaptation,
+    Choice,
+    Curvature,
+    LearningRate,
+    Outcome,
+)
+from ddnewton.optim.adaptation.deterministic import RADIUS_SLACK, levenberg_marquardt, trust_region
+from ddnewton.optim.adaptation.fixed import as_adaptation, fixed
+from ddnewton.optim.adaptation.stochastic import held_out
+
+__all__ = [
+    "RADIUS_SLACK",
+    "Adaptation",
+    "Choice",
+    "Curvature",
+    "LearningRate",
+    "Outcome",
+    "as_adaptation",
+    "fixed",
+    "held_out",
+    "levenberg_marquardt",
+    "trust_region",
+]

@@ -1,0 +1,269 @@
+"""Training with damped Newton steps: a pair of pure functions, ``init`` and ``update``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ddnewton.criteria import AnyCriterion
+from ddnewton.errors import BadValue, public, sentence
+from ddnewton.inputs.checks import (
+    check_batch,
+    check_functions,
+    check_nonnegative,
+    check_options,
+    check_params,
+    check_positive,
+)
+from ddnewton.inputs.groups import Group
+from ddnewton.inputs.samples import Indices
+from ddnewton.optim.adaptation import (
+    Adaptation,
+    Choice,
+    LearningRate,
+    as_adaptation,
+    levenberg_marquardt,
+)
+from ddnewton.optim.search import Local, Settings, added, search
+from ddnewton.optim.state import (
+    State,
+    UpdateInfo,
+    check_state,
+    first_state,
+    next_state,
+    update_info,
+)
+from ddnewton.optim.trial_steps import Complement, Proximal, curvature_of, trials, with_more
+from ddnewton.quadratic.quadratic_model import (
+    Options,
+    QuadraticModel,
+    gauss_newton_matrices,
+    gradients,
+    quadratic_model,
+)
+from ddnewton.transforms import any_known
+from ddnewton.trees import flattened, sample_count
+from ddnewton.types import DampingRule, GramWay, ModelFn, PyTree, Select
+
+
+class FunctionalOptimizer(NamedTuple):
+    """An optimizer as two pure functions."""
+
+    init: Callable[[PyTree], State]
+    update: Callable[[PyTree, State, PyTree, PyTree], tuple[PyTree, State, UpdateInfo]]
+
+
+@public
+def directional_newton(
+    model_fn: ModelFn,
+    criterion: AnyCriterion,
+    damping: float | Tensor | DampingRule | Adaptation | None = None,
+    *,
+    learning_rate: LearningRate | None = None,
+    momentum: float | Literal["exact"] | None = None,
+    weight_decay: float = 0.0,
+    trust_radius: float | None = None,
+    select: Select | None = None,
+    complement: Complement = None,
+    groups: Sequence[Group] | None = None,
+    subsampling_grad: Indices | None = None,
+    subsampling_ggn: Indices | None = None,
+    subsampling_curvature: Indices | None = None,
+    gram: GramWay = "auto",
+    chunk_size: int | None = None,
+) -> FunctionalOptimizer:
+    r"""Return an optimizer of damped Newton steps, as a pair of pure functions.
+
+    .. code-block:: python
+
+        optimizer = directional_newton(model_fn, criterion)
+        state = optimizer.init(params)
+        for X, y in batches:
+            params, state, info = optimizer.update(params, state, X, y)
+
+    By default for losses without noise, the same batch in every update: Levenberg-Marquardt's
+    damping, with which the loss never rises. For mini-batches pass ``damping=held_out()``. An
+    update tries a step, looks where it leads, and damps more where it has to, all from one
+    decomposition; a step to no finite loss is never taken. Both functions work under
+    `torch.func.vmap` over the parameters and the state; neither draws random numbers, unless the
+    criterion is of `monte_carlo`.
+
+    Parameters
+    ----------
+    model_fn, criterion
+        As for `ddnewton.newton_step`. In a loop pass what `ddnewton.prepare` returns.
+    damping
+        `levenberg_marquardt`, `trust_region` or `held_out`, which adapt the part δ of the damping
+        that all directions share; or a number or a rule of `ddnewton.damping`, which stay as they
+        are: `fixed`. None is ``levenberg_marquardt()``.
+    learning_rate
+        How much of a step is taken: a number, a function of the number of updates so far (a
+        tensor), or "exact" for where the damped quadratic model is lowest along it; that is 1 but
+        for groups, a ``select`` or momentum. None is what goes with the damping: 1, and
+        0.2 / √(1 + t / 20) for `held_out`.
+    momentum
+        How much μ < 1 of the step before damping pulls a step to, instead of to zero (SPRING:
+        Goldshlager, Abrahamsen, Lin, 2024, arXiv 2401.10190). "exact" adds as much of the
+        step before as makes the damped quadratic model lowest (Martens, Grosse, 2015, arXiv
+        1503.05671, section 7). None is what goes with the damping: 0, and 0.9 for `held_out`.
+    weight_decay
+        w ≥ 0: the penalty ½ w ‖θ‖² on all parameters is part of the loss, its gradient and its
+        curvature. Along directions that nothing else damps, for a rule all that it is not asked
+        about, parameters go to zero at once; there pass ``complement``.
+    trust_radius
+        Longest step: damping is raised until ‖s‖ does not exceed it.
+    select, groups, subsampling_grad, subsampling_ggn, subsampling_curvature, gram, chunk_size
+        As for `ddnewton.newton_step`. What a group or a rule damps by comes on top of what adapts.
+    complement
+        As for `ddnewton.newton_step`, or "damping": outside the kept directions damp by δ, as
+        inside. With it, and Monte-Carlo or sub-sampled curvature, all of the gradient counts. To a
+        number, what adapts is added.
+
+    Returns
+    -------
+    FunctionalOptimizer
+        ``init(params) -> state`` and ``update(params, state, X, y) -> (params, state, info)``; see
+        `State` and `UpdateInfo`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Where an argument breaks a rule, here or in ``update``; the message names it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> curve = lambda p, x: p["height"] * torch.exp(-p["rate"] * x)
+    >>> params = {"height": torch.ones(1), "rate": torch.ones(1)}
+    >>> x = torch.linspace(0, 3, 20)[:, None]
+    >>> optimizer = directional_newton(curve, torch.nn.MSELoss())
+    >>> state = optimizer.init(params)
+    >>> for _ in range(8):
+    ...     params, state, info = optimizer.update(params, state, x, 3 * torch.exp(-0.5 * x))
+    >>> {name: round(value.item(), 4) for name, value in params.items()}
+    {'height': 3.0, 'rate': 0.5}
+    """
+    adaptation = as_adaptation(levenberg_marquardt() if damping is None else damping)
+    settings = Settings(
+        adaptation=adaptation,
+        learning_rate=adaptation.learning_rate if learning_rate is None else learning_rate,
+        momentum=adaptation.momentum if momentum is None else momentum,
+        weight_decay=weight_decay,
+        trust_radius=trust_radius,
+        complement=complement,
+    )
+    _check(settings)
+    check_functions(model_fn, select)
+    options = Options(
+        damping=adaptation.rule,
+        select=select,
+        complement=None if complement == "damping" else complement,
+        groups=groups,
+        subsampling_grad=subsampling_grad,
+        subsampling_ggn=subsampling_ggn,
+        subsampling_curvature=subsampling_curvature,
+        gram=gram,
+        chunk_size=chunk_size,
+    )
+
+    check_options(options.damping, options.complement, gram, chunk_size)
+
+    @torch.no_grad()
+    def init(params: PyTree) -> State:
+        check_params(params)
+        return first_state(params, bool(settings.momentum))
+
+    @torch.no_grad()
+    def update(
+        params: PyTree, state: State, X: PyTree, y: PyTree
+    ) -> tuple[PyTree, State, UpdateInfo]:
+        check_params(params)
+        check_state(state, params, bool(settings.momentum))
+        mine, held = _held_out(options, adaptation.choice, state, X)
+        with quadratic_model(model_fn, params, X, y, criterion, mine) as expanded:
+            local = _local(expanded, settings, params, state, held)
+            step = search(local, settings, state.control)
+            moved = added(params, torch.where(step.taken, step.rate * step.vector, 0))
+            return moved, next_state(state, step, params), update_info(local, step, adaptation.rule)
+
+    return FunctionalOptimizer(public(init), public(update))
+
+
+def _check(settings: Settings) -> None:
+    """Refuse settings that break a rule."""
+    rate, momentum = settings.learning_rate, settings.momentum
+    if isinstance(rate, str) and rate != "exact":
+        rule = 'learning_rate must be a number, a function or "exact"'
+        raise BadValue(sentence(rule, repr(rate), "Pass a number, such as 1.0."))
+    if not isinstance(rate, str) and not callable(rate):
+        check_positive("learning_rate", rate)
+    if isinstance(momentum, str) and momentum != "exact":
+        rule = 'momentum must be a number from 0 to below 1, or "exact"'
+        raise BadValue(sentence(rule, repr(momentum), "Pass a number, such as 0.9."))
+    if not isinstance(momentum, str):
+        check_nonnegative("momentum", momentum)
+        if momentum >= 1:
+            raise BadValue(sentence("momentum must be below 1", momentum, "Pass 0.9, say."))
+    check_nonnegative("weight_decay", settings.weight_decay)
+    if settings.trust_radius is not None:
+        check_positive("trust_radius", settings.trust_radius)
+    if isinstance(settings.complement, str) and settings.complement != "damping":
+        rule = 'complement must be a positive number, "damping" or None'
+        raise BadValue(sentence(rule, repr(settings.complement), 'Pass "damping".'))
+
+
+def _held_out(
+    options: Options, choice: Choice | None, state: State, X: PyTree
+) -> tuple[Options, Tensor | None]:
+    """Return which samples a step is made of, and which are held out, the last ones if any."""
+    if choice is None or not any_known(state.updates % choice.every == 0):
+        return options, None
+    check_batch(X=X)
+    n, device = sample_count(X), tree_leaves(X)[0].device
+    kept = n - max(1, round(choice.fraction * n))
+    if kept < 1:
+        rule = "a batch to hold samples out of must have two of them or more"
+        raise BadValue(sentence(rule, n, "Pass a larger batch, or damp by another rule."))
+    own = slice(0, kept)
+    options = options._replace(
+        subsampling_grad=own if options.subsampling_grad is None else options.subsampling_grad,
+        subsampling_ggn=own if options.subsampling_ggn is None else options.subsampling_ggn,
+    )
+    return options, torch.arange(kept, n, device=device)
+
+
+def _local(
+    expanded: QuadraticModel,
+    settings: Settings,
+    params: PyTree,
+    state: State,
+    held: Tensor | None,
+) -> Local:
+    """Decompose the curvature of a batch, on as many digits as the damping so far asks for."""
+    by_length = settings.adaptation.by_length
+    delta = torch.where(state.damping.isnan() | by_length, 0, state.damping)
+    problem, systems = gauss_newton_matrices(with_more(expanded, delta))
+    problem = problem._replace(blocks=expanded.blocks)
+    inertia = None
+    if settings.momentum or settings.weight_decay:
+        theta = flattened(params)[None]
+        inertia = Proximal(
+            previous=flattened(state.previous)[None] if settings.momentum else theta[:0],
+            params=theta if settings.weight_decay else theta[:0],
+            decay=settings.weight_decay,
+        )
+    return Local(
+        problem=problem,
+        trials=trials(problem, systems, settings.complement, inertia),
+        params=params,
+        inertia=inertia,
+        updates=state.updates,
+        damping=state.damping,
+        others=held,
+        curvature=curvature_of(systems),
+        gradient_norm=torch.cat(gradients(problem)).norm(),
+    )

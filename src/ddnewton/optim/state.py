@@ -1,0 +1,131 @@
+"""What an update leaves: a state for the next one, and a record of what it did."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ddnewton.errors import BadType, BadValue, sentence
+from ddnewton.optim.search import Local, Step
+from ddnewton.trees import unflattened
+from ddnewton.types import DampingRule, PyTree
+
+
+class State(NamedTuple):
+    """What the next update needs: tensors, to be saved, loaded and mapped over."""
+
+    updates: Int[Tensor, ""]
+    """How many updates there have been."""
+    control: Float[Tensor, ""]
+    """What adapts: the damping, its multiple of the mean eigenvalue, or the longest step; nan
+    where it is to start anew."""
+    damping: Float[Tensor, ""]
+    """δ of the last step; nan before the first."""
+    previous: PyTree
+    """The step before, before the learning rate, like the parameters; () without momentum."""
+
+
+class UpdateInfo(NamedTuple):
+    """What an update did."""
+
+    loss: Float[Tensor, ""]
+    loss_after: Float[Tensor, ""]
+    """On the same samples; both with the penalty of weight decay."""
+    predicted_decrease: Float[Tensor, ""]
+    """Of the quadratic model, along the step that was taken."""
+    ratio: Float[Tensor, ""]
+    """Actual over predicted decrease."""
+    damping: Float[Tensor, ""]
+    """δ, of all directions; what a rule or a group adds is not in it."""
+    learning_rate: Float[Tensor, ""]
+    """The mean over the parameters where groups have their own, as in `ddnewton.optim`."""
+    step_norm: Float[Tensor, ""]
+    gradient_norm: Float[Tensor, ""]
+    """Without the penalty of weight decay."""
+    gradient_share: Float[Tensor, ""]
+    """Share of the squared gradient norm inside the kept directions, of all groups together; nan
+    where no eigenpairs were needed."""
+    rank: Float[Tensor, ""]
+    """Number of eigenvalues above the rank tolerance, of all groups; nan likewise."""
+    attempts: Int[Tensor, ""]
+    """How many steps were tried."""
+    accepted: Bool[Tensor, ""]
+    """Whether one was taken; if not, the parameters are what they were."""
+
+
+def first_state(params: PyTree, momentum: bool) -> State:
+    """Return the state before the first update."""
+    device = tree_leaves(params)[0].device
+    unknown = torch.full((), torch.nan, dtype=torch.float64, device=device)
+    return State(
+        updates=torch.zeros((), dtype=torch.int64, device=device),
+        control=unknown,
+        damping=unknown.clone(),
+        previous=tree_map(torch.zeros_like, params) if momentum else (),
+    )
+
+
+def check_state(state: object, params: PyTree, momentum: bool) -> None:
+    """Require a state of these parameters, with a step before where there is momentum."""
+    remedy = "Pass what init(params), or the last update, returned."
+    if not isinstance(state, State):
+        raise BadType(sentence("state must be a State", type(state).__name__, remedy))
+    shapes = [leaf.shape for leaf in tree_leaves(params)] if momentum else []
+    if [leaf.shape for leaf in tree_leaves(state.previous)] != shapes:
+        rule = "state must be of the same parameters, and of an optimizer with the same momentum"
+        raise BadValue(sentence(rule, "another step before", remedy))
+
+
+def next_state(state: State, step: Step, params: PyTree) -> State:
+    """Return the state after a step; one that is not taken is no start for the next."""
+    previous: PyTree = ()
+    if state.previous != ():
+        previous = unflattened(torch.where(step.taken, step.vector, 0), params)
+    return State(
+        updates=state.updates + 1,
+        control=step.following,
+        damping=step.damping,
+        previous=previous,
+    )
+
+
+def update_info(local: Local, step: Step, rule: float | Tensor | DampingRule) -> UpdateInfo:
+    """Return what an update did."""
+    outcome = step.outcome
+    rank, share = _directions(local)
+    return UpdateInfo(
+        loss=outcome.before,
+        loss_after=torch.where(step.taken, outcome.after, outcome.before),
+        predicted_decrease=torch.where(step.taken, outcome.predicted, 0),
+        ratio=outcome.ratio,
+        damping=step.damping if callable(rule) else step.damping + rule,
+        learning_rate=step.rate.mean(),
+        step_norm=torch.where(step.taken, outcome.length, 0),
+        gradient_norm=local.gradient_norm,
+        gradient_share=share,
+        rank=rank,
+        attempts=step.tried,
+        accepted=step.taken,
+    )
+
+
+def _directions(local: Local) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Return the rank, and the kept directions' share of the gradient, where these are known."""
+    along = local.trials.known()
+    unknown = torch.full_like(local.gradient_norm, torch.nan)
+    if along is None:
+        return unknown, unknown
+    squares = [
+        torch.where(each.kept.live, each.derivatives.gammas.mean(0), 0).square().sum()
+        for each in along
+    ]
+    inside, square = torch.stack(squares).sum(), local.gradient_norm.square()
+    share = torch.where(square > 0, inside / square, 1).clamp(max=1)
+    ranks = [each.spectrum.live.sum() for each in along]
+    if any(len(each.spectrum.evals) < len(local.problem.curvature_weights) for each in along):
+        return unknown, share  # of some matrix only the leading eigenpairs are known
+    return torch.stack(ranks).sum().to(share), share

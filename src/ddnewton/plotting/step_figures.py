@@ -1,0 +1,158 @@
+"""Figures of one step: what is known of every direction, and what the step makes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
+from torch import Tensor
+
+from ddnewton.diagnostics import Info, summary
+from ddnewton.plotting.style import COLORS, MEAN_LINE, POINT_MARKS, curve, finish, rug
+from ddnewton.quadratic.info import NewtonInfo
+
+FEW_DIRECTIONS = 50
+"""How many directions are too few for an axis that is labelled with powers of ten."""
+
+
+def spectrum(ax: Axes, info: Info, *, color: str = COLORS[0], label: str | None = None) -> None:
+    """Draw the kept eigenvalues λ_k of the Gauss-Newton matrix, the largest first.
+
+    A dotted line marks the numerical rank. Eigenvalues beyond it, which are there only if
+    ``select`` asked for them, are rounding, and drawn faint.
+    """
+    evals, rank = info.evals.detach().double().cpu().sort(descending=True).values, int(info.rank)
+    _line(ax, evals[:rank], color=color, label=label)
+    if rank < len(evals):
+        _line(ax, evals[rank:], start=rank + 1, color=color, alpha=0.35)
+        ax.axvline(rank + 0.5, color=color, linestyle=":", linewidth=1.0)
+    _directions(ax, r"eigenvalue $\lambda_k$  (loss / length$^2$)")
+
+
+def slopes(ax: Axes, info: NewtonInfo, *, color: str = COLORS[0]) -> None:
+    """Draw |γ_nk|, its median and spread over samples, and the slope of their mean, |γ_k|.
+
+    Where the mean lies far below the median, the samples pull in opposite directions.
+    """
+    _spread(ax, _live(info.gammas.abs(), info), color, r"$|\gamma_{nk}|$")
+    mean = _live(info.gammas.mean(0).abs(), info)
+    _line(ax, mean, label=r"|mean $\gamma_{nk}$| = $|\gamma_k|$", **MEAN_LINE)
+    _directions(ax, r"slope $|\gamma|$  (loss / length)")
+
+
+def curvatures(ax: Axes, info: NewtonInfo, *, color: str = COLORS[0]) -> None:
+    """Draw λ_nk, its median and spread over samples, and their mean, the eigenvalue λ_k."""
+    _spread(ax, _live(info.lambdas, info), color, r"$\lambda_{nk}$")
+    mean = _live(info.lambdas.mean(0), info)
+    _line(ax, mean, label=r"mean $\lambda_{nk}$ = $\lambda_k$", **MEAN_LINE)
+    _directions(ax, r"curvature $\lambda$  (loss / length$^2$)")
+
+
+def signal_to_noise(ax: Axes, info: Info) -> None:
+    """Draw γ_k² / var γ_nk and λ_k² / var λ_nk: how far samples agree on slope and curvature.
+
+    Below 1/N, the squared mean of N samples is less than its own variance: it may be all noise.
+    The measure and its line are those of Dangel, Tatzel, Hennig, *ViViT*, TMLR 2022, arXiv
+    2106.02624.
+    """
+    found = summary(info)
+    slope = _live(found.slope.square() / found.slope_variance, found)
+    curvature = _live(found.curvature.square() / found.curvature_variance, found)
+    blue, red = COLORS[:2]
+    _line(ax, curvature, color=red, label=r"curvature: $\lambda_k^2\,/\,$var $\lambda_{nk}$")
+    _line(ax, slope, color=blue, label=r"slope: $\gamma_k^2\,/\,$var $\gamma_{nk}$", **POINT_MARKS)
+    counts = {int(found.samples): blue, int(found.curvature_samples): red}
+    for count, color in counts.items() if ax.has_data() else ():
+        shade = color if len(counts) == 2 else "black"
+        ax.axhline(1 / count, color=shade, linestyle=":", label=f"1/N, N = {count}")
+    _directions(ax, "signal to noise", "no spread of samples", room=0.5)
+
+
+def budget(ax: Axes, info: Info) -> None:
+    """Draw what the step is made of: |γ_k|, λ_k, δ_k, and by how much the loss should fall.
+
+    The fall along a direction is c_k (|γ_k| − ½ λ_k c_k) with the length c_k = |γ_k| / (λ_k + δ_k).
+    Directions that the step does not take, for an infinite damping or for want of a slope, are
+    marked along the lower edge.
+    """
+    found = summary(info)
+    k = torch.arange(1, len(found.evals) + 1)
+    damping, length = _live(found.dampings, found), _live(found.coefficients, found)
+    _line(ax, _live(found.curvature, found), label=r"curvature $\lambda_k$", **MEAN_LINE)
+    dash = POINT_MARKS | {"marker": "_", "markersize": 4}
+    _line(ax, damping, color=COLORS[1], label=r"damping $\delta_k$", **dash)
+    slope, gain = _live(found.slope.abs(), found), _live(found.predicted_decrease, found)
+    _line(ax, slope, color=COLORS[0], label=r"slope $|\gamma_k|$", **POINT_MARKS)
+    _line(ax, gain, color=COLORS[2], label="predicted gain", **POINT_MARKS)
+    if ax.has_data():
+        rug(ax, k[: len(damping)], damping.isinf() | (length == 0), "skipped")
+    _directions(ax, "loss, per length, per length$^2$", room=0.5, ncols=2, columnspacing=1)
+
+
+def curvature_bias(
+    ax: Axes, info: Info, *, color: str = COLORS[0], label: str | None = None
+) -> None:
+    """Draw how many times larger a curvature looks to the directions' own samples than to others.
+
+    ``info`` is of a step with ``subsampling_curvature``: samples that the directions are not made
+    of. The band is a standard error of their mean λ_k to either side. Without such samples, all
+    ratios are 1.
+    """
+    found = summary(info)
+    ratio = _live(found.evals / found.curvature, found)
+    spread = (found.curvature_variance / found.curvature_samples).sqrt() / found.curvature
+    error = _live(spread, found).exp()
+    k = torch.arange(1, len(ratio) + 1)
+    seen = (ratio > 0) & ratio.isfinite()
+    if seen.any():
+        low, high = ((ratio * edge).where(seen, torch.nan) for edge in (1 / error, error))
+        ax.fill_between(k, low, high, color=color, alpha=0.25, linewidth=0, label="standard error")
+        ax.axhline(1, **MEAN_LINE)
+    _line(ax, ratio, color=color, label=label)
+    _directions(ax, r"eigenvalue / held-out $\lambda_k$")
+
+
+def _live(values: Float[Tensor, "*n k"], info: Info) -> Float[Tensor, "*n r"]:
+    """Return the directions within the numerical rank, the leading one first."""
+    order = info.evals.argsort(descending=True)[: int(info.rank)]
+    return values.detach()[..., order].double().cpu()
+
+
+def _spread(ax: Axes, values: Float[Tensor, "n k"], color: str, label: str) -> None:
+    """Draw the median over samples, and the bands that hold half and 90 % of them."""
+    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=values.dtype)
+    if not (values > 0).any():
+        return
+    curves = values.quantile(levels, dim=0)
+    low, lower, median, upper, high = curves.clamp(min=curves[curves > 0].min())
+    k = torch.arange(1, values.shape[1] + 1)
+    ax.fill_between(k, low, high, color=color, alpha=0.18, linewidth=0, label="90 % of samples")
+    ax.fill_between(k, lower, upper, color=color, alpha=0.35, linewidth=0, label="50 %")
+    _line(ax, median, color=color, label=f"median {label}")
+
+
+def _line(ax: Axes, values: Float[Tensor, " k"], start: int = 1, **look: Any) -> None:
+    """Draw what is positive; a logarithmic axis has no place for the rest."""
+    k = torch.arange(start, start + len(values))
+    curve(ax, k, values.where(values > 0, torch.nan), **look)
+
+
+def _directions(
+    ax: Axes, quantity: str, empty: str = "no direction", *, room: float = 0.0, **legend: Any
+) -> None:
+    """Label the axes; make room for the legend, by so many times the height of what is drawn."""
+    ax.set(xscale="log", yscale="log", xlabel="direction $k$", ylabel=quantity)
+    low, high = ax.get_xlim()
+    ax.set_xlim(max(low, 0.8), auto=None)
+    if high < FEW_DIRECTIONS:  # 1, 2, 5, 10 in place of powers of ten
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    if room:
+        low, high = ax.get_ylim()
+        ax.set_ylim(low * (low / high) ** room, high)
+        legend["loc"] = "lower left"
+    finish(ax, empty, **legend)

@@ -1,0 +1,1 @@
+"""The loss to second order: its curvature, directions, derivatives along them, and steps."""

@@ -1,0 +1,219 @@
+r"""Eigenpairs of the Gauss-Newton matrix, from whichever of its two sides is smaller.
+
+With the columns A [d, i] and the weights w = h / N the Gauss-Newton matrix is G = A diag(w) Aᵀ
+[d, d]. The Gram matrix K = √w AᵀA √w [i, i] has the same nonzero eigenvalues λ, and of a pair of
+eigenvectors each gives the other:
+
+    e = A √w u / √λ,        u = √w Aᵀe / √λ.
+
+What a direction has to do with a single column is its slope along it, a_iᵀ e = √λ u_i / √w_i:
+slopes and curvatures of every sample follow from it (`quadratic.derivatives`). A column whose
+weight is so small that K does not resolve it, on a sample the net is certain of, say, counts for
+the gradient but not for the curvature; its slopes are the inner products AᵀA √w u / √λ. So are
+those of the columns that never had a weight: parts of the gradient, counted after the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ddnewton.columns.gram import Columns, is_gram
+from ddnewton.transforms import any_possible, is_batched
+
+COLUMN_ROUNDINGS = 32.0
+"""From how many roundings upwards a length counts: a singular value, a part of the gradient."""
+
+
+LEADING_FROM, LEADING_SHARE = 256, 8
+"""From which size on, and from how many times fewer, leading eigenpairs are taken alone."""
+
+
+class Spectrum(NamedTuple):
+    """Eigenpairs, in float64 and ascending: all NM eigenvalues, the last r = min(NM, D) directions.
+
+    Columns are counted as those NM of the curvature, i, or as all of them, a. A direction is
+    written in coordinates j: weights of the columns on the Gram side, parameters on the other;
+    ``to_parameters`` turns coordinates into parameters. A direction that is not ``live`` has no
+    eigenvalue beyond rounding. If that is the rounding of the decomposition, not of the columns, it
+    is ``faint``: of its curvature nothing is known but that it is as good as zero, while the slope
+    along it, the root of the curvature, may be large enough to matter.
+    """
+
+    evals: Float[Tensor, " i"]
+    evecs: Float[Tensor, "i r"]  # u_k
+    column_slopes: Float[Tensor, "a r"]  # a_iᵀ e_k
+    vectors: Float[Tensor, "j r"]  # e_k
+    live: Bool[Tensor, " r"]
+    faint: Bool[Tensor, " r"]
+    resolved: Bool[Tensor, " a"]  # the columns that count for the curvature
+    rounding: Float[Tensor, ""]  # of the decomposition: eigenvalues below it are not known
+    sizes: Float[Tensor, " i"]  # ‖a_i‖
+    outside_live: Callable[
+        [Float[Tensor, " a"]], Float[Tensor, " j"]
+    ]  # Σ z_i a_i off the live directions
+    to_parameters: Callable[[Float[Tensor, "k j"]], Float[Tensor, "k d"]]
+
+
+def decompose(
+    columns: Columns,
+    weights: Float[Tensor, " i"],
+    matrix: Float[Tensor, "side side2"],
+    leading: int | None = None,
+) -> Spectrum:
+    """Return the eigenpairs of A diag(w) Aᵀ, given its small matrix.
+
+    Where the leading ones will do, they alone are half the work, or less.
+    """
+    if not is_gram(matrix, weights):
+        return _parameter_side(columns, weights, matrix)
+    return _gram_side(columns, weights, matrix, leading)
+
+
+def _gram_side(
+    columns: Columns, weights: Float[Tensor, " i"], inner: Float[Tensor, "a i"], leading: int | None
+) -> Spectrum:
+    i, others = weights.shape[0], (0, inner.shape[0] - weights.shape[0])
+    lengths = inner.diagonal()
+    diagonal = weights * lengths
+    curved = _resolved(diagonal)
+    root = torch.where(curved, weights, 0).sqrt()
+    evals, evecs = _eigh((root[:, None] * inner[:i]).mul_(root), leading)
+    live, faint, rounding = _judge(evals, evecs, diagonal, columns, i)
+    scale = torch.where(live, evals, 1).sqrt()
+    own = torch.where(live, root[:, None] * evecs / scale, 0)
+    # Dividing by √w keeps all digits where the column is resolved, multiplying by AᵀA does not.
+    column_slopes = torch.where(live, scale * evecs, 0) / torch.where(curved, root, 1)[:, None]
+    if any_possible(~curved):
+        column_slopes = torch.where(curved[:, None], column_slopes, inner[:i] @ own)
+    column_slopes = torch.cat([column_slopes, inner[i:] @ own])
+    vectors, resolved = F.pad(own, (0, 0, *others)), F.pad(curved, others)
+
+    def outside_live(z: Float[Tensor, " a"]) -> Float[Tensor, " a"]:
+        flat = torch.where(resolved, 0, z)
+        along = torch.where(faint, evecs.mT @ torch.where(curved, z[:i] / root, 0), 0)
+        part: Tensor = (
+            flat - vectors @ (column_slopes.mT @ flat) + F.pad(root * (evecs @ along), others)
+        )
+        return part
+
+    return Spectrum(
+        evals=evals.clamp(min=0),
+        evecs=evecs,
+        column_slopes=column_slopes,
+        vectors=vectors,
+        live=live,
+        faint=faint,
+        resolved=resolved,
+        rounding=rounding,
+        sizes=lengths.sqrt(),
+        outside_live=outside_live,
+        to_parameters=columns.matmat,
+    )
+
+
+def _parameter_side(
+    columns: Columns, weights: Float[Tensor, " i"], ggn: Float[Tensor, "d d"]
+) -> Spectrum:
+    evals, vectors = torch.linalg.eigh(ggn)
+    i, column_slopes = weights.shape[0], columns.rmatmat(vectors)
+    lengths = column_slopes[:i].square().sum(1)
+    diagonal = weights * lengths
+    curved = _resolved(diagonal)
+    root = torch.where(curved, weights, 0).sqrt()
+    evecs: Tensor = F.normalize(root[:, None] * column_slopes[:i], dim=0)
+    live, faint, rounding = _judge(evals, evecs, diagonal, columns, ggn.shape[0])
+    resolved = F.pad(curved, (0, column_slopes.shape[0] - i))
+    column_slopes = torch.where(live | faint | ~resolved[:, None], column_slopes, 0)
+
+    def outside_live(z: Float[Tensor, " i"]) -> Float[Tensor, " d"]:
+        part: Tensor = vectors @ torch.where(live, 0, column_slopes.mT @ z)
+        return part
+
+    return Spectrum(
+        evals=F.pad(evals.clamp(min=0), (i - evals.shape[0], 0)),
+        evecs=evecs,
+        column_slopes=column_slopes,
+        vectors=vectors,
+        live=live,
+        faint=faint,
+        resolved=resolved,
+        rounding=rounding,
+        sizes=lengths.sqrt(),
+        outside_live=outside_live,
+        to_parameters=lambda coordinates: coordinates,
+    )
+
+
+def eigenvalues(
+    weights: Float[Tensor, " i"], matrix: Float[Tensor, "side side2"]
+) -> Float[Tensor, " i"]:
+    """Return all eigenvalues of A diag(w) Aᵀ, ascending, given its small matrix."""
+    i = weights.shape[0]
+    if is_gram(matrix, weights):
+        root = weights.sqrt()
+        matrix = (root[:, None] * matrix[:i]).mul_(root)
+    evals = torch.linalg.eigvalsh(matrix).clamp(min=0)
+    padded: Tensor = F.pad(evals, (i - evals.shape[0], 0))
+    return padded
+
+
+def _eigh(
+    matrix: Float[Tensor, "i i"], leading: int | None
+) -> tuple[Float[Tensor, " k"], Float[Tensor, "i k"]]:
+    """Return eigenpairs, the leading ones by LAPACK's subset driver where SciPy has it at hand."""
+    count = matrix.shape[0]
+    if leading is not None and LEADING_SHARE * leading <= count and count >= LEADING_FROM:
+        # Looked for only here: on small problems the search would take as long as the rest.
+        at_hand = find_spec("scipy") and find_spec("threadpoolctl")
+        if at_hand and not (matrix.is_cuda or is_batched(matrix)):
+            return _subset(matrix, range(count - leading, count))
+    evals, evecs = torch.linalg.eigh(matrix)
+    return evals, evecs
+
+
+def _subset(
+    matrix: Float[Tensor, "i i"], which: range
+) -> tuple[Float[Tensor, " k"], Float[Tensor, "i k"]]:
+    from scipy.linalg import eigh  # noqa: PLC0415 - importing ddnewton must stay light
+    from threadpoolctl import threadpool_limits  # noqa: PLC0415
+
+    # SciPy's threads and torch's would wait for each other's cores.
+    with threadpool_limits(1, user_api="blas"):
+        subset = (which[0], which[-1])
+        evals, evecs = eigh(matrix.numpy(), subset_by_index=subset, driver="evr")
+    return torch.from_numpy(evals), torch.from_numpy(evecs)
+
+
+def _resolved(diagonal: Float[Tensor, " i"]) -> Bool[Tensor, " i"]:
+    """Return which columns stand out from the rounding of the decomposition itself."""
+    rounding = torch.finfo(diagonal.dtype).eps * diagonal.shape[0]
+    return diagonal > rounding * diagonal.amax()
+
+
+def _judge(
+    evals: Float[Tensor, " r"],
+    evecs: Float[Tensor, "i r"],
+    diagonal: Float[Tensor, " i"],
+    columns: Columns,
+    side: int,
+) -> tuple[Bool[Tensor, " r"], Bool[Tensor, " r"], Float[Tensor, ""]]:
+    """Return which directions are live, which are faint, and the decomposition's rounding.
+
+    Columns are wrong by eps of their size, so an eigenvalue that ought to vanish comes out as
+    eps² times the mean square of its columns, Σ_i u_i² K_ii; where their products are summed in
+    float32, as the eps of those sums times that. On a net that is certain of most
+    samples columns differ by orders of magnitude, and a small eigenvalue made of small columns is
+    as good as a large one; a tolerance relative to λ_max alone would lose the step.
+    """
+    column, total = COLUMN_ROUNDINGS * columns.eps, COLUMN_ROUNDINGS * columns.sums
+    of_columns: Tensor = (column**2 + total) * (evecs.square().mT @ diagonal)
+    rounding: Tensor = torch.finfo(evals.dtype).eps * side * evals[-1].abs()
+    live = evals > of_columns + rounding
+    return live, ~live & (of_columns < rounding), rounding
