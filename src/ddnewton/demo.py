@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call
 from torch.optim import SGD, Adam, Optimizer
-from torch.utils._pytree import tree_map
 
 from ddnewton import plotting
 from ddnewton.newton import newton_step, newton_step_and_info
 from ddnewton.quadratic.info import NewtonInfo
+from ddnewton.trees import tree_map
 from ddnewton.types import ModelFn, PyTree
 
 try:

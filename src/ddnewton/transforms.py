@@ -11,9 +11,8 @@ from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.func import vjp, vmap
-from torch.utils._pytree import tree_map
 
-from ddnewton.trees import sample_count
+from ddnewton.trees import sample_count, tree_map
 from ddnewton.types import PyTree
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Pytrees of parameters and of samples."""
+"""Pytrees of parameters and of samples: the only file that knows which library they are of."""
 
 from __future__ import annotations
 
@@ -9,15 +9,39 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import (
+    TreeSpec,
     keystr,
     tree_flatten,
     tree_flatten_with_path,
     tree_leaves,
     tree_map,
+    tree_structure,
     tree_unflatten,
 )
 
 from ddnewton.types import PyTree
+
+__all__ = [
+    "TreeSpec",
+    "as_batch",
+    "batches",
+    "chunks",
+    "flattened",
+    "joined",
+    "leaf_paths",
+    "named_leaves",
+    "on_copies",
+    "parameter_count",
+    "sample_count",
+    "take",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_structure",
+    "tree_unflatten",
+    "unflatten",
+    "unflattened",
+]
 
 
 def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:

@@ -8,13 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad, jacrev
-from torch.utils._pytree import tree_map
 
 from ddnewton.criteria.loss import Expansion, Loss, spanned
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.linearize.precision import in_float64
 from ddnewton.transforms import first_member, over_samples
-from ddnewton.trees import as_batch, on_copies
+from ddnewton.trees import as_batch, on_copies, tree_map
 from ddnewton.types import Criterion, PyTree
 
 HESSIAN_ROUNDINGS = 16.0

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ddnewton.errors import BadType, BadValue, public, sentence
 from ddnewton.inputs.checks import check_damping, check_params, check_select
-from ddnewton.trees import leaf_paths, named_leaves
+from ddnewton.trees import leaf_paths, named_leaves, tree_leaves
 from ddnewton.types import DampingRule, PyTree, Select
 
 SHOWN_PARAMETERS = 8

@@ -16,14 +16,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import vjp
-from torch.utils._pytree import tree_leaves
 
 from ddnewton.columns.factors import Jacobian
 from ddnewton.inputs.checks import check_derivatives, check_sample_axis
 from ddnewton.linearize.independence import SamplesMix, check_independent
 from ddnewton.linearize.precision import Model
 from ddnewton.transforms import one_by_one, over_samples
-from ddnewton.trees import as_batch, chunks, parameter_count, take
+from ddnewton.trees import as_batch, chunks, parameter_count, take, tree_leaves
 from ddnewton.types import ModelFn, PyTree
 
 Mapping: TypeAlias = Callable[..., PyTree]

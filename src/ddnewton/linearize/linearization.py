@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ddnewton.columns.contraction import flops
 from ddnewton.columns.factors import Factor, Jacobian, Outer
@@ -27,7 +26,7 @@ from ddnewton.linearize.structured.prepare import TRACED_SAMPLES, Untraceable, p
 from ddnewton.linearize.structured.program import Program
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.linearize.structured.visit import Visit, run, visit
-from ddnewton.trees import batches, chunks, parameter_count, take
+from ddnewton.trees import batches, chunks, parameter_count, take, tree_flatten, tree_unflatten
 from ddnewton.types import ModelFn, PyTree
 
 logger = logging.getLogger(__name__)

@@ -19,9 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vjp
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ddnewton.transforms import unwrapped
+from ddnewton.trees import tree_leaves, tree_map
 from ddnewton.types import ModelFn, PyTree
 
 logger = logging.getLogger(__name__)

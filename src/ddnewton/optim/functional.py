@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ddnewton.criteria import AnyCriterion
 from ddnewton.errors import BadValue, public, sentence
@@ -46,7 +45,7 @@ from ddnewton.quadratic.quadratic_model import (
     quadratic_model,
 )
 from ddnewton.transforms import any_known
-from ddnewton.trees import flattened, sample_count
+from ddnewton.trees import flattened, sample_count, tree_leaves
 from ddnewton.types import DampingRule, GramWay, ModelFn, PyTree, Select
 
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import TreeSpec, tree_flatten
 
 from ddnewton.linearize.buffers import equal, writes
 from ddnewton.linearize.structured.prepare import Untraceable, prepare
+from ddnewton.trees import TreeSpec, tree_flatten
 from ddnewton.types import ModelFn, PyTree
 
 logger = logging.getLogger(__name__)

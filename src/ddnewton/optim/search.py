@@ -8,7 +8,6 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ddnewton.linearize.precision import narrowest
 from ddnewton.optim.adaptation import Adaptation, Curvature, LearningRate, Outcome
@@ -16,7 +15,7 @@ from ddnewton.optim.trial_steps import Complement, Proximal, Trials
 from ddnewton.optim.trust_radius import least_damping
 from ddnewton.quadratic.quadratic_model import QuadraticModel
 from ddnewton.transforms import any_known
-from ddnewton.trees import flattened, unflattened
+from ddnewton.trees import flattened, tree_leaves, tree_map, unflattened
 from ddnewton.types import PyTree
 
 MOST_ATTEMPTS = 13

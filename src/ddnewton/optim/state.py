@@ -7,11 +7,10 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.optim.search import Local, Step
-from ddnewton.trees import unflattened
+from ddnewton.trees import tree_leaves, tree_map, unflattened
 from ddnewton.types import DampingRule, PyTree
 
 

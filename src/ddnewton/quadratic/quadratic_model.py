@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ddnewton.columns.factors import Jacobian
 from ddnewton.columns.gram import Columns, columns_of, is_gram, matmat, small_matrices
@@ -29,7 +28,7 @@ from ddnewton.inputs.groups import Block, Group, blocks_of
 from ddnewton.inputs.samples import Indices, Samples, indices, rows_among
 from ddnewton.linearize.linearization import Linearization, linearized
 from ddnewton.transforms import any_known
-from ddnewton.trees import chunks, take
+from ddnewton.trees import chunks, take, tree_leaves
 from ddnewton.types import DampingRule, ModelFn, PyTree, Select
 
 FLOAT32_RESOLUTION = 1e4

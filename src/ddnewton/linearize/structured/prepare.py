@@ -7,7 +7,6 @@ import logging
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ddnewton.columns.factors import in_order, weighted_sums
 from ddnewton.errors import BadValue, public, sentence
@@ -30,7 +29,7 @@ from ddnewton.linearize.structured.trace import trace, widen
 from ddnewton.linearize.structured.traced_model import Prepared, signature
 from ddnewton.linearize.structured.visit import Visit, visit
 from ddnewton.transforms import first_member
-from ddnewton.trees import take
+from ddnewton.trees import take, tree_leaves, tree_map
 from ddnewton.types import ModelFn, PyTree
 
 logger = logging.getLogger(__name__)

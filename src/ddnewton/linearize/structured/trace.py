@@ -20,11 +20,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ddnewton.inputs.checks import check_sample_axis
 from ddnewton.transforms import first_member
-from ddnewton.trees import as_batch
+from ddnewton.trees import as_batch, tree_flatten, tree_unflatten
 from ddnewton.types import ModelFn, PyTree
 
 aten = torch.ops.aten

@@ -11,11 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vmap
 from torch.fx import GraphModule
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_structure
 
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.linearize.structured.program import Program
-from ddnewton.trees import named_leaves
+from ddnewton.trees import TreeSpec, named_leaves, tree_flatten, tree_structure
 from ddnewton.types import PyTree
 
 
