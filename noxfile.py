@@ -42,6 +42,12 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session
+def house(session: nox.Session) -> None:
+    """Measure the house: layers, chains, functions, names."""
+    session.run("python", "tests/house.py", *session.posargs)
+
+
+@nox.session
 def notebooks(session: nox.Session) -> None:
     """Run the notebooks alone; ``-- FILE`` runs one and stores its new outputs."""
     install(session, "tests")
