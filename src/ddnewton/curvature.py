@@ -1,29 +1,26 @@
 r"""The curvature itself: eigenvalues, eigenvectors, and derivatives along them.
 
-Source: Dangel, Tatzel, Hennig, "ViViT: Curvature access through the generalized Gauss-Newton's
-low-rank structure", TMLR 2022, arXiv 2106.02624, whose four computations these and `newton_step`
-are.
+With `newton_step` these are the four computations of Dangel, Tatzel, Hennig, "ViViT: Curvature
+access through the generalized Gauss-Newton's low-rank structure", TMLR 2022, arXiv 2106.02624.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.columns.gram import products
 from ddnewton.criteria import AnyCriterion
 from ddnewton.errors import public
-from ddnewton.inputs.checks import check_derivatives
-from ddnewton.inputs.groups import Group
+from ddnewton.inputs.groups import Group, grouped
 from ddnewton.inputs.samples import Indices
 from ddnewton.quadratic.derivatives import Derivatives
 from ddnewton.quadratic.directions import directions_of, orthonormal
+from ddnewton.quadratic.gauss_newton import block_matrices, gram_matrices
 from ddnewton.quadratic.quadratic_model import (
-    Options,
     gauss_newton_matrices,
     quadratic_model,
     to_parameters,
@@ -31,8 +28,6 @@ from ddnewton.quadratic.quadratic_model import (
 from ddnewton.quadratic.spectrum import eigenvalues
 from ddnewton.trees import unflatten
 from ddnewton.types import GramWay, ModelFn, PyTree, Select
-
-T = TypeVar("T")
 
 
 @public
@@ -54,8 +49,8 @@ def ggn_eigvalsh(
     .. math:: G = \frac{1}{N} \sum_n J_n^\top \nabla^2 \ell_n J_n = V V^\top
 
     They are those of the Gram matrix VᵀV, as many as V has columns: NM. All others of the D that G
-    has are zero; where NM > D, so are the first NM − D of these. Arguments, and what is raised, as
-    for `ddnewton.newton_step`.
+    has are zero; where NM > D, so are the first NM − D of these. Arguments and errors as for
+    `ddnewton.newton_step`.
 
     Returns
     -------
@@ -73,13 +68,17 @@ def ggn_eigvalsh(
     >>> ggn_eigvalsh(line, zero, x, 3 * x + 1, torch.nn.MSELoss())
     tensor([0.0000, 0.5585, 4.7749])
     """
-    options = Options(
-        groups=groups, subsampling_ggn=subsampling_ggn, gram=gram, chunk_size=chunk_size
-    )
-    with quadratic_model(model_fn, params, X, y, criterion, options, gradient=False) as problem:
-        _, systems = gauss_newton_matrices(problem._replace(in_float64=None))
-        evals = [eigenvalues(system.weights, system.matrix) for system in systems]
-    return _grouped([each.to(problem.dtype) for each in evals], groups)
+    with quadratic_model(
+        *(model_fn, params, X, y, criterion),
+        groups=groups,
+        subsampling_ggn=subsampling_ggn,
+        gram=gram,
+        chunk_size=chunk_size,
+        gradient=False,
+    ) as model:
+        matrices = block_matrices(model.jacobians, model.leaves, model.curvature_weights)
+        evals = [eigenvalues(matrix).to(model.dtype) for matrix in matrices]
+    return grouped(evals, groups)
 
 
 @public
@@ -101,8 +100,8 @@ def ggn_eigh(
 
     .. math:: G e_k = \lambda_k e_k, \qquad e_k^\top e_l = \delta_{kl}
 
-    Arguments, and what is raised, as for `ddnewton.newton_step`. K vectors take K times the memory
-    of the parameters, so say which with ``select``; None means all above the rank tolerance.
+    Arguments and errors as for `ddnewton.newton_step`. K vectors take K times the memory of the
+    parameters, so say which with ``select``; None means all above the rank tolerance.
 
     Returns
     -------
@@ -123,24 +122,24 @@ def ggn_eigh(
     >>> evals, {name: e.abs() for name, e in evecs.items()}
     (tensor([4.7749]), {'slope': tensor([[0.8112]]), 'offset': tensor([[0.5847]])})
     """
-    options = Options(
+    with quadratic_model(
+        *(model_fn, params, X, y, criterion),
         select=select,
         groups=groups,
         subsampling_ggn=subsampling_ggn,
         gram=gram,
         chunk_size=chunk_size,
-    )
-    with quadratic_model(model_fn, params, X, y, criterion, options, gradient=False) as expanded:
-        problem, systems = gauss_newton_matrices(expanded)
-        found = directions_of(problem, systems, only_kept=True)
-        evals = [each.kept.evals.to(problem.dtype) for each in found]
-        vectors = to_parameters(problem, systems, [each.kept.vectors.mT for each in found])
-        leaves = [[block.leaves] for block in problem.blocks]
+        gradient=False,
+    ) as expanded:
+        model, matrices = gauss_newton_matrices(expanded)
+        kept = [block.kept for block in directions_of(model, matrices, only_kept=True)]
+        evals = [directions.evals.to(model.dtype) for directions in kept]
+        vectors = to_parameters(model, matrices, [directions.vectors.mT for directions in kept])
         evecs = [
-            unflatten([orthonormal(own, each.kept)], block, params)
-            for own, each, block in zip(vectors, found, leaves, strict=True)
+            unflatten([vector], [leaves], params)
+            for vector, leaves in zip(map(orthonormal, vectors, kept), model.leaves, strict=True)
         ]
-    return _grouped(list(zip(evals, evecs, strict=True)), groups)
+    return grouped(list(zip(evals, evecs, strict=True)), groups)
 
 
 @public
@@ -168,8 +167,8 @@ def directional_derivatives(
         \lambda_{nk} = e_k^\top J_n^\top \nabla^2 \ell_n J_n e_k
 
     Their means over the samples are the slope of the loss along e_k and, over the samples that
-    G is made of, the eigenvalue. Arguments, and what is raised, as for `ddnewton.newton_step`.
-    No gradient and no eigenvector is formed for it.
+    G is made of, the eigenvalue. Arguments and errors as for `ddnewton.newton_step`. No gradient
+    and no eigenvector is formed.
 
     Returns
     -------
@@ -191,7 +190,8 @@ def directional_derivatives(
     >>> lambdas[:, 0], lambdas.mean()
     (tensor([0.6838, 3.8974, 9.7434]), tensor(4.7749))
     """
-    options = Options(
+    with quadratic_model(
+        *(model_fn, params, X, y, criterion),
         select=select,
         groups=groups,
         subsampling_grad=subsampling_grad,
@@ -199,12 +199,11 @@ def directional_derivatives(
         subsampling_curvature=subsampling_curvature,
         gram=gram,
         chunk_size=chunk_size,
-    )
-    with quadratic_model(model_fn, params, X, y, criterion, options) as expanded:
-        problem, systems = gauss_newton_matrices(expanded)
-        found = directions_of(problem, systems, only_kept=True)
-        pairs = [Derivatives(*(x.to(problem.dtype) for x in each.derivatives)) for each in found]
-    return _grouped(pairs, groups)
+    ) as expanded:
+        model, matrices = gauss_newton_matrices(expanded)
+        blocks = directions_of(model, matrices, only_kept=True)
+        pairs = [Derivatives(*(x.to(model.dtype) for x in block.derivatives)) for block in blocks]
+    return grouped(pairs, groups)
 
 
 @public
@@ -226,7 +225,7 @@ def gram_matrix(
     .. math:: V_{:, nm} = J_n^\top s_{nm} / \sqrt N, \qquad
         \nabla^2 \ell_n = \sum_m s_{nm} s_{nm}^\top
 
-    Arguments, and what is raised, as for `ddnewton.newton_step`.
+    Arguments and errors as for `ddnewton.newton_step`.
 
     Returns
     -------
@@ -247,17 +246,13 @@ def gram_matrix(
             [0.6667, 1.3333, 2.0000],
             [0.6667, 2.0000, 3.3333]])
     """
-    options = Options(
-        groups=groups, subsampling_ggn=subsampling_ggn, gram=gram, chunk_size=chunk_size
-    )
-    with quadratic_model(model_fn, params, X, y, criterion, options, gradient=False) as problem:
-        columns, root = problem.columns[0], problem.curvature_weights.sqrt()
-        inner = products(columns, columns, [block.leaves for block in problem.blocks])
-        for matrix in inner:
-            check_derivatives(matrix)
-    return _grouped([(root[:, None] * each * root).to(problem.dtype) for each in inner], groups)
-
-
-def _grouped(results: Sequence[T], groups: Sequence[Group] | None) -> T | tuple[T, ...]:
-    """Return one result of every group, or that of all parameters alone."""
-    return results[0] if groups is None else tuple(results)
+    with quadratic_model(
+        *(model_fn, params, X, y, criterion),
+        groups=groups,
+        subsampling_ggn=subsampling_ggn,
+        gram=gram,
+        chunk_size=chunk_size,
+        gradient=False,
+    ) as model:
+        matrices = gram_matrices(model.jacobians[0], model.leaves, model.curvature_weights)
+    return grouped([matrix.to(model.dtype) for matrix in matrices], groups)

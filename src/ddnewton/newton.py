@@ -13,6 +13,7 @@ low-rank structure", TMLR 2022, arXiv 2106.02624.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,18 +21,17 @@ from torch import Tensor
 
 from ddnewton.criteria import AnyCriterion
 from ddnewton.errors import public
-from ddnewton.inputs.groups import Group
+from ddnewton.inputs.groups import Group, grouped
 from ddnewton.inputs.samples import Indices
 from ddnewton.quadratic.directions import directions_of
-from ddnewton.quadratic.info import NewtonInfo, info_of
+from ddnewton.quadratic.info import NewtonInfo
 from ddnewton.quadratic.quadratic_model import (
-    Options,
     gauss_newton_matrices,
     gradients,
     quadratic_model,
     to_parameters,
 )
-from ddnewton.quadratic.solution import solve, without_eigenpairs
+from ddnewton.quadratic.solution import info_of, solve, without_eigenpairs
 from ddnewton.trees import unflatten
 from ddnewton.types import DampingRule, GramWay, ModelFn, PyTree, Select
 
@@ -132,7 +132,8 @@ def newton_step(
     >>> {name: round(value.item(), 5) for name, value in step.items()}
     {'slope': 3.0, 'offset': 1.0}
     """
-    options = Options(
+    with quadratic_model(
+        *(model_fn, params, X, y, criterion),
         damping=damping,
         select=select,
         complement=complement,
@@ -142,15 +143,14 @@ def newton_step(
         subsampling_curvature=subsampling_curvature,
         gram=gram,
         chunk_size=chunk_size,
-    )
-    with quadratic_model(model_fn, params, X, y, criterion, options) as expanded:
-        problem, systems = gauss_newton_matrices(expanded)
-        coordinates = without_eigenpairs(problem, systems, [complement] * len(systems))
+    ) as expanded:
+        model, matrices = gauss_newton_matrices(expanded)
+        coordinates = without_eigenpairs(model, matrices, [complement] * len(matrices))
         if coordinates is None:
-            found = directions_of(problem, systems, only_kept=complement is None)
-            coordinates = [solve(problem, each, complement).coordinates for each in found]
-        flat = to_parameters(problem, systems, coordinates)
-    return unflatten(flat, [block.leaves for block in problem.blocks], params)
+            blocks = directions_of(model, matrices, only_kept=complement is None)
+            coordinates = [solve(model, block, complement).coordinates for block in blocks]
+        vectors = to_parameters(model, matrices, coordinates)
+    return unflatten(vectors, model.leaves, params)
 
 
 @public
@@ -172,7 +172,7 @@ def newton_step_and_info(
     gram: GramWay = "auto",
     chunk_size: int | None = None,
 ) -> tuple[PyTree, NewtonInfo | Any]:
-    """Return `newton_step` and a record of what it was made of: with groups, one for each.
+    """Return `newton_step` and a record of its parts; with groups, a record for each.
 
     Parameters, errors and the step itself are those of `newton_step`.
 
@@ -186,7 +186,8 @@ def newton_step_and_info(
     >>> int(info.rank), [round(value, 4) for value in info.evals.tolist()]
     (2, [0.5585, 4.7749])
     """
-    options = Options(
+    with quadratic_model(
+        *(model_fn, params, X, y, criterion),
         damping=damping,
         select=select,
         complement=complement,
@@ -196,16 +197,11 @@ def newton_step_and_info(
         subsampling_curvature=subsampling_curvature,
         gram=gram,
         chunk_size=chunk_size,
-    )
-    with quadratic_model(model_fn, params, X, y, criterion, options) as expanded:
-        problem, systems = gauss_newton_matrices(expanded)
-        found = directions_of(problem, systems)  # all, for the rank
-        solutions = [solve(problem, each, complement) for each in found]
-        flat = to_parameters(problem, systems, [each.coordinates for each in solutions])
-        slopes = gradients(problem)
-        infos = tuple(
-            info_of(problem, along, gradient, solution.dampings, solution.coefficients)
-            for along, gradient, solution in zip(found, slopes, solutions, strict=True)
-        )
-    step = unflatten(flat, [block.leaves for block in problem.blocks], params)
-    return step, infos[0] if groups is None else infos
+    ) as expanded:
+        model, matrices = gauss_newton_matrices(expanded)
+        blocks = directions_of(model, matrices)  # all, for the rank
+        solutions = [solve(model, block, complement) for block in blocks]
+        vectors = to_parameters(model, matrices, [step.coordinates for step in solutions])
+        infos = list(map(partial(info_of, model), blocks, gradients(model), solutions))
+    step = unflatten(vectors, model.leaves, params)
+    return step, grouped(infos, groups)

@@ -1,12 +1,12 @@
 """Products of the columns A [d, i], assembled without ever holding all of A.
 
 Sums over parameters are accumulated in float64, whatever the columns are: small eigenvalues are
-differences that float32 sums do not resolve. What counts columns runs m·N + n; inside a chunk
+differences that float32 sums do not resolve. Columns are counted by m·N + n; inside a chunk the
 samples come first, n·m, as they come out of ``vmap``.
 
-Columns come in batches: first those that make the curvature, then, where the gradient has parts
-that these do not span, its own. A block is some of the parameters, with columns cut to them; all
-blocks are served by one visit of the model.
+The columns are given as one or two Jacobians: first that of the curvature, then, where the gradient
+has parts that its columns do not span, one whose columns are gradients of samples themselves. A
+block is some of the parameters, with columns cut to them; one visit of the model serves all blocks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from ddnewton.columns.factors import (
     pieces,
     weighted_sums,
 )
-from ddnewton.inputs.checks import check_derivatives
 from ddnewton.transforms import summed
 
 Leaves: TypeAlias = Sequence[int]
@@ -40,102 +39,54 @@ Leaves: TypeAlias = Sequence[int]
 
 
 class Columns(NamedTuple):
-    """What the spectrum asks of the columns of a block."""
+    """The columns A [d, a] of a block as a linear map, and the rounding that they carry."""
 
-    rmatmat: Callable[[Float[Tensor, "d k"]], Float[Tensor, "i k"]]  # AᵀE
     matmat: Callable[[Float[Tensor, "k a"]], Float[Tensor, "k d"]]  # W Aᵀ
+    rmatmat: Callable[[Float[Tensor, "d k"]], Float[Tensor, "a k"]]  # AᵀE
     eps: float  # the rounding of a column
     sums: float  # the rounding of sums of products of columns, 0 for that of float64
 
 
-def columns_of(batches: Sequence[Jacobian], block: Leaves) -> Columns:
-    """Return what is to be had of the columns of a block, as they come."""
+def columns_of(jacobians: Sequence[Jacobian], block: Leaves) -> Columns:
+    """Return the columns of all Jacobians along the parameters of one block."""
     return Columns(
-        rmatmat=partial(rmatmat, batches, block),
-        matmat=lambda weights: matmat(batches, [block], [weights])[0],
-        eps=max(jacobian.eps for jacobian in batches),
-        sums=max(jacobian.sums for jacobian in batches),
+        matmat=lambda weights: matmat(jacobians, [block], [weights])[0],
+        rmatmat=partial(rmatmat, jacobians, block),
+        eps=max(jacobian.eps for jacobian in jacobians),
+        sums=max(jacobian.sums for jacobian in jacobians),
     )
-
-
-def small_matrices(
-    batches: Sequence[Jacobian], blocks: Sequence[Leaves], weights: Float[Tensor, " i"]
-) -> list[Float[Tensor, "_ _"]]:
-    """Return for every block AᵀA₁, or A₁ diag(w) A₁ᵀ [d, d] where that is smaller.
-
-    A₁ are the columns of the curvature; the rows of AᵀA₁ are theirs, and then all others.
-    """
-    first, sizes = batches[0], batches[0].sizes
-    ds = [sum(sizes[leaf] for leaf in block) for block in blocks]
-    by_columns = [weights.shape[0] <= d or d == 0 for d in ds]
-    chosen = [block for block, yes in zip(blocks, by_columns, strict=True) if yes]
-    rows = [products(jacobian, first, chosen) for jacobian in batches] if chosen else []
-    tall = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*rows, strict=True))
-    others = [block for block, yes in zip(blocks, by_columns, strict=True) if not yes]
-    square = iter(_outers(first, others, weights) if others else [])
-    matrices = [next(tall) if yes else next(square) for yes in by_columns]
-    for matrix in matrices:
-        # What is not finite in a column shows in its square: no need to look at every product.
-        check_derivatives(matrix.diagonal())
-        check_derivatives(matrix[matrix.shape[1] :])
-    return matrices
-
-
-def is_gram(matrix: Float[Tensor, "side side2"], weights: Float[Tensor, " i"]) -> bool:
-    """Return whether it is AᵀA₁, as also where both sides are equally long."""
-    return matrix.shape[1] == weights.shape[0]
 
 
 def products(
     left: Jacobian, right: Jacobian, blocks: Sequence[Leaves]
 ) -> list[Float[Tensor, "i j"]]:
-    """Return AᵀB for every block; of one batch with itself half of it, and its mirror image."""
+    """Return AᵀB for every block; for A = B half of it is computed, and mirrored."""
     same = left is right
     cut_left, cut_right = _cuts(left, blocks), _cuts(right, blocks)
     rows: list[list[list[Tensor]]] = [[[] for _ in left.chunks] for _ in blocks]
-    for i, chunk in enumerate(left.chunks):
-        mine = cut_left(left.visit(chunk))
-        for j, other in enumerate(right.chunks):
+    for i, left_chunk in enumerate(left.chunks):
+        left_factors = cut_left(left.visit(left_chunk))
+        for j, right_chunk in enumerate(right.chunks):
+            # Of a Jacobian with itself, the lower half is the transpose of the upper one.
             if same and j < i:
                 continue
-            theirs = mine if same and i == j else cut_right(right.visit(other))
-            for row, a, b in zip(rows, mine, theirs, strict=True):
-                shape = (*_shape(left, chunk), *_shape(right, other))
+            diagonal = same and i == j
+            right_factors = left_factors if diagonal else cut_right(right.visit(right_chunk))
+            for row, a, b in zip(rows, left_factors, right_factors, strict=True):
+                shape = (*_shape(left, left_chunk), *_shape(right, right_chunk))
                 terms = (inner(x, y, shape[1::2]) for x, y in zip(a, b, strict=True))
-                # A block of which the model makes no use has no factors, and no products.
+                # A block that the model makes no use of has no factors, and no products.
                 row[i].append(reduce(summed, terms) if a else _zeros(shape, left))
-                if same and i != j:
+                if same and not diagonal:
                     row[j].append(row[i][-1].permute(2, 3, 0, 1))
-    return [_counted(_beside([_beside(parts, 2) for parts in row], 0)) for row in rows]
+    # Put the products of pairs of chunks side by side, and count columns as everywhere else.
+    return [_counted(_concatenated([_concatenated(parts, 2) for parts in row], 0)) for row in rows]
 
 
-def matmat(
-    batches: Sequence[Jacobian], blocks: Sequence[Leaves], weights: Sequence[Float[Tensor, "_ i"]]
-) -> list[Float[Tensor, "_ _"]]:
-    """Return W Aᵀ for every block and its own weights."""
-    counts = [jacobian.samples * jacobian.columns for jacobian in batches]
-    shares = [each.split(counts, 1) for each in weights]
-    totals: list[list[Tensor]] = [[] for _ in blocks]
-    for number, jacobian in enumerate(batches):
-        cut = _cuts(jacobian, blocks)
-        sums: list[list[Tensor]] = [[] for _ in blocks]
-        for chunk in jacobian.chunks:
-            for b, factors in enumerate(cut(jacobian.visit(chunk))):
-                mine = _of_chunk(jacobian, shares[b][number], chunk)
-                parts = [part for factor in factors for part in weighted_sums(factor, mine)]
-                sums[b].append(torch.cat([mine.new_zeros(len(mine), 0), *parts], 1))
-        for b, block in enumerate(blocks):
-            totals[b].append(in_order(_total(sums[b]), _order(jacobian, block)))
-    return [_total(each) for each in totals]
-
-
-def _total(parts: Sequence[Tensor]) -> Tensor:
-    return reduce(torch.add, parts)
-
-
-def _outers(
+def outer_products(
     jacobian: Jacobian, blocks: Sequence[Leaves], weights: Float[Tensor, " i"]
 ) -> list[Float[Tensor, "_ _"]]:
+    """Return A diag(w) Aᵀ for every block."""
     cut = _cuts(jacobian, blocks)
     orders = [_order(jacobian, block) for block in blocks]
     totals: list[list[Tensor]] = [[] for _ in blocks]
@@ -144,28 +95,57 @@ def _outers(
         for b, factors in enumerate(cut(jacobian.visit(chunk))):
             a = (root * _side_by_side(factors, orders[b], root)).mT
             totals[b].append(product(a, a))
-    return [completed(_total(each), symmetric=True) for each in totals]
+    return [completed(_total(chunk_sums), symmetric=True) for chunk_sums in totals]
+
+
+def matmat(
+    jacobians: Sequence[Jacobian], blocks: Sequence[Leaves], weights: Sequence[Float[Tensor, "_ a"]]
+) -> list[Float[Tensor, "_ _"]]:
+    """Return W Aᵀ for every block and its own weights W."""
+    counts = [jacobian.samples * jacobian.columns for jacobian in jacobians]
+    split_weights = [block_weights.split(counts, 1) for block_weights in weights]
+    totals: list[list[Tensor]] = [[] for _ in blocks]
+    for number, jacobian in enumerate(jacobians):
+        cut = _cuts(jacobian, blocks)
+        # The sum over the columns of a chunk, for every block in the order of its factors.
+        sums: list[list[Tensor]] = [[] for _ in blocks]
+        for chunk in jacobian.chunks:
+            for b, factors in enumerate(cut(jacobian.visit(chunk))):
+                w = _of_chunk(jacobian, split_weights[b][number], chunk)
+                parts = [part for factor in factors for part in weighted_sums(factor, w)]
+                sums[b].append(torch.cat([w.new_zeros(len(w), 0), *parts], 1))
+        # The sum over chunks, in the order of the parameters.
+        for b, block in enumerate(blocks):
+            totals[b].append(in_order(_total(sums[b]), _order(jacobian, block)))
+    return [_total(jacobian_sums) for jacobian_sums in totals]
 
 
 def rmatmat(
-    batches: Sequence[Jacobian], block: Leaves, vectors: Float[Tensor, "d k"]
+    jacobians: Sequence[Jacobian], block: Leaves, vectors: Float[Tensor, "d k"]
 ) -> Float[Tensor, "a k"]:
     """Return AᵀE, the slopes of all columns along directions of a block."""
     parts = []
-    for jacobian in batches:
+    for jacobian in jacobians:
         cut, order = _cuts(jacobian, [block]), _order(jacobian, block)
-        slopes = []
+        column_slopes = []
         for chunk in jacobian.chunks:
+            # Cut the vectors into the entries of every factor, and sum over the factors.
             factors = cut(jacobian.visit(chunk))[0]
-            widths = [entry_count(factor) for factor in factors]
-            entries = from_order(vectors.mT, order, sum(widths)).split(widths, 1)
-            none = vectors.new_zeros(math.prod(_shape(jacobian, chunk)), vectors.shape[1])
-            slopes.append(sum(map(inner_products, factors, entries), start=none))
-        parts.append(torch.cat(slopes).unflatten(0, (-1, jacobian.columns)).transpose(0, 1))
-    return torch.cat([part.flatten(0, 1) for part in parts])
+            counts = [entry_count(factor) for factor in factors]
+            entries = from_order(vectors.mT, order, sum(counts)).split(counts, 1)
+            zeros = vectors.new_zeros(math.prod(_shape(jacobian, chunk)), vectors.shape[1])
+            column_slopes.append(sum(map(inner_products, factors, entries), start=zeros))
+        # From samples first, n·m, to columns first, m·N + n.
+        whole = torch.cat(column_slopes).unflatten(0, (-1, jacobian.columns))
+        parts.append(whole.transpose(0, 1).flatten(0, 1))
+    return torch.cat(parts)
 
 
-def _beside(parts: Sequence[Tensor], axis: int) -> Tensor:
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    return reduce(torch.add, parts)
+
+
+def _concatenated(parts: Sequence[Tensor], axis: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
 
 
@@ -174,36 +154,37 @@ def _zeros(shape: Sequence[int], jacobian: Jacobian) -> Tensor:
 
 
 def _shape(jacobian: Jacobian, chunk: slice) -> tuple[int, int]:
+    """Return the number of samples in a chunk, and that of columns a sample."""
     return chunk.stop - chunk.start, jacobian.columns
 
 
 def _cuts(
     jacobian: Jacobian, blocks: Sequence[Leaves]
 ) -> Callable[[Sequence[Factor]], list[list[Factor]]]:
-    """Return how to cut the factors of all parameters to those of every block."""
+    """Return a function that cuts the factors of all parameters to those of every block."""
     whole = len(jacobian.sizes)
     if all(len(block) == whole for block in blocks):
         return lambda factors: [list(factors) for _ in blocks]
-    which = [[[leaf in block for leaf, _ in each] for each in jacobian.pieces] for block in blocks]
+    wanted = [[[leaf in block for leaf, _ in ps] for ps in jacobian.pieces] for block in blocks]
 
     def cut(factors: Sequence[Factor]) -> list[list[Factor]]:
-        found = (map(pieces, factors, wanted) for wanted in which)
-        return [[factor for factor in each if factor is not None] for each in found]
+        cut_factors = (map(pieces, factors, of_block) for of_block in wanted)
+        return [[factor for factor in fs if factor is not None] for fs in cut_factors]
 
     return cut
 
 
 def _order(jacobian: Jacobian, block: Leaves) -> Int[Tensor, " d"] | None:
     """Return for every parameter of a block which entry of its factors it is."""
-    order, entries = jacobian.order, [piece for each in jacobian.pieces for piece in each]
+    order, entries = jacobian.order, [piece for ps in jacobian.pieces for piece in ps]
     if order is None or len(block) == len(jacobian.sizes):
         return order
     kept = torch.cat([order.new_full((size,), leaf in block) for leaf, size in entries])
     place = torch.where(kept.bool(), kept.cumsum(0) - 1, kept.sum())
     place = torch.cat([place, kept.sum()[None]])
-    own = order.split(list(jacobian.sizes))
-    mine: Tensor = place[torch.cat([own[leaf] for leaf in block])]
-    return mine
+    by_leaf = order.split(list(jacobian.sizes))
+    block_order: Tensor = place[torch.cat([by_leaf[leaf] for leaf in block])]
+    return block_order
 
 
 def _counted(whole: Float[Tensor, "n m n2 m2"]) -> Float[Tensor, "i j"]:
@@ -214,7 +195,7 @@ def _counted(whole: Float[Tensor, "n m n2 m2"]) -> Float[Tensor, "i j"]:
 def _side_by_side(
     factors: Sequence[Factor], order: Int[Tensor, " d"] | None, rows: Float[Tensor, "nm _"]
 ) -> Float[Tensor, "nm d"]:
-    """Return the columns themselves; as many as there are ``rows``."""
+    """Return the columns themselves, one in every row; there are as many as ``rows``."""
     entries = [dense_columns(factor).double() for factor in factors]
     columns: Tensor = in_order(torch.cat([rows[:, :0], *entries], 1), order)
     return columns
@@ -224,5 +205,5 @@ def _of_chunk(
     jacobian: Jacobian, weights: Float[Tensor, "k i"], chunk: slice
 ) -> Float[Tensor, "k n m"]:
     """Return the weights of a chunk's columns."""
-    mine: Tensor = weights.unflatten(1, (jacobian.columns, jacobian.samples))[:, :, chunk].mT
-    return mine
+    by_sample: Tensor = weights.unflatten(1, (jacobian.columns, jacobian.samples))[:, :, chunk].mT
+    return by_sample

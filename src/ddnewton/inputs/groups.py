@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -12,6 +12,8 @@ from ddnewton.errors import BadType, BadValue, public, sentence
 from ddnewton.inputs.checks import check_damping, check_params, check_select
 from ddnewton.trees import leaf_paths, named_leaves, tree_leaves
 from ddnewton.types import DampingRule, PyTree, Select
+
+T = TypeVar("T")
 
 SHOWN_PARAMETERS = 8
 """How many parameters a message names."""
@@ -116,6 +118,11 @@ def blocks_of(
         own = group.select if group.select is not None else select
         blocks.append(Block(leaves, own, damping if group.damping is None else group.damping))
     return blocks
+
+
+def grouped(results: Sequence[T], groups: Sequence[Group] | None) -> T | tuple[T, ...]:
+    """Return one result a group, or, where a call has no groups, the result of all parameters."""
+    return results[0] if groups is None else tuple(results)
 
 
 def _named(group: Group, names: Sequence[tuple[str, str]], number: int) -> list[int]:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from ddnewton.criteria import AnyCriterion
 from ddnewton.errors import BadValue, public, sentence
-from ddnewton.inputs.checks import (
-    check_batch,
-    check_functions,
-    check_nonnegative,
-    check_options,
-    check_params,
-    check_positive,
-)
+from ddnewton.inputs.checks import check_batch, check_functions, check_options, check_params
 from ddnewton.inputs.groups import Group
 from ddnewton.inputs.samples import Indices
 from ddnewton.optim.adaptation import (
@@ -27,25 +22,13 @@ from ddnewton.optim.adaptation import (
     as_adaptation,
     levenberg_marquardt,
 )
-from ddnewton.optim.search import Local, Settings, added, search
-from ddnewton.optim.state import (
-    State,
-    UpdateInfo,
-    check_state,
-    first_state,
-    next_state,
-    update_info,
-)
-from ddnewton.optim.trial_steps import Complement, Proximal, curvature_of, trials, with_more
-from ddnewton.quadratic.quadratic_model import (
-    Options,
-    QuadraticModel,
-    gauss_newton_matrices,
-    gradients,
-    quadratic_model,
-)
+from ddnewton.optim.search import added, search
+from ddnewton.optim.settings import Complement, Settings, check_settings
+from ddnewton.optim.state import State, UpdateInfo, check_state, first_state
+from ddnewton.optim.update import local_model, next_state, update_info
+from ddnewton.quadratic.quadratic_model import quadratic_model
 from ddnewton.transforms import any_known
-from ddnewton.trees import flattened, sample_count, tree_leaves
+from ddnewton.trees import sample_count, tree_leaves
 from ddnewton.types import DampingRule, GramWay, ModelFn, PyTree, Select
 
 
@@ -146,6 +129,7 @@ def directional_newton(
     >>> {name: round(value.item(), 4) for name, value in params.items()}
     {'height': 3.0, 'rate': 0.5}
     """
+    # Refuse what breaks a rule now, not at the first update.
     adaptation = as_adaptation(levenberg_marquardt() if damping is None else damping)
     settings = Settings(
         adaptation=adaptation,
@@ -155,21 +139,22 @@ def directional_newton(
         trust_radius=trust_radius,
         complement=complement,
     )
-    _check(settings)
+    check_settings(settings)
     check_functions(model_fn, select)
-    options = Options(
+    number = None if complement == "damping" else complement
+    check_options(adaptation.rule, number, gram, chunk_size)
+    model_of = partial(
+        quadratic_model,
+        model_fn,
+        criterion=criterion,
         damping=adaptation.rule,
         select=select,
-        complement=None if complement == "damping" else complement,
+        complement=number,
         groups=groups,
-        subsampling_grad=subsampling_grad,
-        subsampling_ggn=subsampling_ggn,
         subsampling_curvature=subsampling_curvature,
         gram=gram,
         chunk_size=chunk_size,
     )
-
-    check_options(options.damping, options.complement, gram, chunk_size)
 
     @torch.no_grad()
     def init(params: PyTree) -> State:
@@ -182,87 +167,30 @@ def directional_newton(
     ) -> tuple[PyTree, State, UpdateInfo]:
         check_params(params)
         check_state(state, params, bool(settings.momentum))
-        mine, held = _held_out(options, adaptation.choice, state, X)
-        with quadratic_model(model_fn, params, X, y, criterion, mine) as expanded:
-            local = _local(expanded, settings, params, state, held)
+        # Samples that a damping is chosen on are in no step.
+        first, held_out = _split(adaptation.choice, state, X)
+        grad = first if subsampling_grad is None else subsampling_grad
+        ggn = first if subsampling_ggn is None else subsampling_ggn
+        # Expand the loss, search for a step, and take it.
+        with model_of(params, X, y, subsampling_grad=grad, subsampling_ggn=ggn) as model:
+            local = local_model(model, settings, params, state, held_out)
             step = search(local, settings, state.control)
             moved = added(params, torch.where(step.taken, step.rate * step.vector, 0))
-            return moved, next_state(state, step, params), update_info(local, step, adaptation.rule)
+            return moved, next_state(state, step, params), update_info(local, step, settings)
 
     return FunctionalOptimizer(public(init), public(update))
 
 
-def _check(settings: Settings) -> None:
-    """Refuse settings that break a rule."""
-    rate, momentum = settings.learning_rate, settings.momentum
-    if isinstance(rate, str) and rate != "exact":
-        rule = 'learning_rate must be a number, a function or "exact"'
-        raise BadValue(sentence(rule, repr(rate), "Pass a number, such as 1.0."))
-    if not isinstance(rate, str) and not callable(rate):
-        check_positive("learning_rate", rate)
-    if isinstance(momentum, str) and momentum != "exact":
-        rule = 'momentum must be a number from 0 to below 1, or "exact"'
-        raise BadValue(sentence(rule, repr(momentum), "Pass a number, such as 0.9."))
-    if not isinstance(momentum, str):
-        check_nonnegative("momentum", momentum)
-        if momentum >= 1:
-            raise BadValue(sentence("momentum must be below 1", momentum, "Pass 0.9, say."))
-    check_nonnegative("weight_decay", settings.weight_decay)
-    if settings.trust_radius is not None:
-        check_positive("trust_radius", settings.trust_radius)
-    if isinstance(settings.complement, str) and settings.complement != "damping":
-        rule = 'complement must be a positive number, "damping" or None'
-        raise BadValue(sentence(rule, repr(settings.complement), 'Pass "damping".'))
-
-
-def _held_out(
-    options: Options, choice: Choice | None, state: State, X: PyTree
-) -> tuple[Options, Tensor | None]:
-    """Return which samples a step is made of, and which are held out, the last ones if any."""
+def _split(
+    choice: Choice | None, state: State, X: PyTree
+) -> tuple[slice | None, Int[Tensor, " _"] | None]:
+    """Return the first samples, of which a step is made, and the last, which are held out."""
     if choice is None or not any_known(state.updates % choice.every == 0):
-        return options, None
+        return None, None
     check_batch(X=X)
     n, device = sample_count(X), tree_leaves(X)[0].device
-    kept = n - max(1, round(choice.fraction * n))
-    if kept < 1:
+    count = n - max(1, round(choice.fraction * n))
+    if count < 1:
         rule = "a batch to hold samples out of must have two of them or more"
         raise BadValue(sentence(rule, n, "Pass a larger batch, or damp by another rule."))
-    own = slice(0, kept)
-    options = options._replace(
-        subsampling_grad=own if options.subsampling_grad is None else options.subsampling_grad,
-        subsampling_ggn=own if options.subsampling_ggn is None else options.subsampling_ggn,
-    )
-    return options, torch.arange(kept, n, device=device)
-
-
-def _local(
-    expanded: QuadraticModel,
-    settings: Settings,
-    params: PyTree,
-    state: State,
-    held: Tensor | None,
-) -> Local:
-    """Decompose the curvature of a batch, on as many digits as the damping so far asks for."""
-    by_length = settings.adaptation.by_length
-    delta = torch.where(state.damping.isnan() | by_length, 0, state.damping)
-    problem, systems = gauss_newton_matrices(with_more(expanded, delta))
-    problem = problem._replace(blocks=expanded.blocks)
-    inertia = None
-    if settings.momentum or settings.weight_decay:
-        theta = flattened(params)[None]
-        inertia = Proximal(
-            previous=flattened(state.previous)[None] if settings.momentum else theta[:0],
-            params=theta if settings.weight_decay else theta[:0],
-            decay=settings.weight_decay,
-        )
-    return Local(
-        problem=problem,
-        trials=trials(problem, systems, settings.complement, inertia),
-        params=params,
-        inertia=inertia,
-        updates=state.updates,
-        damping=state.damping,
-        others=held,
-        curvature=curvature_of(systems),
-        gradient_norm=torch.cat(gradients(problem)).norm(),
-    )
+    return slice(0, count), torch.arange(count, n, device=device)

@@ -1,4 +1,4 @@
-"""The search for a step of one batch: try, look at the loss, take it or damp more."""
+"""The search for a step of one batch: try one, look at the loss, and take it or damp more."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ddnewton.linearize.precision import narrowest
-from ddnewton.optim.adaptation import Adaptation, Curvature, LearningRate, Outcome
-from ddnewton.optim.trial_steps import Complement, Proximal, Trials
+from ddnewton.optim.adaptation import Curvature, Outcome
+from ddnewton.optim.settings import Settings
+from ddnewton.optim.trial_steps import TrialSteps, quadratic_along, trial_step
 from ddnewton.optim.trust_radius import least_damping
-from ddnewton.quadratic.quadratic_model import QuadraticModel
+from ddnewton.quadratic.proximal import Proximal
+from ddnewton.quadratic.quadratic_model import QuadraticModel, losses_at
 from ddnewton.transforms import any_known
 from ddnewton.trees import flattened, tree_leaves, tree_map, unflattened
 from ddnewton.types import PyTree
@@ -25,33 +27,22 @@ LOSS_ROUNDINGS = 16.0
 """From how many roundings of the loss upwards a decrease of it can be compared with another."""
 
 
-class Settings(NamedTuple):
-    """How a step follows from the steps that damping leads to."""
+class LocalModel(NamedTuple):
+    """The loss of a batch around the parameters: its quadratic model, trial steps, and size."""
 
-    adaptation: Adaptation
-    learning_rate: LearningRate
-    momentum: float | Literal["exact"]
-    weight_decay: float
-    trust_radius: float | None
-    complement: Complement
-
-
-class Local(NamedTuple):
-    """A batch around the parameters: its trial steps, and its loss elsewhere."""
-
-    problem: QuadraticModel
-    trials: Trials
+    model: QuadraticModel
+    trials: TrialSteps
     params: PyTree
-    inertia: Proximal | None
+    proximal: Proximal | None
     updates: Int[Tensor, ""]
     damping: Float[Tensor, ""]  # of the step before
-    others: Int[Tensor, " _"] | None  # those held out, None for none
+    held_out: Int[Tensor, " _"] | None  # samples to choose a damping on
     curvature: Curvature
     gradient_norm: Float[Tensor, ""]
 
 
 class Step(NamedTuple):
-    """A step that was tried: s, how much of it, where it leads, and what came of it."""
+    """A step that was tried: its direction s, how much of it, where it leads, and the verdict."""
 
     vector: Float[Tensor, " d"]
     rate: Float[Tensor, "..."]  # one number, or one a parameter
@@ -59,42 +50,36 @@ class Step(NamedTuple):
     outcome: Outcome
     taken: Bool[Tensor, ""]
     settled: Bool[Tensor, ""]  # what there is to gain is lost in rounding
-    following: Float[Tensor, ""]
+    following: Float[Tensor, ""]  # the control of the next trial, or the next batch
     tried: Int[Tensor, ""]
 
 
-def search(local: Local, settings: Settings, control: Float[Tensor, ""]) -> Step:
+def search(local: LocalModel, settings: Settings, control: Float[Tensor, ""]) -> Step:
     """Return the first step that is taken, or that leaves nothing to gain, or the last one."""
-    found: Step | None = None
     momentum: float | Literal["exact"] = settings.momentum
-    control = _started(local, settings, control)
-    for attempt in range(MOST_ATTEMPTS):
-        step = _tried(local, settings, control, momentum, attempt)
-        found = step if found is None else _first(found, step)
-        control = found.following
-        if not any_known(~(found.taken | found.settled)):
+    step = _tried(local, settings, _first_control(local, settings, control), momentum, 0)
+    for attempt in range(1, MOST_ATTEMPTS):
+        # Every member of an ensemble has its step once none of them is left to search.
+        ended = step.taken | step.settled
+        if not any_known(~ended):
             break
-        momentum = 0.0  # which no damping shortens
-    assert found is not None
-    return found
-
-
-def _first(found: Step, step: Step) -> Step:
-    """Return the step found, or where it is not taken another."""
-    first: Step = tree_map(partial(torch.where, found.taken | found.settled), found, step)
-    return first
+        # A step before is not shortened by damping: leave it out from the second trial on.
+        trial = _tried(local, settings, step.following, 0.0, attempt)
+        step = tree_map(partial(torch.where, ended), step, trial)
+    return step
 
 
 def loss_at(
-    local: Local, decay: float, vector: Float[Tensor, " d"], samples: Int[Tensor, " _"] | None
+    local: LocalModel,
+    decay: float,
+    vector: Float[Tensor, " d"],
+    samples: Int[Tensor, " _"] | None,
 ) -> Float[Tensor, ""]:
     """Return the loss of some samples, with its penalty, after a step, as its dtype has it."""
     moved = added(local.params, vector)
-    leaves = [
-        new.to(leaf)
-        for new, leaf in zip(tree_leaves(moved), local.problem.model.leaves, strict=True)
-    ]
-    return _penalised(local.problem.losses_at(leaves, samples).mean(), decay, moved)
+    pairs = zip(tree_leaves(moved), local.model.linearization.leaves, strict=True)
+    leaves = [new.to(leaf) for new, leaf in pairs]
+    return _penalised(losses_at(local.model, leaves, samples).mean(), decay, moved)
 
 
 def _penalised(loss: Float[Tensor, ""], decay: float, params: PyTree) -> Float[Tensor, ""]:
@@ -107,49 +92,57 @@ def added(params: PyTree, vector: Float[Tensor, " d"]) -> PyTree:
     return tree_map(torch.add, params, unflattened(vector, params))
 
 
-def _started(local: Local, settings: Settings, control: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """Return the control of this batch: the first, the one so far, or one that is chosen."""
+def _first_control(
+    local: LocalModel, settings: Settings, control: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """Return the control of this batch: the first one, the one so far, or one from the grid."""
     adaptation = settings.adaptation
+    # Where there is none yet, the adaptation's first: a damping, or the length of its step.
     first = adaptation.start(local.curvature)
     if adaptation.by_length and any_known(control.isnan()):
-        length = local.trials.step(first, 0.0).norm()
+        length = trial_step(local.trials, first, 0.0).norm()
         first = torch.where(length > 0, length, torch.nan)
     control = torch.where(control.isnan(), first, control)
-    if local.others is None or adaptation.choice is None:
+    if local.held_out is None or adaptation.choice is None:
         return control
-    # The largest first, which is the choice where several, or none, will do.
+    # The loss of the samples held out, after the step of every multiple in the grid: the largest
+    # multiple first, so that it is the choice where several, or none, are best.
     multiples = sorted(adaptation.choice.grid, reverse=True)
     controls = torch.stack([control * 0 + multiple for multiple in multiples])
-    steps = (local.trials.step(adaptation.damping(each, local.curvature), 0.0) for each in controls)
-    losses = torch.stack([loss_at(local, 0.0, step, local.others) for step in steps])
+    dampings = [adaptation.damping(multiple, local.curvature) for multiple in controls]
+    steps = (trial_step(local.trials, damping, 0.0) for damping in dampings)
+    losses = torch.stack([loss_at(local, 0.0, step, local.held_out) for step in steps])
+    # Half the way to the best, in the logarithm.
     best = losses.nan_to_num(nan=torch.inf).argmin(0, keepdim=True)
     return (control * controls.gather(0, best)[0]).sqrt()
 
 
 def _tried(
-    local: Local,
+    local: LocalModel,
     settings: Settings,
     control: Float[Tensor, ""],
     momentum: float | Literal["exact"],
     attempt: int,
 ) -> Step:
     """Try the step that a control leads to."""
+    # The damping of the control, raised until the step is no longer than it may be.
     delta = settings.adaptation.damping(control, local.curvature)
     radius = torch.full_like(delta, settings.trust_radius or torch.inf)
     if settings.adaptation.by_length:
         radius = torch.minimum(radius, control.nan_to_num(nan=torch.inf))
     if any_known(radius.isfinite()):
-        delta = _within(local, settings, radius, delta, momentum)
-    vector, rate = _directed(local, settings, delta, momentum)
-    # What no damping shortens, a step before with momentum, is cut.
+        delta = _within_radius(local, settings, radius, delta, momentum)
+    # The step; a part of it that no damping shortens, a step before with momentum, is cut.
+    vector, rate = _direction(local, settings, delta, momentum)
     rate = rate * (radius / (rate * vector).norm()).nan_to_num(nan=1.0).clamp(max=1)
     moved = rate * vector
-    decay, problem = settings.weight_decay, local.problem
-    own = problem.gradient_samples
-    values = problem.losses if own is None else problem.losses[own]
-    before = _penalised(values.mean(), decay, local.params)
-    after = loss_at(local, decay, moved, own)
-    slopes, curvatures = local.trials.model(moved[None], None)
+    # The loss before and after, of the samples of the gradient.
+    samples = local.model.objective.samples.slopes
+    losses = local.model.losses if samples is None else local.model.losses[samples]
+    before = _penalised(losses.mean(), settings.weight_decay, local.params)
+    after = loss_at(local, settings.weight_decay, moved, samples)
+    # The decrease that the quadratic model promises, −(gᵀs + ½ sᵀG s).
+    slopes, curvatures = quadratic_along(local.trials, moved[None])
     predicted = -(slopes[0] + curvatures[0, 0] / 2)
     noise = _noise(local, before)
     settled = (predicted.abs() <= noise) & ((before - after).abs() <= noise)
@@ -162,53 +155,54 @@ def _tried(
         attempts=torch.full_like(local.updates, attempt),
         curvature=local.curvature,
     )
+    # The adaptation's verdict; a step that changes nothing says nothing of the control.
     taken, following = settings.adaptation.judge(control, outcome)
     following = torch.where(settled & ~taken, control, following)
     return Step(vector, rate, delta, outcome, taken, settled, following, outcome.attempts + 1)
 
 
-def _noise(local: Local, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+def _noise(local: LocalModel, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """Return by how much the rounding of the loss and of the parameters moves the loss."""
     dtype = narrowest(tree_leaves(local.params))
     apart = torch.finfo(dtype).eps * flattened(local.params).norm()
-    of_loss = torch.finfo(local.problem.model.precise.dtype).eps * loss.abs()
+    of_loss = torch.finfo(local.model.linearization.precise.dtype).eps * loss.abs()
     of_params: Tensor = local.gradient_norm * apart + local.curvature.trace * apart**2
     return of_params + LOSS_ROUNDINGS * of_loss
 
 
-def _directed(
-    local: Local,
+def _direction(
+    local: LocalModel,
     settings: Settings,
     delta: Float[Tensor, ""],
     momentum: float | Literal["exact"],
 ) -> tuple[Float[Tensor, " d"], Float[Tensor, "..."]]:
     """Return a direction, and how far to go along it."""
-    vector = local.trials.step(delta, 0.0 if momentum == "exact" else momentum)
-    if momentum == "exact" and local.inertia is not None:
-        both = torch.cat([vector[None], local.inertia.previous])
-        vector = _best(local.trials, both, delta) @ both
+    vector = trial_step(local.trials, delta, 0.0 if momentum == "exact" else momentum)
+    if momentum == "exact" and local.proximal is not None:
+        both = torch.cat([vector[None], local.proximal.previous])
+        vector = _minimizer(local.trials, both, delta) @ both
     if settings.learning_rate == "exact":
-        return vector, _best(local.trials, vector[None], delta)[0]
+        return vector, _minimizer(local.trials, vector[None], delta)[0]
     rate = settings.learning_rate
     number = rate(local.updates) if callable(rate) else rate
     return vector, torch.as_tensor(number, dtype=vector.dtype, device=vector.device)
 
 
-def _best(
-    trials: Trials, vectors: Float[Tensor, "k d"], delta: Float[Tensor, ""]
+def _minimizer(
+    trials: TrialSteps, vectors: Float[Tensor, "k d"], delta: Float[Tensor, ""]
 ) -> Float[Tensor, " k"]:
-    """Return by how much of each vector the damped quadratic model is lowest."""
-    slopes, damped = trials.model(vectors, delta)
+    """Return the multiples of vectors whose sum makes the damped quadratic model lowest."""
+    slopes, damped = quadratic_along(trials, vectors, delta)
     sizes = damped.diagonal().sqrt()
     sizes = torch.where(sizes > 0, sizes, 1)  # a vector of zeros stays one
     scaled = damped / sizes / sizes[:, None]
     inverse = torch.linalg.pinv(scaled, rtol=1e-12, hermitian=True)
-    best: Tensor = -(inverse @ (slopes / sizes)) / sizes
-    return best
+    multiples: Tensor = -(inverse @ (slopes / sizes)) / sizes
+    return multiples
 
 
-def _within(
-    local: Local,
+def _within_radius(
+    local: LocalModel,
     settings: Settings,
     radius: Float[Tensor, ""],
     least: Float[Tensor, ""],
@@ -217,11 +211,11 @@ def _within(
     """Return the least damping, from ``least`` upwards, with a step no longer than the radius."""
 
     def length(delta: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        vector, rate = _directed(local, settings, delta, momentum)
+        vector, rate = _direction(local, settings, delta, momentum)
         norm: Tensor = (rate * vector).norm()
         return norm
 
     guess, enough = least, torch.maximum(local.gradient_norm / radius, least)
-    if settings.adaptation.by_length:  # which has most often something to do
+    if settings.adaptation.by_length:  # which mostly needs more than the least
         guess = torch.maximum(torch.where(local.damping.isnan(), enough, local.damping), least)
     return least_damping(length, guess, least, enough, radius)

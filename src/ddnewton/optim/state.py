@@ -1,4 +1,4 @@
-"""What an update leaves: a state for the next one, and a record of what it did."""
+"""The records of an update: the state for the next one, and what was done."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ddnewton.errors import BadType, BadValue, sentence
-from ddnewton.optim.search import Local, Step
-from ddnewton.trees import tree_leaves, tree_map, unflattened
-from ddnewton.types import DampingRule, PyTree
+from ddnewton.trees import tree_leaves, tree_map
+from ddnewton.types import PyTree
 
 
 class State(NamedTuple):
-    """What the next update needs: tensors, to be saved, loaded and mapped over."""
+    """The tensors that the next update needs, to be saved, loaded and mapped over."""
 
     updates: Int[Tensor, ""]
     """How many updates there have been."""
     control: Float[Tensor, ""]
-    """What adapts: the damping, its multiple of the mean eigenvalue, or the longest step; nan
-    where it is to start anew."""
+    """The number that adapts: the damping, its multiple of the mean eigenvalue, or the longest
+    step; nan where it is to start anew."""
     damping: Float[Tensor, ""]
     """δ of the last step; nan before the first."""
     previous: PyTree
@@ -29,7 +28,7 @@ class State(NamedTuple):
 
 
 class UpdateInfo(NamedTuple):
-    """What an update did."""
+    """The record of an update."""
 
     loss: Float[Tensor, ""]
     loss_after: Float[Tensor, ""]
@@ -77,54 +76,3 @@ def check_state(state: object, params: PyTree, momentum: bool) -> None:
     if [leaf.shape for leaf in tree_leaves(state.previous)] != shapes:
         rule = "state must be of the same parameters, and of an optimizer with the same momentum"
         raise BadValue(sentence(rule, "another step before", remedy))
-
-
-def next_state(state: State, step: Step, params: PyTree) -> State:
-    """Return the state after a step; one that is not taken is no start for the next."""
-    previous: PyTree = ()
-    if state.previous != ():
-        previous = unflattened(torch.where(step.taken, step.vector, 0), params)
-    return State(
-        updates=state.updates + 1,
-        control=step.following,
-        damping=step.damping,
-        previous=previous,
-    )
-
-
-def update_info(local: Local, step: Step, rule: float | Tensor | DampingRule) -> UpdateInfo:
-    """Return what an update did."""
-    outcome = step.outcome
-    rank, share = _directions(local)
-    return UpdateInfo(
-        loss=outcome.before,
-        loss_after=torch.where(step.taken, outcome.after, outcome.before),
-        predicted_decrease=torch.where(step.taken, outcome.predicted, 0),
-        ratio=outcome.ratio,
-        damping=step.damping if callable(rule) else step.damping + rule,
-        learning_rate=step.rate.mean(),
-        step_norm=torch.where(step.taken, outcome.length, 0),
-        gradient_norm=local.gradient_norm,
-        gradient_share=share,
-        rank=rank,
-        attempts=step.tried,
-        accepted=step.taken,
-    )
-
-
-def _directions(local: Local) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Return the rank, and the kept directions' share of the gradient, where these are known."""
-    along = local.trials.known()
-    unknown = torch.full_like(local.gradient_norm, torch.nan)
-    if along is None:
-        return unknown, unknown
-    squares = [
-        torch.where(each.kept.live, each.derivatives.gammas.mean(0), 0).square().sum()
-        for each in along
-    ]
-    inside, square = torch.stack(squares).sum(), local.gradient_norm.square()
-    share = torch.where(square > 0, inside / square, 1).clamp(max=1)
-    ranks = [each.spectrum.live.sum() for each in along]
-    if any(len(each.spectrum.evals) < len(local.problem.curvature_weights) for each in along):
-        return unknown, share  # of some matrix only the leading eigenpairs are known
-    return torch.stack(ranks).sum().to(share), share

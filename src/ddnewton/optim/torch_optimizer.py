@@ -17,8 +17,8 @@ from ddnewton.inputs.groups import Group
 from ddnewton.optim.adaptation import Adaptation, as_adaptation, levenberg_marquardt
 from ddnewton.optim.functional import FunctionalOptimizer, directional_newton
 from ddnewton.optim.modules import Forward, Known, as_function, known
+from ddnewton.optim.settings import Complement
 from ddnewton.optim.state import State, UpdateInfo
-from ddnewton.optim.trial_steps import Complement
 from ddnewton.types import DampingRule, GramWay, ModelFn, PyTree, Select
 
 GROUP_OPTIONS = ("select", "damping")

@@ -18,10 +18,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ddnewton.columns.gram import Columns, is_gram
+from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.transforms import is_batched
 
 CHOLESKY_CONDITION = 1e6
@@ -32,64 +32,72 @@ CHOLESKY_BLOCK = 96
 
 
 def damped_step(
-    columns: Columns,
-    weights: Float[Tensor, " i"],
-    matrix: Float[Tensor, "side side2"],
+    matrix: GaussNewton,
     gradient_weights: Float[Tensor, " a"],
     delta: float | Tensor,
     *,
     everywhere: bool = False,
     condition: float = CHOLESKY_CONDITION,
 ) -> Float[Tensor, " j"] | None:
-    """Return −(G + δI)⁻¹ g from a small matrix, or None where only eigenpairs give all digits.
+    """Return −(G + δI)⁻¹ g, or None where only eigenpairs give all digits.
 
     That is for the gradient on the range of G, or ``everywhere``. Like a spectrum's directions it
     is in coordinates: of the columns, or, on the other side, of the parameters.
     """
+    weights, i = matrix.weights, len(matrix.weights)
     delta = torch.as_tensor(delta, dtype=weights.dtype, device=weights.device)
-    if any(map(is_batched, (weights, matrix, gradient_weights, delta))):
+    if any(map(is_batched, (weights, matrix.entries, gradient_weights, delta))):
         return None
-    i = len(weights)
-    beyond = bool(((weights <= 0) & (gradient_weights[:i] != 0)).any()) or len(gradient_weights) > i
-    gram_side = is_gram(matrix, weights)
-    root = weights.sqrt() if gram_side else weights.new_ones(())
-    damped = (root[:, None] * matrix[:i]).mul_(root) if gram_side else matrix.clone()
+    # A part of the gradient beyond the range of G, or a damping too small for a factorization.
+    flat = bool(((weights <= 0) & (gradient_weights[:i] != 0)).any())
+    beyond = flat or len(gradient_weights) > i
+    damped = matrix.matrix()
     if (beyond and not everywhere) or not damped.trace() <= condition * delta < math.inf:
         return None
-    if not gram_side:
-        right = columns.matmat(gradient_weights[None])[0]
+    # The right side: g itself, √w A₁ᵀg where all of g is damped, or z / N √w where A √w spans it.
+    root = weights.sqrt()
+    if not matrix.on_columns:
+        right = matrix.columns.matmat(gradient_weights[None])[0]
     elif beyond:
-        right = root * (matrix.mT @ gradient_weights)
+        right = root * (matrix.entries.mT @ gradient_weights)
     else:
         right = torch.where(weights > 0, gradient_weights / root, 0)
+    # K + δI or G + δI = L Lᵀ, and two triangular solves.
     damped.diagonal().add_(delta)
     factor, failed = _factorized(damped)
     half = torch.linalg.solve_triangular(factor, right[:, None], upper=False)
     solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)[:, 0]
     if failed or not solution.isfinite().all():
         return None
-    if gram_side and beyond:
-        return (F.pad(root * solution, (0, len(gradient_weights) - i)) - gradient_weights) / delta
+    # Back to weights of the columns.
+    if not matrix.on_columns:
+        return -solution
+    if beyond:
+        inside = F.pad(root * solution, (0, len(gradient_weights) - i))
+        return (inside - gradient_weights) / delta
     return -root * solution
 
 
-def _factorized(own: Float[Tensor, "side side"]) -> tuple[Float[Tensor, "side side"], Tensor]:
-    """Return a lower factor in the place of a matrix, one's own, and whether there is none.
+def _factorized(
+    matrix: Float[Tensor, "side side"],
+) -> tuple[Float[Tensor, "side side"], Bool[Tensor, ""] | Int[Tensor, ""]]:
+    """Return a lower factor, written over the matrix, and whether there is none.
 
     What lies above the diagonal is left there: torch's own function takes longer to clear it, and
     for new memory, than to factorize.
     """
-    if not own.is_cpu:
-        factor, failed = torch.linalg.cholesky_ex(own)
+    if not matrix.is_cpu:
+        factor, failed = torch.linalg.cholesky_ex(matrix)
         return factor, failed
-    failures = [own.new_zeros((), dtype=torch.int32)]
-    for start in range(0, len(own), CHOLESKY_BLOCK):
-        panel, end = own[start:, start : start + CHOLESKY_BLOCK], start + CHOLESKY_BLOCK
-        panel.addmm_(own[start:, :start], own[start:end, :start].mT, alpha=-1)
+    failures = [matrix.new_zeros((), dtype=torch.int32)]
+    for start in range(0, len(matrix), CHOLESKY_BLOCK):
+        # Take from the next columns what the factor so far explains of them.
+        panel, end = matrix[start:, start : start + CHOLESKY_BLOCK], start + CHOLESKY_BLOCK
+        panel.addmm_(matrix[start:, :start], matrix[start:end, :start].mT, alpha=-1)
+        # Factorize the block on the diagonal, and solve for the rows below it.
         corner, failed = torch.linalg.cholesky_ex(panel[:CHOLESKY_BLOCK])
-        below = torch.linalg.solve_triangular(
-            corner.mT, panel[CHOLESKY_BLOCK:], upper=True, left=False
-        )
+        rows = panel[CHOLESKY_BLOCK:]
+        below = torch.linalg.solve_triangular(corner.mT, rows, upper=True, left=False)
         panel[:CHOLESKY_BLOCK], panel[CHOLESKY_BLOCK:] = corner, below
         failures.append(failed)
-    return own, torch.stack(failures).any()
+    return matrix, torch.stack(failures).any()

@@ -1,9 +1,9 @@
-"""What the kept directions leave of the gradient.
+"""The part of the gradient that the kept directions leave out.
 
-The gradient is A z / N, and z / N are the columns' shares in it. Its live part lies along the
-live directions of the spectrum. What strays from them comes from columns without a curvature of
-their own, of losses that are flat but not level, of samples the net is certain of and wrong about,
-and of samples that the curvature is not taken of, and from faint directions.
+The gradient is A z / N, and z / N are the weights of its columns. Its live part lies along the live
+directions of the spectrum. A part outside these comes from columns without curvature, which are
+those of losses that are flat but not level, of samples that a net is certain of and wrong about,
+and of samples that the curvature is not taken of; and from faint directions.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def outside(
     spectrum: Spectrum, gradient_weights: Float[Tensor, " a"], kept: Directions
 ) -> Float[Tensor, " j"]:
     """Return the part of the gradient outside the kept directions, g − Pg."""
-    rest = torch.where(kept.left_out, spectrum.column_slopes.mT @ gradient_weights, 0)
-    return spectrum.vectors @ rest + outside_live(spectrum, gradient_weights)
+    left_out = torch.where(kept.left_out, spectrum.column_slopes.mT @ gradient_weights, 0)
+    return spectrum.vectors @ left_out + outside_live(spectrum, gradient_weights)
 
 
 def vanishing(
@@ -31,7 +31,7 @@ def vanishing(
     curved: Bool[Tensor, " a"],
     delta: float | Tensor,
 ) -> Float[Tensor, " j"]:
-    """Return −s along directions whose curvature is positive but too small to resolve, λ → 0.
+    """Return −s along the directions whose curvature is positive but too small to resolve, λ → 0.
 
     All directions means these too: where a net is certain and wrong, or where two samples that
     are almost the same have different targets, the curvature vanishes and the slope does not.
@@ -45,14 +45,13 @@ def vanishing(
 def outside_live(spectrum: Spectrum, gradient_weights: Float[Tensor, " a"]) -> Float[Tensor, " j"]:
     """Return the part of the gradient outside the live directions; most often there is none.
 
-    What is no longer than the rounding of a sum of columns is none.
+    A part no longer than the rounding of a sum of columns counts as none.
     """
     flat = ~spectrum.resolved & (gradient_weights != 0)
     if not (any_possible(spectrum.faint) or any_possible(flat)):
         return spectrum.vectors.new_zeros(spectrum.vectors.shape[0])
     part = spectrum.outside_live(gradient_weights)
     size = spectrum.to_parameters(part[None]).norm()
-    noise = (gradient_weights[: len(spectrum.sizes)] * spectrum.sizes).norm() * torch.finfo(
-        part.dtype
-    ).eps
+    terms = gradient_weights[: len(spectrum.sizes)] * spectrum.sizes
+    noise = terms.norm() * torch.finfo(part.dtype).eps
     return torch.where(size > COLUMN_ROUNDINGS * noise, part, 0)

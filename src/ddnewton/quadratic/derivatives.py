@@ -17,7 +17,7 @@ class Derivatives(NamedTuple):
 
 
 def first_derivatives(
-    column_slopes: Float[Tensor, "a k"], slopes: Float[Tensor, "m n"]
+    column_slopes: Float[Tensor, "a k"], z: Float[Tensor, "m n"]
 ) -> Float[Tensor, "n2 k"]:
     """Return γ from the slopes of the columns along the directions, s_ik = a_iᵀ e_k.
 
@@ -26,15 +26,15 @@ def first_derivatives(
         γ_nk = Σ_m z_nm s_nmk:
 
     no gradient is formed, and nothing is divided by an eigenvalue (Dangel, Tatzel, Hennig, 2022,
-    section 3.2 does so). Columns after the first m n are gradients of further samples themselves.
+    section 3.2 does so). The columns after the first m n are themselves gradients of samples.
     """
-    own, others = column_slopes.tensor_split([slopes.numel()])
-    gammas = (slopes[..., None] * own.unflatten(0, slopes.shape)).sum(0)
-    return torch.cat([gammas, others]) if len(others) else gammas
+    of_basis, of_gradients = column_slopes.tensor_split([z.numel()])
+    gammas = (z[..., None] * of_basis.unflatten(0, z.shape)).sum(0)
+    return torch.cat([gammas, of_gradients]) if len(of_gradients) else gammas
 
 
 def second_derivatives(
-    column_slopes: Float[Tensor, "i k"], curvatures: Float[Tensor, "m n"]
+    column_slopes: Float[Tensor, "i k"], h: Float[Tensor, "m n"]
 ) -> Float[Tensor, "n k"]:
     """Return λ from the slopes of the columns along the directions, s_ik = a_iᵀ e_k.
 
@@ -42,6 +42,6 @@ def second_derivatives(
 
         λ_nk = Σ_m h_nm s_nmk².
     """
-    per_sample = column_slopes.unflatten(0, curvatures.shape)
-    lambdas: Tensor = (curvatures[..., None] * per_sample.square()).sum(0)
+    per_sample = column_slopes.unflatten(0, h.shape)
+    lambdas: Tensor = (h[..., None] * per_sample.square()).sum(0)
     return lambdas

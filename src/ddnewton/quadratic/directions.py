@@ -1,4 +1,4 @@
-"""The directions that are kept, and the slopes and curvatures of the samples along them."""
+"""The directions that every block keeps, with the derivatives of the samples along them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from torch import Tensor
 
 from ddnewton.inputs.groups import Block
 from ddnewton.quadratic.derivatives import Derivatives, first_derivatives, second_derivatives
+from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.kept import Directions, keep
-from ddnewton.quadratic.quadratic_model import GaussNewton, QuadraticModel
+from ddnewton.quadratic.quadratic_model import QuadraticModel
 from ddnewton.quadratic.spectrum import Spectrum, decompose
-from ddnewton.quadratic.unseen_samples import unseen_slopes
+from ddnewton.quadratic.unseen_samples import unseen_column_slopes
 from ddnewton.select import Leading
 
 
 class BlockDirections(NamedTuple):
-    """A block with its directions, and what is known along them."""
+    """A block with its spectrum, the directions that are kept, and the derivatives along them."""
 
     block: Block
     spectrum: Spectrum
@@ -28,43 +29,43 @@ class BlockDirections(NamedTuple):
 
 
 def directions_of(
-    problem: QuadraticModel, systems: Sequence[GaussNewton], *, only_kept: bool = False
+    model: QuadraticModel, matrices: Sequence[GaussNewton], *, only_kept: bool = False
 ) -> list[BlockDirections]:
-    """Return the directions that every block keeps; those alone if ``only_kept``."""
+    """Return the directions of every block; if ``only_kept``, the spectrum may lack all others."""
     spectra, kept = [], []
-    for block, system in zip(problem.blocks, systems, strict=True):
+    for block, matrix in zip(model.blocks, matrices, strict=True):
         leading = block.select.k if only_kept and isinstance(block.select, Leading) else None
-        spectra.append(decompose(*system, leading))
-        kept.append(keep(spectra[-1], block.select, problem.dtype))
-    derivatives = _derivatives(problem, systems, kept)
-    return list(map(BlockDirections, problem.blocks, spectra, kept, derivatives))
+        spectra.append(decompose(matrix, leading))
+        kept.append(keep(spectra[-1], block.select, model.dtype))
+    derivatives = _derivatives(model, matrices, kept)
+    return list(map(BlockDirections, model.blocks, spectra, kept, derivatives))
 
 
 def _derivatives(
-    problem: QuadraticModel,
-    systems: Sequence[GaussNewton],
-    kept: Sequence[Directions],
+    model: QuadraticModel, matrices: Sequence[GaussNewton], kept: Sequence[Directions]
 ) -> list[Derivatives]:
-    """Return the derivatives of the samples asked for, in their order."""
-    gammas = [first_derivatives(each.column_slopes, problem.z) for each in kept]
-    seen = [each.column_slopes[: len(problem.curvature_weights)] for each in kept]
-    lambdas = [second_derivatives(slopes, problem.h) for slopes in seen]
-    if problem.unseen is not None:
-        unseen = unseen_slopes(problem, problem.unseen, systems, kept)
-        further = [second_derivatives(slopes, problem.unseen.h) for slopes in unseen]
-        lambdas = [torch.cat(pair) for pair in zip(lambdas, further, strict=True)]
-    chosen = (problem.gamma_rows, problem.lambda_rows)
-    rows = [slice(None) if row is None else row for row in chosen]
+    """Return γ and λ of the samples asked for, in their order."""
+    # Of the samples that the columns are of.
+    count = len(model.curvature_weights)
+    gammas = [first_derivatives(directions.column_slopes, model.z) for directions in kept]
+    lambdas = [second_derivatives(block.column_slopes[:count], model.h) for block in kept]
+    # Of samples that the directions have not seen, λ alone.
+    if model.unseen is not None:
+        column_slopes = unseen_column_slopes(model, model.unseen, matrices, kept)
+        unseen = [second_derivatives(slopes, model.unseen.h) for slopes in column_slopes]
+        lambdas = [torch.cat(pair) for pair in zip(lambdas, unseen, strict=True)]
+    # The rows of those that were asked for.
+    gamma_rows, lambda_rows = (slice(None) if rows is None else rows for rows in model.rows)
     pairs = zip(gammas, lambdas, strict=True)
-    return [Derivatives(gamma[rows[0]], curvature[rows[1]]) for gamma, curvature in pairs]
+    return [Derivatives(slope[gamma_rows], curvature[lambda_rows]) for slope, curvature in pairs]
 
 
 def orthonormal(vectors: Float[Tensor, "k d"], kept: Directions) -> Float[Tensor, "k d"]:
     """Return eigenvectors that are orthonormal to the last digit.
 
-    Vectors made of columns are so up to the rounding of λ_max beside their eigenvalue. What is left
-    is taken out by Gram and Schmidt's process, from the largest eigenvalue down: it leaves those
-    that are known best as they are.
+    Vectors made of columns are so up to the rounding of λ_max beside their eigenvalue. The error is
+    taken out by Gram and Schmidt's process, from the largest eigenvalue down: it leaves those that
+    are known best as they are.
     """
     order = kept.evals.argsort(descending=True)
     place = order.argsort()

@@ -35,15 +35,19 @@ def keep(spectrum: Spectrum, select: Select | None, dtype: torch.dtype) -> Direc
 
     ``select`` gets the eigenvalues in the user's dtype.
     """
+    # The eigenvalues asked for, of all NM; those before the last r are zero and have no vector.
     count, r = spectrum.evals.shape[0], spectrum.live.shape[0]
     if select is None:
         mask = torch.nn.functional.pad(spectrum.live, (count - r, 0))
         indices, wanted = _from_mask(mask)
     else:
-        indices, wanted = _answer(select(spectrum.evals.to(dtype, copy=True)), spectrum.evals)
-    # Below the last r, eigenvalues are exactly zero and have no vector: point at any, not live.
+        indices, wanted = _checked_selection(
+            select(spectrum.evals.to(dtype, copy=True)), spectrum.evals
+        )
+    # Their places among the last r; where there is none, any place will do: it is not live.
     thin = (indices - (count - r)).clamp(min=0)
     live = spectrum.live[thin] & wanted & (indices >= count - r)
+    # The live directions that nobody asked for.
     taken = (thin[:, None] == torch.arange(r, device=thin.device)) & live[:, None]
     return Directions(
         evals=spectrum.evals[indices],
@@ -56,33 +60,39 @@ def keep(spectrum: Spectrum, select: Select | None, dtype: torch.dtype) -> Direc
 
 
 def _from_mask(mask: Bool[Tensor, " i"]) -> tuple[Int[Tensor, " k"], Bool[Tensor, " k"]]:
-    """Return indices and which of them are wanted: under ``vmap`` the number kept is not known."""
+    """Return the indices that a mask asks for, and a mask of them.
+
+    Under ``vmap`` their number is not known: all indices, and the mask itself.
+    """
     if is_batched(mask):
         return torch.arange(mask.shape[0], device=mask.device), mask
     indices = mask.nonzero()[:, 0]
     return indices, torch.ones_like(indices, dtype=torch.bool)
 
 
-def _answer(
+def _checked_selection(
     answer: Tensor | Sequence[int], evals: Float[Tensor, " i"]
 ) -> tuple[Int[Tensor, " k"], Bool[Tensor, " k"]]:
-    """Return a user's selection as indices; refuse what is no selection."""
+    """Return a caller's selection as indices, and refuse anything else."""
     count = evals.shape[0]
     rule = "select must return distinct indices of the eigenvalues, or a boolean mask"
     remedy = f"There are {count} eigenvalues, in ascending order: index them from 0."
+    # Any sequence of indices will do, or a mask.
     try:
-        chosen = torch.as_tensor(answer, device=evals.device)
+        selection = torch.as_tensor(answer, device=evals.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise BadType(sentence(rule, repr(answer), remedy)) from error
-    if chosen.numel() == 0 and chosen.dtype != torch.bool:
-        chosen = chosen.long()
-    if chosen.ndim != 1:
-        raise BadValue(sentence(rule, f"shape {list(chosen.shape)}", remedy))
-    if chosen.dtype == torch.bool:
-        if chosen.shape[0] != count:
-            raise BadValue(sentence(rule, f"a mask of length {chosen.shape[0]}", remedy))
-        return _from_mask(chosen)
-    if chosen.is_floating_point() or chosen.is_complex():
-        raise BadType(sentence(rule, f"numbers of {chosen.dtype}", remedy))
-    indices = distinct(chosen, count, rule, remedy)
+    if selection.numel() == 0 and selection.dtype != torch.bool:
+        selection = selection.long()
+    if selection.ndim != 1:
+        raise BadValue(sentence(rule, f"shape {list(selection.shape)}", remedy))
+    # A mask has an entry for every eigenvalue.
+    if selection.dtype == torch.bool:
+        if selection.shape[0] != count:
+            raise BadValue(sentence(rule, f"a mask of length {selection.shape[0]}", remedy))
+        return _from_mask(selection)
+    # Indices are distinct integers.
+    if selection.is_floating_point() or selection.is_complex():
+        raise BadType(sentence(rule, f"numbers of {selection.dtype}", remedy))
+    indices = distinct(selection, count, rule, remedy)
     return indices, torch.ones_like(indices, dtype=torch.bool)

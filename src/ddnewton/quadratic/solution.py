@@ -1,10 +1,7 @@
-r"""The damped step of a block, by Cholesky's factorization where that will do, or by eigenpairs.
+r"""The damped step of a block: by Cholesky's factorization where possible, or by eigenpairs.
 
-Damping may pull a step to a centre c instead of to zero. It is the minimum over s of
-
-    gᵀs + ½ sᵀG s + ½ Σ_k δ_k (e_kᵀ(s − c))²,    s = c − Σ_k (γ_k + λ_k c_k) / (λ_k + δ_k) e_k,
-
-with c_k = e_kᵀc: c, and a step of a gradient that is further by G c = A (w ∘ Aᵀc).
+With one damping δ of all directions it is −(G + δI)⁻¹g, a linear system. Otherwise it is walked
+along the directions, −γ_k / (λ_k + δ_k) each. Either may start from a centre: `quadratic.proximal`.
 """
 
 from __future__ import annotations
@@ -22,8 +19,10 @@ from ddnewton.damping import as_rule, check_dampings
 from ddnewton.quadratic.cholesky import CHOLESKY_CONDITION, damped_step
 from ddnewton.quadratic.complement import outside, vanishing
 from ddnewton.quadratic.directions import BlockDirections
-from ddnewton.quadratic.kept import Directions
-from ddnewton.quadratic.quadratic_model import GaussNewton, QuadraticModel
+from ddnewton.quadratic.gauss_newton import GaussNewton
+from ddnewton.quadratic.info import NewtonInfo
+from ddnewton.quadratic.proximal import Centre, along_directions, centred_gradient_weights
+from ddnewton.quadratic.quadratic_model import QuadraticModel
 
 
 class Solution(NamedTuple):
@@ -34,43 +33,28 @@ class Solution(NamedTuple):
     coordinates: Float[Tensor, " j"]
 
 
-class Centre(NamedTuple):
-    """Where the damping δ of all directions pulls the step of a block: Aᵀc, for the columns A.
-
-    ``decay`` is what weight decay has moved it by: what a rule adds to δ pulls to where it was.
-    """
-
-    slopes: Float[Tensor, " a"]
-    decay: Float[Tensor, " a"]
-    delta: Float[Tensor, ""]
-
-
 def without_eigenpairs(
-    problem: QuadraticModel,
-    systems: Sequence[GaussNewton],
+    model: QuadraticModel,
+    matrices: Sequence[GaussNewton],
     complements: Sequence[float | Tensor | None],
     centres: Sequence[Centre] | None = None,
     condition: float = CHOLESKY_CONDITION,
 ) -> list[Float[Tensor, " _"]] | None:
-    """Return the steps of the blocks, if one damping of all directions is all there is to them."""
-    if problem.lambda_rows is not None:
+    """Return the steps of the blocks, or None unless one damping of all directions is all asked."""
+    if model.rows.lambdas is not None:
         return None
     steps = []
-    for b, (block, system) in enumerate(zip(problem.blocks, systems, strict=True)):
-        delta, beyond = block.damping, complements[b]
+    for b, (block, matrix) in enumerate(zip(model.blocks, matrices, strict=True)):
+        delta, complement = block.damping, complements[b]
+        # A selection, a rule, or another damping of the complement asks for directions.
         if block.select is not None or callable(delta):
             return None
-        if beyond is not None and not _same(beyond, delta):
+        if complement is not None and not _same(complement, delta):
             return None
-        shares = problem.gradient_weights
-        if centres is not None:
-            further = (
-                problem.curvature_weights * centres[b].slopes[: len(problem.curvature_weights)]
-            )
-            shares = shares + F.pad(further, (0, len(shares) - len(further)))
-        step = damped_step(
-            *system, shares, delta, everywhere=beyond is not None, condition=condition
-        )
+        centre = None if centres is None else centres[b]
+        weights = centred_gradient_weights(model.gradient_weights, model.curvature_weights, centre)
+        everywhere = complement is not None
+        step = damped_step(matrix, weights, delta, everywhere=everywhere, condition=condition)
         if step is None:
             return None
         steps.append(step)
@@ -78,50 +62,74 @@ def without_eigenpairs(
 
 
 def solve(
-    problem: QuadraticModel,
-    along: BlockDirections,
+    model: QuadraticModel,
+    directions: BlockDirections,
     complement: float | Tensor | None,
     centre: Centre | None = None,
 ) -> Solution:
-    """Ask for the dampings of the directions, and walk along them."""
-    block, spectrum, kept, derivatives = along.block, along.spectrum, along.kept, along.derivatives
-    i = len(problem.curvature_weights)
-    known = [kept.evals, kept.evecs, *derivatives]
-    if callable(block.damping):  # the rule's own copies, to be changed as it likes
-        known = [tensor.to(problem.dtype, copy=True) for tensor in known]
-    dampings = as_rule(block.damping)(*known)
+    """Return the damped step of one block along its directions."""
+    block, spectrum, kept, derivatives = directions
+    # Ask for the dampings; a rule gets copies, to be changed as it likes.
+    arguments = [kept.evals, kept.evecs, *derivatives]
+    if callable(block.damping):
+        arguments = [tensor.to(model.dtype, copy=True) for tensor in arguments]
+    dampings = as_rule(block.damping)(*arguments)
     check_dampings(dampings, kept.evals.shape[0])
+    # The means over the samples, from the centre where there is one.
     gamma, curvature = derivatives.gammas.mean(0), derivatives.lambdas.mean(0)
-    held = torch.zeros_like(gamma)  # along a direction that a rule skips, but for weight decay
+    decayed = torch.zeros_like(gamma)  # how far weight decay moves directions that a rule skips
     if centre is not None:
-        held = _along(kept, problem.curvature_weights, centre.decay)
+        decayed = along_directions(kept, model.curvature_weights, centre.decay)
         added = torch.where(dampings.isfinite(), dampings - centre.delta, 0)
-        inner = _along(kept, problem.curvature_weights, centre.slopes)
-        gamma = gamma + curvature * inner + added * held
+        inner = along_directions(kept, model.curvature_weights, centre.column_slopes)
+        gamma = gamma + curvature * inner + added * decayed
+    # s = Σ_k −γ_k / (λ_k + δ_k) e_k.
     damped = curvature + dampings.double()
     coefficients = torch.where(kept.live & (damped > 0), -gamma / damped, 0)
-    coefficients = torch.where(kept.live & damped.isinf(), -held, coefficients)
+    coefficients = torch.where(kept.live & damped.isinf(), -decayed, coefficients)
     coordinates = kept.vectors @ coefficients
+    # What the kept directions leave of the gradient.
     if complement is not None:
-        beyond = outside(spectrum, problem.gradient_weights, kept)
-        damped = torch.as_tensor(complement, dtype=beyond.dtype, device=beyond.device)
-        coordinates = coordinates - torch.where(damped > 0, beyond / damped, 0)
-    elif block.select is None and not callable(block.damping) and problem.lambda_rows is None:
-        curved = F.pad(problem.h.reshape(-1) > 0, (0, len(problem.gradient_weights) - i))
-        coordinates = coordinates - vanishing(
-            spectrum, problem.gradient_weights, curved, block.damping
-        )
+        remainder = outside(spectrum, model.gradient_weights, kept)
+        delta = torch.as_tensor(complement, dtype=remainder.dtype, device=remainder.device)
+        coordinates = coordinates - torch.where(delta > 0, remainder / delta, 0)
+    elif block.select is None and not callable(block.damping) and model.rows.lambdas is None:
+        padding = (0, len(model.gradient_weights) - len(model.curvature_weights))
+        curved = F.pad(model.h.reshape(-1) > 0, padding)
+        part = vanishing(spectrum, model.gradient_weights, curved, block.damping)
+        coordinates = coordinates - part
     return Solution(dampings, coefficients, coordinates)
 
 
-def _same(one: float | Tensor, other: float | Tensor) -> bool:
+def info_of(
+    model: QuadraticModel,
+    directions: BlockDirections,
+    gradient: Float[Tensor, " d"],
+    solution: Solution,
+) -> NewtonInfo:
+    """Return the record of the step of one block."""
+    kept, (gammas, lambdas) = directions.kept, directions.derivatives
+    gamma, curvature, length = gammas.mean(0), lambdas.mean(0), solution.coefficients
+    square = gradient.square().sum()
+    inside = torch.where(kept.live, gamma, 0).square().sum()
+    info = NewtonInfo(
+        loss=model.losses.mean(),
+        evals=kept.evals,
+        gammas=gammas,
+        lambdas=lambdas,
+        dampings=solution.dampings,
+        coefficients=length,
+        predicted_decrease=-length * (gamma + curvature * length / 2),
+        gradient_norm=square.sqrt(),
+        gradient_share=torch.where(square > 0, inside / square, 1).clamp(max=1),
+        rank=directions.spectrum.live.sum(),
+    )
+    cast = (x if x.dtype == torch.int64 else x.to(model.dtype) for x in info)
+    return NewtonInfo(*cast)
+
+
+def _same(first: float | Tensor, second: float | Tensor) -> bool:
     """Return whether two dampings are known to be one."""
-    return one is other or (isinstance(one, Real) and isinstance(other, Real) and one == other)
-
-
-def _along(
-    kept: Directions, weights: Float[Tensor, " i"], slopes: Float[Tensor, " a"]
-) -> Float[Tensor, " k"]:
-    """Return e_kᵀc from Aᵀc, by e_k = A √w u_k / √λ_k."""
-    inner = kept.evecs.mT @ (weights.sqrt() * slopes[: len(weights)])
-    return torch.where(kept.live, inner / torch.where(kept.live, kept.evals, 1).sqrt(), 0)
+    if isinstance(first, Real) and isinstance(second, Real):
+        return first == second
+    return first is second

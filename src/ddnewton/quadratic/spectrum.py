@@ -24,26 +24,27 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ddnewton.columns.gram import Columns, is_gram
+from ddnewton.columns.gram import Columns
+from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.transforms import any_possible, is_batched
 
 COLUMN_ROUNDINGS = 32.0
 """From how many roundings upwards a length counts: a singular value, a part of the gradient."""
 
-
 LEADING_FROM, LEADING_SHARE = 256, 8
-"""From which size on, and from how many times fewer, leading eigenpairs are taken alone."""
+"""From which size on, and from how many times fewer, only leading eigenpairs are computed."""
 
 
 class Spectrum(NamedTuple):
     """Eigenpairs, in float64 and ascending: all NM eigenvalues, the last r = min(NM, D) directions.
 
     Columns are counted as those NM of the curvature, i, or as all of them, a. A direction is
-    written in coordinates j: weights of the columns on the Gram side, parameters on the other;
+    written in coordinates j: weights of the columns on their side, parameters on the other;
     ``to_parameters`` turns coordinates into parameters. A direction that is not ``live`` has no
     eigenvalue beyond rounding. If that is the rounding of the decomposition, not of the columns, it
     is ``faint``: of its curvature nothing is known but that it is as good as zero, while the slope
-    along it, the root of the curvature, may be large enough to matter.
+    along it, the root of the curvature, may be large enough to matter. ``outside_live`` returns, of
+    Σ z_i a_i, the part outside the live directions.
     """
 
     evals: Float[Tensor, " i"]
@@ -55,53 +56,47 @@ class Spectrum(NamedTuple):
     resolved: Bool[Tensor, " a"]  # the columns that count for the curvature
     rounding: Float[Tensor, ""]  # of the decomposition: eigenvalues below it are not known
     sizes: Float[Tensor, " i"]  # ‖a_i‖
-    outside_live: Callable[
-        [Float[Tensor, " a"]], Float[Tensor, " j"]
-    ]  # Σ z_i a_i off the live directions
+    outside_live: Callable[[Float[Tensor, " a"]], Float[Tensor, " j"]]
     to_parameters: Callable[[Float[Tensor, "k j"]], Float[Tensor, "k d"]]
 
 
-def decompose(
-    columns: Columns,
-    weights: Float[Tensor, " i"],
-    matrix: Float[Tensor, "side side2"],
-    leading: int | None = None,
-) -> Spectrum:
-    """Return the eigenpairs of A diag(w) Aᵀ, given its small matrix.
+def decompose(matrix: GaussNewton, leading: int | None = None) -> Spectrum:
+    """Return the eigenpairs of a Gauss-Newton matrix.
 
-    Where the leading ones will do, they alone are half the work, or less.
+    Where only the ``leading`` ones are asked for, computing these is half the work, or less.
     """
-    if not is_gram(matrix, weights):
-        return _parameter_side(columns, weights, matrix)
-    return _gram_side(columns, weights, matrix, leading)
+    return _of_columns(matrix, leading) if matrix.on_columns else _of_parameters(matrix)
 
 
-def _gram_side(
-    columns: Columns, weights: Float[Tensor, " i"], inner: Float[Tensor, "a i"], leading: int | None
-) -> Spectrum:
-    i, others = weights.shape[0], (0, inner.shape[0] - weights.shape[0])
-    lengths = inner.diagonal()
+def _of_columns(matrix: GaussNewton, leading: int | None) -> Spectrum:
+    """Return the eigenpairs from the Gram matrix K = √w A₁ᵀA₁ √w."""
+    weights, products, i = matrix.weights, matrix.entries, len(matrix.weights)
+    padding = (0, len(products) - i)  # for the columns of the gradient alone
+    # K, of the columns that the decomposition can resolve; the rest of them weigh nothing in it.
+    lengths = products.diagonal()
     diagonal = weights * lengths
     curved = _resolved(diagonal)
     root = torch.where(curved, weights, 0).sqrt()
-    evals, evecs = _eigh((root[:, None] * inner[:i]).mul_(root), leading)
-    live, faint, rounding = _judge(evals, evecs, diagonal, columns, i)
+    evals, evecs = _eigh((root[:, None] * products[:i]).mul_(root), leading)
+    live, faint, rounding = _judge(evals, evecs, diagonal, matrix.columns, i)
+    # The directions e = A √w u / √λ, as weights of the columns.
     scale = torch.where(live, evals, 1).sqrt()
-    own = torch.where(live, root[:, None] * evecs / scale, 0)
-    # Dividing by √w keeps all digits where the column is resolved, multiplying by AᵀA does not.
+    vectors = torch.where(live, root[:, None] * evecs / scale, 0)
+    # The slopes a_iᵀe. Dividing by √w keeps all digits where the column is resolved, multiplying by
+    # AᵀA does not.
     column_slopes = torch.where(live, scale * evecs, 0) / torch.where(curved, root, 1)[:, None]
     if any_possible(~curved):
-        column_slopes = torch.where(curved[:, None], column_slopes, inner[:i] @ own)
-    column_slopes = torch.cat([column_slopes, inner[i:] @ own])
-    vectors, resolved = F.pad(own, (0, 0, *others)), F.pad(curved, others)
+        column_slopes = torch.where(curved[:, None], column_slopes, products[:i] @ vectors)
+    column_slopes = torch.cat([column_slopes, products[i:] @ vectors])
+    vectors, resolved = F.pad(vectors, (0, 0, *padding)), F.pad(curved, padding)
 
     def outside_live(z: Float[Tensor, " a"]) -> Float[Tensor, " a"]:
+        # Of unresolved columns all but their part along the directions; of the others the part
+        # along faint directions.
         flat = torch.where(resolved, 0, z)
         along = torch.where(faint, evecs.mT @ torch.where(curved, z[:i] / root, 0), 0)
-        part: Tensor = (
-            flat - vectors @ (column_slopes.mT @ flat) + F.pad(root * (evecs @ along), others)
-        )
-        return part
+        part: Tensor = flat - vectors @ (column_slopes.mT @ flat)
+        return part + F.pad(root * (evecs @ along), padding)
 
     return Spectrum(
         evals=evals.clamp(min=0),
@@ -114,22 +109,23 @@ def _gram_side(
         rounding=rounding,
         sizes=lengths.sqrt(),
         outside_live=outside_live,
-        to_parameters=columns.matmat,
+        to_parameters=matrix.to_parameters,
     )
 
 
-def _parameter_side(
-    columns: Columns, weights: Float[Tensor, " i"], ggn: Float[Tensor, "d d"]
-) -> Spectrum:
-    evals, vectors = torch.linalg.eigh(ggn)
-    i, column_slopes = weights.shape[0], columns.rmatmat(vectors)
+def _of_parameters(matrix: GaussNewton) -> Spectrum:
+    """Return the eigenpairs from G itself."""
+    evals, vectors = torch.linalg.eigh(matrix.entries)
+    # The slopes of the columns are inner products, and tell which columns are resolved.
+    i, column_slopes = len(matrix.weights), matrix.columns.rmatmat(vectors)
     lengths = column_slopes[:i].square().sum(1)
-    diagonal = weights * lengths
+    diagonal = matrix.weights * lengths
     curved = _resolved(diagonal)
-    root = torch.where(curved, weights, 0).sqrt()
+    # The eigenvectors of the Gram matrix, u = √w Aᵀe / √λ.
+    root = torch.where(curved, matrix.weights, 0).sqrt()
     evecs: Tensor = F.normalize(root[:, None] * column_slopes[:i], dim=0)
-    live, faint, rounding = _judge(evals, evecs, diagonal, columns, ggn.shape[0])
-    resolved = F.pad(curved, (0, column_slopes.shape[0] - i))
+    live, faint, rounding = _judge(evals, evecs, diagonal, matrix.columns, len(evals))
+    resolved = F.pad(curved, (0, len(column_slopes) - i))
     column_slopes = torch.where(live | faint | ~resolved[:, None], column_slopes, 0)
 
     def outside_live(z: Float[Tensor, " i"]) -> Float[Tensor, " d"]:
@@ -147,20 +143,14 @@ def _parameter_side(
         rounding=rounding,
         sizes=lengths.sqrt(),
         outside_live=outside_live,
-        to_parameters=lambda coordinates: coordinates,
+        to_parameters=matrix.to_parameters,
     )
 
 
-def eigenvalues(
-    weights: Float[Tensor, " i"], matrix: Float[Tensor, "side side2"]
-) -> Float[Tensor, " i"]:
-    """Return all eigenvalues of A diag(w) Aᵀ, ascending, given its small matrix."""
-    i = weights.shape[0]
-    if is_gram(matrix, weights):
-        root = weights.sqrt()
-        matrix = (root[:, None] * matrix[:i]).mul_(root)
-    evals = torch.linalg.eigvalsh(matrix).clamp(min=0)
-    padded: Tensor = F.pad(evals, (i - evals.shape[0], 0))
+def eigenvalues(matrix: GaussNewton) -> Float[Tensor, " i"]:
+    """Return all NM eigenvalues of a Gauss-Newton matrix, ascending."""
+    evals = torch.linalg.eigvalsh(matrix.matrix()).clamp(min=0)
+    padded: Tensor = F.pad(evals, (len(matrix.weights) - evals.shape[0], 0))
     return padded
 
 

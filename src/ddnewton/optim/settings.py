@@ -1,0 +1,49 @@
+"""What an optimizer is told besides the model, the loss and the options of a step."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, TypeAlias
+
+from ddnewton.errors import BadValue, sentence
+from ddnewton.inputs.checks import check_nonnegative, check_positive
+from ddnewton.optim.adaptation import Adaptation, LearningRate
+
+Complement: TypeAlias = float | Literal["damping"] | None
+"""Damping outside the kept directions: a number, that of all directions, or nothing there."""
+
+
+class Settings(NamedTuple):
+    """How a step follows from the steps that damping leads to."""
+
+    adaptation: Adaptation
+    learning_rate: LearningRate
+    momentum: float | Literal["exact"]
+    weight_decay: float
+    trust_radius: float | None
+    complement: Complement
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuse settings that break a rule."""
+    rate, momentum = settings.learning_rate, settings.momentum
+    # The learning rate: a positive number, a function of the updates, or one word.
+    if isinstance(rate, str) and rate != "exact":
+        rule = 'learning_rate must be a number, a function or "exact"'
+        raise BadValue(sentence(rule, repr(rate), "Pass a number, such as 1.0."))
+    if not isinstance(rate, str) and not callable(rate):
+        check_positive("learning_rate", rate)
+    # Momentum: a number from 0 to below 1, or one word.
+    if isinstance(momentum, str) and momentum != "exact":
+        rule = 'momentum must be a number from 0 to below 1, or "exact"'
+        raise BadValue(sentence(rule, repr(momentum), "Pass a number, such as 0.9."))
+    if not isinstance(momentum, str):
+        check_nonnegative("momentum", momentum)
+        if momentum >= 1:
+            raise BadValue(sentence("momentum must be below 1", momentum, "Pass 0.9, say."))
+    # Weight decay, the longest step, and the damping outside the kept directions.
+    check_nonnegative("weight_decay", settings.weight_decay)
+    if settings.trust_radius is not None:
+        check_positive("trust_radius", settings.trust_radius)
+    if isinstance(settings.complement, str) and settings.complement != "damping":
+        rule = 'complement must be a positive number, "damping" or None'
+        raise BadValue(sentence(rule, repr(settings.complement), 'Pass "damping".'))

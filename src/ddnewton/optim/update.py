@@ -1,0 +1,104 @@
+"""One update around its search: from a state to the loss of a batch, and to the next state."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ddnewton.optim.search import LocalModel, Step
+from ddnewton.optim.settings import Settings
+from ddnewton.optim.state import State, UpdateInfo
+from ddnewton.optim.trial_steps import curvature_of, trial_steps
+from ddnewton.quadratic.proximal import Proximal
+from ddnewton.quadratic.quadratic_model import QuadraticModel, gauss_newton_matrices, gradients
+from ddnewton.trees import flattened, unflattened
+from ddnewton.types import PyTree
+
+
+def local_model(
+    model: QuadraticModel,
+    settings: Settings,
+    params: PyTree,
+    state: State,
+    held_out: Int[Tensor, " _"] | None,
+) -> LocalModel:
+    """Return the loss of a batch around the parameters, ready to be searched for a step."""
+    # The curvature, on as many digits as the damping so far asks for.
+    by_length = settings.adaptation.by_length
+    least_damping = torch.where(state.damping.isnan() | by_length, 0, state.damping)
+    model, matrices = gauss_newton_matrices(model, least_damping)
+    # The vectors that pull a step besides the gradient.
+    proximal = None
+    if settings.momentum or settings.weight_decay:
+        theta = flattened(params)[None]
+        proximal = Proximal(
+            previous=flattened(state.previous)[None] if settings.momentum else theta[:0],
+            params=theta if settings.weight_decay else theta[:0],
+            decay=settings.weight_decay,
+        )
+    return LocalModel(
+        model=model,
+        trials=trial_steps(model, matrices, settings.complement, proximal),
+        params=params,
+        proximal=proximal,
+        updates=state.updates,
+        damping=state.damping,
+        held_out=held_out,
+        curvature=curvature_of(matrices),
+        gradient_norm=torch.cat(gradients(model)).norm(),
+    )
+
+
+def next_state(state: State, step: Step, params: PyTree) -> State:
+    """Return the state after a step; one that is not taken is no start for the next."""
+    previous: PyTree = ()
+    if state.previous != ():
+        previous = unflattened(torch.where(step.taken, step.vector, 0), params)
+    return State(
+        updates=state.updates + 1,
+        control=step.following,
+        damping=step.damping,
+        previous=previous,
+    )
+
+
+def update_info(local: LocalModel, step: Step, settings: Settings) -> UpdateInfo:
+    """Return the record of an update."""
+    outcome, rule = step.outcome, settings.adaptation.rule
+    rank, share = _rank_and_share(local)
+    return UpdateInfo(
+        loss=outcome.before,
+        loss_after=torch.where(step.taken, outcome.after, outcome.before),
+        predicted_decrease=torch.where(step.taken, outcome.predicted, 0),
+        ratio=outcome.ratio,
+        damping=step.damping if callable(rule) else step.damping + rule,
+        learning_rate=step.rate.mean(),
+        step_norm=torch.where(step.taken, outcome.length, 0),
+        gradient_norm=local.gradient_norm,
+        gradient_share=share,
+        rank=rank,
+        attempts=step.tried,
+        accepted=step.taken,
+    )
+
+
+def _rank_and_share(local: LocalModel) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Return the rank, and the kept directions' share of the gradient, nan where not known."""
+    blocks = local.trials.known_directions()
+    unknown = torch.full_like(local.gradient_norm, torch.nan)
+    if blocks is None:
+        return unknown, unknown
+    # The squared slopes along the kept directions of all blocks, of the squared gradient.
+    squares = [
+        torch.where(block.kept.live, block.derivatives.gammas.mean(0), 0).square().sum()
+        for block in blocks
+    ]
+    inside, square = torch.stack(squares).sum(), local.gradient_norm.square()
+    share = torch.where(square > 0, inside / square, 1).clamp(max=1)
+    # Where only leading eigenpairs of a block were computed, its rank is not known.
+    count = len(local.model.curvature_weights)
+    if any(len(block.spectrum.evals) < count for block in blocks):
+        return unknown, share
+    ranks = [block.spectrum.live.sum() for block in blocks]
+    return torch.stack(ranks).sum().to(share), share

@@ -1,0 +1,114 @@
+"""The Gauss-Newton matrix of every block, on the smaller of its two sides.
+
+With the columns of the curvature A₁ [d, i] and their weights w = h / N it is
+
+    G = A₁ diag(w) A₁ᵀ  [d, d],      K = √w A₁ᵀA₁ √w  [i, i]
+
+on the side of the parameters and on that of the columns, where it is the Gram matrix. Both have the
+same nonzero eigenvalues. Whoever needs the matrix asks for it here; no shape tells the side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ddnewton.columns.factors import Jacobian
+from ddnewton.columns.gram import Columns, Leaves, columns_of, matmat, outer_products, products
+from ddnewton.inputs.checks import check_derivatives
+
+
+class GaussNewton(NamedTuple):
+    """The Gauss-Newton matrix of a block: K on the side of the columns, else G.
+
+    ``entries`` are AᵀA₁ [a, i] on the side of the columns, where the rows after the first i belong
+    to columns of the gradient alone, and G [d, d] on that of the parameters.
+    """
+
+    on_columns: bool
+    columns: Columns
+    weights: Float[Tensor, " i"]
+    entries: Float[Tensor, "side side2"]
+
+    def matrix(self) -> Float[Tensor, "side2 side2"]:
+        """Return K or G, a copy that may be written to."""
+        if not self.on_columns:
+            return self.entries.clone()
+        root = self.weights.sqrt()
+        return (root[:, None] * self.entries[: len(root)]).mul_(root)
+
+    def matvec(self, vector: Float[Tensor, " side2"]) -> Float[Tensor, " side2"]:
+        """Return K u or G v."""
+        if not self.on_columns:
+            return self.entries @ vector
+        root = self.weights.sqrt()
+        return root * (self.entries[: len(root)] @ (root * vector))
+
+    def diagonal(self) -> Float[Tensor, " side2"]:
+        """Return the diagonal of K or G."""
+        diagonal = self.entries.diagonal()
+        return self.weights * diagonal if self.on_columns else diagonal
+
+    def trace(self) -> Float[Tensor, ""]:
+        """Return the trace, the same on both sides."""
+        return self.diagonal().sum()
+
+    def to_parameters(self, coordinates: Float[Tensor, "k j"]) -> Float[Tensor, "k d"]:
+        """Return vectors of parameters from weights of all columns, or from themselves."""
+        return self.columns.matmat(coordinates) if self.on_columns else coordinates
+
+
+def block_matrices(
+    jacobians: Sequence[Jacobian], blocks: Sequence[Leaves], weights: Float[Tensor, " i"]
+) -> list[GaussNewton]:
+    """Return the matrix of every block, on the side of the columns where that is no longer."""
+    first, sizes = jacobians[0], jacobians[0].sizes
+    lengths = [sum(sizes[leaf] for leaf in block) for block in blocks]
+    on_columns = [len(weights) <= d or d == 0 for d in lengths]
+    # One visit of the model for all blocks of a side.
+    column_blocks = [block for block, yes in zip(blocks, on_columns, strict=True) if yes]
+    parameter_blocks = [block for block, yes in zip(blocks, on_columns, strict=True) if not yes]
+    rows = [products(jacobian, first, column_blocks) for jacobian in jacobians if column_blocks]
+    tall = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*rows, strict=True))
+    square = iter(outer_products(first, parameter_blocks, weights) if parameter_blocks else [])
+    entries = [next(tall) if yes else next(square) for yes in on_columns]
+    for matrix in entries:
+        # What is not finite in a column shows in its square: no need to look at every product.
+        check_derivatives(matrix.diagonal())
+        check_derivatives(matrix[matrix.shape[1] :])
+    return [
+        GaussNewton(yes, columns_of(jacobians, block), weights, matrix)
+        for yes, block, matrix in zip(on_columns, blocks, entries, strict=True)
+    ]
+
+
+def gram_matrices(
+    jacobian: Jacobian, blocks: Sequence[Leaves], weights: Float[Tensor, " i"]
+) -> list[Float[Tensor, "i i"]]:
+    """Return K of every block, on the side of the columns however long that is."""
+    root = weights.sqrt()
+    inner = products(jacobian, jacobian, blocks)
+    for matrix in inner:
+        check_derivatives(matrix)
+    return [root[:, None] * matrix * root for matrix in inner]
+
+
+def block_vectors(
+    jacobians: Sequence[Jacobian],
+    blocks: Sequence[Leaves],
+    matrices: Sequence[GaussNewton],
+    coordinates: Sequence[Float[Tensor, "... _"]],
+) -> list[Float[Tensor, "... _"]]:
+    """Return the parameters that coordinates stand for, of all blocks in one visit of the model."""
+    vectors = list(coordinates)
+    numbers = [b for b, matrix in enumerate(matrices) if matrix.on_columns]
+    if numbers:
+        weights = [coordinates[b].reshape(-1, coordinates[b].shape[-1]) for b in numbers]
+        sums = matmat(jacobians, [blocks[b] for b in numbers], weights)
+        for b, vector in zip(numbers, sums, strict=True):
+            vectors[b] = vector.reshape((*coordinates[b].shape[:-1], vector.shape[-1]))
+    return vectors

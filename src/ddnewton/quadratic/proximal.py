@@ -1,0 +1,114 @@
+r"""Steps whose damping pulls them to a centre c instead of to zero: momentum and weight decay.
+
+With momentum μ (Goldshlager, Abrahamsen, Lin, 2024, arXiv 2401.10190) and weight decay w a step is
+the minimum over s of
+
+    gᵀs + ½ sᵀG s + ½ δ ‖s − μ s'‖² + ½ w ‖θ + s‖²,        s' the step before,
+
+so that damping by δ + w pulls it to c = (δ μ s' − w θ) / (δ + w). In general, with c_k = e_kᵀc,
+
+    gᵀs + ½ sᵀG s + ½ Σ_k δ_k (e_kᵀ(s − c))²,    s = c − Σ_k (γ_k + λ_k c_k) / (λ_k + δ_k) e_k:
+
+c, and a step of a gradient that is further by G c = A₁ (h / N ∘ A₁ᵀc).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from ddnewton.quadratic.gauss_newton import GaussNewton
+from ddnewton.quadratic.kept import Directions
+
+
+class Proximal(NamedTuple):
+    """What pulls a step besides the gradient: the step before, and the parameters if they decay.
+
+    A vector that does not pull is left out.
+    """
+
+    previous: Float[Tensor, "_ d"]
+    params: Float[Tensor, "_ d"]
+    decay: float
+
+
+class ProximalBlock(NamedTuple):
+    """The vectors that pull on the parameters of one block, and the columns' slopes along them."""
+
+    vectors: Float[Tensor, "v d"]
+    column_slopes: Float[Tensor, "a v"]
+
+
+class Centre(NamedTuple):
+    """Where the damping δ of all directions pulls the step of a block: Aᵀc, for the columns A.
+
+    ``decay`` is the part of it that weight decay makes. A rule adds to δ without it: the rule pulls
+    to where the centre was before the decay.
+    """
+
+    weights: Float[Tensor, " v"]  # of the vectors that pull: c is their sum
+    column_slopes: Float[Tensor, " a"]
+    decay: Float[Tensor, " a"]
+    delta: Float[Tensor, ""]
+
+
+def proximal_blocks(
+    proximal: Proximal,
+    matrices: Sequence[GaussNewton],
+    leaves: Sequence[Sequence[int]],
+    sizes: Sequence[int],
+) -> list[ProximalBlock]:
+    """Return the vectors that pull, cut to the parameters of every block."""
+    parts = torch.cat([proximal.previous, proximal.params]).split(list(sizes), 1)
+    vectors = [torch.cat([parts[leaf] for leaf in block], 1) for block in leaves]
+    return [
+        ProximalBlock(block, matrix.columns.rmatmat(block.mT))
+        for block, matrix in zip(vectors, matrices, strict=True)
+    ]
+
+
+def centre_of(
+    proximal: Proximal, block: ProximalBlock, delta: Tensor, momentum: float | Tensor
+) -> Centre:
+    """Return the centre of a block for a damping δ of all directions, w included."""
+    weights = _weights(proximal, delta, momentum)
+    without_decay = _weights(proximal._replace(decay=0.0), delta, momentum)
+    slopes = block.column_slopes
+    return Centre(weights, slopes @ weights, slopes @ (weights - without_decay), delta)
+
+
+def _weights(proximal: Proximal, delta: Tensor, momentum: float | Tensor) -> Float[Tensor, " v"]:
+    """Return the centre as weights of the step before, δ μ / (δ + w), and of θ, −w / (δ + w)."""
+    decay = proximal.decay
+    of_previous = momentum * (delta - decay) / delta if decay else delta * 0 + momentum
+    of_params = -decay / delta if decay else delta * 0
+    counts = len(proximal.previous), len(proximal.params)
+    return torch.cat([of_previous.expand(counts[0]), of_params.expand(counts[1])])
+
+
+def centred_gradient_weights(
+    gradient_weights: Float[Tensor, " a"],
+    curvature_weights: Float[Tensor, " i"],
+    centre: Centre | None,
+) -> Float[Tensor, " a"]:
+    """Return the weights of g + G c."""
+    if centre is None:
+        return gradient_weights
+    further = curvature_weights * centre.column_slopes[: len(curvature_weights)]
+    return gradient_weights + F.pad(further, (0, len(gradient_weights) - len(further)))
+
+
+def along_directions(
+    kept: Directions,
+    curvature_weights: Float[Tensor, " i"],
+    column_slopes: Float[Tensor, " a"],
+) -> Float[Tensor, " k"]:
+    """Return e_kᵀc from Aᵀc, by e_k = A √w u_k / √λ_k."""
+    count = len(curvature_weights)
+    inner = kept.evecs.mT @ (curvature_weights.sqrt() * column_slopes[:count])
+    return torch.where(kept.live, inner / torch.where(kept.live, kept.evals, 1).sqrt(), 0)
