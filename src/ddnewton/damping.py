@@ -1,28 +1,28 @@
-"""Damping rules: functions of what is known of every direction.
+"""Damping rules: functions that give every direction its damping.
 
 A rule ``damping(evals [K], evecs [NM, K], gammas [N, K], lambdas [N', K]) -> [K]`` gets the kept
-eigenpairs and every sample's slope and curvature along them, and returns δ_k ≥ 0 in the units of
-curvature. The step along direction k is −γ_k / (λ_k + δ_k), with the samples' means; δ_k = ∞ skips
-it. Sub-sampling makes N and N' differ. Bad arguments are refused where a rule is made.
+eigenpairs and every sample's slope γ_nk and curvature λ_nk along them, and returns δ_k ≥ 0 in the
+units of curvature. With γ_k and λ_k the means over samples, the step along direction k is
+−γ_k / (λ_k + δ_k); δ_k = ∞ skips it. Sub-sampling makes N and N' differ. Bad arguments are refused
+when the rule is made.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.errors import BadType, BadValue, sentence
-from ddnewton.inputs.checks import check_nonnegative
+from ddnewton.inputs.checks import check_nonnegative, check_resampling
 from ddnewton.transforms import any_known, untransformed, unwrapped
 from ddnewton.types import DampingRule
 
 GAINS_AT_ONCE = 2**22
-"""How many gains of a bootstrap exist at once: 32 MiB."""
+"""How many gains of a bootstrap are in memory at a time: 32 MiB in float64."""
 
 
 def constant(delta: float | Tensor) -> DampingRule:
@@ -67,7 +67,8 @@ def relative(fraction: float | Tensor) -> DampingRule:
         gammas: Float[Tensor, "n k"],
         lambdas: Float[Tensor, "n2 k"],
     ) -> Float[Tensor, " k"]:
-        return fraction * evals.sort().values[-1:].expand_as(evals)  # K may be 0
+        # The last of the sorted ones, not amax(), which raises where K = 0.
+        return fraction * evals.sort().values[-1:].expand_as(evals)
 
     return damping
 
@@ -83,14 +84,14 @@ def signal_to_noise(caution: float | Tensor = 1.0) -> DampingRule:
 
         −γ_k / (λ_k + δ_k) = −γ_k shrink_k / (λ_k + caution · se(λ_k)).
 
-    Skipped are directions whose signal-to-noise ratio γ_k² / var(γ_k) does not exceed 1/N, and
-    those whose curvature is zero even so. δ has the units of curvature, ``caution`` ≥ 0 has none.
-    The rule knows of noise, not of how far the quadratic model holds: on a fresh net, flat
-    directions with certain slopes are hardly damped. There, add a floor to what it returns. Called
-    with fewer than two samples it raises a ValueError.
+    Directions are skipped if their signal-to-noise ratio γ_k² / var(γ_k) does not exceed 1/N, or if
+    λ_k + caution · se(λ_k) is zero. δ has the units of curvature, ``caution`` ≥ 0 has none.
+    The rule measures noise, not how far the quadratic model holds: on a fresh net, flat directions
+    with certain slopes are hardly damped. There, add a floor to the δ it returns. Called with fewer
+    than two samples it raises a ValueError.
 
-    The ratio and its line 1/N are those of Dangel, Tatzel, Hennig, *ViViT*, TMLR 2022, arXiv
-    2106.02624; the shrinkage is of the positive-part James-Stein form, 1 in place of dimension − 2.
+    The ratio and its threshold 1/N are those of Dangel, Tatzel, Hennig, *ViViT*, TMLR 2022, arXiv
+    2106.02624; the shrinkage has the positive-part James-Stein form, with 1 for dimension − 2.
 
     Examples
     --------
@@ -110,16 +111,21 @@ def signal_to_noise(caution: float | Tensor = 1.0) -> DampingRule:
         gammas: Float[Tensor, "n k"],
         lambdas: Float[Tensor, "n2 k"],
     ) -> Float[Tensor, " k"]:
+        # An unbiased variance divides by N − 1.
         n, n2 = gammas.shape[0], lambdas.shape[0]
         if min(n, n2) < 2:
             rule, got = "signal_to_noise: a spread needs two samples", f"gammas: {n}, lambdas: {n2}"
             raise BadValue(sentence(rule, got, "Pass a larger batch, or damp by another rule."))
+        # noise = var(γ_k) / (N γ_k²) is 1 − shrink_k; taken directly, it keeps all its digits.
         gammas, lambdas = gammas.double(), lambdas.double()
-        slope, curvature = gammas.mean(0), lambdas.mean(0)
-        noise = (gammas - slope).square().sum(0) / (n * (n - 1)) / slope.square()  # 1 − shrink
-        excess = caution * ((lambdas - curvature).square().sum(0) / (n2 * (n2 - 1))).sqrt()
-        delta = (curvature * noise + excess) / (1 - noise)
-        certain = (noise < 1) & (curvature + excess > 0)  # not where 0/0 made a nan
+        gamma, lambda_ = gammas.mean(0), lambdas.mean(0)
+        noise = (gammas - gamma).square().sum(0) / (n * (n - 1)) / gamma.square()
+        # excess = caution · se(λ_k) is what makes the curvature pessimistic.
+        excess = caution * ((lambdas - lambda_).square().sum(0) / (n2 * (n2 - 1))).sqrt()
+        # (λ + excess) / shrink − λ over one denominator, so that λ does not cancel.
+        delta = (lambda_ * noise + excess) / (1 - noise)
+        # Both comparisons are false of nan, as from slopes that are all zero: those are skipped.
+        certain = (noise < 1) & (lambda_ + excess > 0)
         return torch.where(certain, delta.clamp(min=0), torch.inf).to(evals.dtype)
 
     return damping
@@ -131,23 +137,24 @@ def bootstrap(
     resamples: int = 1000,
     quantile: float = 0.05,
 ) -> DampingRule:
-    """Return a rule that takes, of a grid, the damping with the best gain in all but bad luck.
+    """Return a rule that takes the damping of a grid whose gain has the best low quantile.
 
     Each δ of the grid is a step τ = −γ / (λ + δ). Redrawing the samples with replacement makes
     other means γ_b and λ_b, for which the same step would lower the loss by
 
         gain_b = −γ_b τ − ½ λ_b τ².
 
-    Kept is the δ with the largest ``quantile`` of the gain over the resamples, the smallest of
-    several; the direction is skipped where that is negative. λ + δ = 0 is never chosen. γ and λ are
-    redrawn together where they have equally many samples, independently where not. The grid has the
-    units of curvature; ``quantile`` lies in 0 to 1. Every call draws from ``generator`` anew, once
-    for all directions and all members of a ``vmap``. The scheme is that of ``BootstrapDamping2`` in
-    ViViT's research code (arXiv 2106.02624): github.com/f-dangel/vivit, vivit/optim/damping.py.
+    The rule takes the δ with the largest ``quantile`` of gain_b over the resamples, the smallest δ
+    if several tie, and skips the direction if that quantile is negative. It never takes a δ with
+    λ + δ = 0. γ and λ are redrawn together if they have equally many samples, else independently.
+    The grid has the units of curvature; ``quantile`` lies in 0 to 1. Every call draws anew from
+    ``generator``, once for all directions and all members of a ``vmap``. The scheme is that of
+    ``BootstrapDamping2`` in ViViT's research code (arXiv 2106.02624): github.com/f-dangel/vivit,
+    vivit/optim/damping.py.
 
     Examples
     --------
-    Slopes of 1 and 3 deserve a step, slopes of −2 and 3 may as well point the other way:
+    Slopes of 1 and 3 agree on a step; slopes of −2 and 3 do not agree on its sign:
 
     >>> import torch
     >>> gammas, lambdas = torch.tensor([[1.0, -2.0], [3.0, 3.0]]), torch.ones(2, 2)
@@ -155,8 +162,8 @@ def bootstrap(
     >>> rule(torch.ones(2), torch.eye(2), gammas, lambdas)
     tensor([1., inf])
     """
-    ascending = _ascending(grid)
-    _check_resampling(generator, resamples, quantile)
+    ascending = _ascending_dampings(grid)
+    check_resampling(generator, resamples, quantile)
 
     def damping(
         evals: Float[Tensor, " k"],
@@ -164,22 +171,26 @@ def bootstrap(
         gammas: Float[Tensor, "n k"],
         lambdas: Float[Tensor, "n2 k"],
     ) -> Float[Tensor, " k"]:
+        # One resampling for each number of samples, so one for γ and λ if theirs agree.
         gammas, lambdas, deltas = gammas.double(), lambdas.double(), ascending.to(gammas.device)
-        counts = dict.fromkeys([gammas.shape[0], lambdas.shape[0]])  # one where they agree
-        weights = {n: _weights(n, resamples, generator).to(gammas.device) for n in counts}
+        counts = dict.fromkeys([gammas.shape[0], lambdas.shape[0]])
+        resampling = {n: _mean_weights(n, resamples, generator).to(gammas.device) for n in counts}
+        # The steps τ [G, K] at the means of the batch, and the means γ_b and λ_b [B, K].
         steps = -gammas.mean(0) / (lambdas.mean(0) + deltas[:, None])
-        redrawn = (steps, weights[len(gammas)] @ gammas, weights[len(lambdas)] @ lambdas)
-        piece = max(1, GAINS_AT_ONCE // (len(deltas) * resamples))
-        pieces = zip(*(part.split(piece, dim=1) for part in redrawn), strict=True)
-        gains = torch.cat([_gains(quantile, *parts) for parts in pieces], dim=1)
-        best = deltas[gains.argmax(0)]  # the first of equals, so the smallest
+        gammas_b, lambdas_b = resampling[len(gammas)] @ gammas, resampling[len(lambdas)] @ lambdas
+        # All gains [G, B, K] may not fit into memory: take a few directions at a time.
+        size = max(1, GAINS_AT_ONCE // (len(deltas) * resamples))
+        pieces = zip(*(x.split(size, dim=1) for x in (steps, gammas_b, lambdas_b)), strict=True)
+        gains = torch.cat([_gain_quantiles(quantile, *piece) for piece in pieces], dim=1)
+        # argmax takes the first of several largest, so the smallest δ.
+        best = deltas[gains.argmax(0)]
         return torch.where(gains.amax(0) >= 0, best, torch.inf).to(evals.dtype)
 
     return damping
 
 
-def _ascending(grid: Sequence[float] | Tensor) -> Float[Tensor, " g"]:
-    """Return the dampings of a grid, the smallest first."""
+def _ascending_dampings(grid: Sequence[float] | Tensor) -> Float[Tensor, " g"]:
+    """Return the dampings of a grid in ascending order; raise if one is not a number ≥ 0."""
     rule, got = "bootstrap: grid must be a sequence of numbers ≥ 0, at least one", repr(grid)
     remedy = "Pass some dampings, such as torch.logspace(-3, 2, 20)."
     try:
@@ -191,51 +202,38 @@ def _ascending(grid: Sequence[float] | Tensor) -> Float[Tensor, " g"]:
     return deltas.sort().values
 
 
-def _check_resampling(generator: object, resamples: int, quantile: float) -> None:
-    """Require what a bootstrap is made of."""
-    if not isinstance(generator, torch.Generator):
-        rule, remedy = "bootstrap: generator must be a torch.Generator", "Make one from a seed."
-        raise BadType(sentence(rule, repr(generator), remedy))
-    whole = isinstance(resamples, int) and not isinstance(resamples, bool)
-    if not whole or resamples < 1:
-        rule = "bootstrap: resamples must be an integer ≥ 1"
-        raise (BadValue if whole else BadType)(sentence(rule, repr(resamples), "Pass a count."))
-    real = isinstance(quantile, Real) and not isinstance(quantile, bool)
-    if not real or not 0 <= quantile <= 1:
-        rule, remedy = "bootstrap: quantile must lie in 0 to 1", "Pass a share, such as 0.05."
-        raise (BadValue if real else BadType)(sentence(rule, repr(quantile), remedy))
-
-
-def _weights(n: int, b: int, generator: torch.Generator) -> Float[Tensor, "b n"]:
-    """Return each sample's weight in the mean of each resample: how often it came, over n."""
+def _mean_weights(n: int, b: int, generator: torch.Generator) -> Float[Tensor, "b n"]:
+    """Return every sample's weight in the mean of every resample: how often it is drawn, over n."""
     with untransformed():  # vmap would refuse to draw
         drawn = torch.randint(n, (b, n), generator=generator, device=generator.device)
         ones = torch.ones_like(drawn, dtype=torch.float64)
         return torch.zeros_like(ones).scatter_add_(1, drawn, ones) / n
 
 
-def _gains(
+def _gain_quantiles(
     quantile: float,
     steps: Float[Tensor, "g k"],
-    slopes: Float[Tensor, "b k"],
-    curvatures: Float[Tensor, "b k"],
+    gammas_b: Float[Tensor, "b k"],
+    lambdas_b: Float[Tensor, "b k"],
 ) -> Float[Tensor, "g k"]:
     """Return a quantile of each step's gain over the resamples; −∞ where it is not finite."""
     tau = steps[:, None]
-    ordered = (-tau * (slopes + curvatures * tau / 2)).sort(1).values
-    position = quantile * (len(slopes) - 1)
+    ordered = (-tau * (gammas_b + lambdas_b * tau / 2)).sort(1).values
+    # Between two of the ordered gains the quantile is interpolated linearly.
+    position = quantile * (len(gammas_b) - 1)
     low, high = ordered[:, math.floor(position)], ordered[:, math.ceil(position)]
-    found = low.lerp(high, position % 1)
-    return torch.where(found.isfinite(), found, -torch.inf)
+    quantiles = low.lerp(high, position % 1)
+    return torch.where(quantiles.isfinite(), quantiles, -torch.inf)
 
 
 def as_rule(damping: float | Tensor | DampingRule) -> DampingRule:
-    """Return a number as a constant rule, and a rule as it is."""
+    """Return a damping as a rule: a number becomes a constant one, a rule stays."""
     return damping if callable(damping) else constant(damping)
 
 
 def check_dampings(dampings: object, directions: int) -> None:
-    """Require one damping per direction: not negative, not nan; infinite ones skip theirs."""
+    """Require one damping ≥ 0 per direction, not nan; an infinite one skips its direction."""
+    # A tensor of real numbers, before their values can be looked at.
     if not isinstance(dampings, Tensor):
         rule = "damping must return a tensor of shape [K]"
         got, remedy = type(dampings).__name__, "Build it with torch, like its arguments."
@@ -243,10 +241,12 @@ def check_dampings(dampings: object, directions: int) -> None:
     if dampings.dtype == torch.bool or dampings.is_complex():
         rule, remedy = "damping must return real numbers", "To choose directions, use select."
         raise BadType(sentence(rule, dampings.dtype, remedy))
+    # Nothing is broadcast: one number for all directions may be a mistake.
     if dampings.shape != (directions,):
         rule = f"damping must return one value for each of the K = {directions} directions"
         remedy = "Return a tensor of shape [K], such as δ * torch.ones_like(evals)."
         raise BadValue(sentence(rule, f"shape {list(dampings.shape)}", remedy))
+    # "Not ≥ 0" is true of nan as well.
     if any_known(~(dampings >= 0)):
         values = unwrapped(dampings)
         rule = "damping must not be negative or nan"

@@ -1,4 +1,4 @@
-"""Which directions to take: ready-made rules."""
+"""Selection rules: functions of the ascending eigenvalues that choose directions for the step."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ddnewton.types import Select
 
 
 class Leading(NamedTuple):
-    """The rule of `top_k`, which tells that no other eigenpairs are needed."""
+    """The rule of `top_k`: a class, for its k says how many eigenpairs must be computed at all."""
 
     k: int
 
     def __call__(self, evals: Float[Tensor, " i"]) -> Int[Tensor, " k"]:
-        """Return the indices of the k largest."""
+        """Return the indices of the k largest eigenvalues, all if there are fewer."""
         count = evals.shape[0]
         return torch.arange(max(0, count - self.k), count, device=evals.device)
 
@@ -51,10 +51,10 @@ def above(threshold: float, relative: bool = True) -> Select:
     """
     check_nonnegative("above: threshold", threshold)
 
-    def beyond(evals: Float[Tensor, " i"]) -> Bool[Tensor, " i"]:
+    def select(evals: Float[Tensor, " i"]) -> Bool[Tensor, " i"]:
         return evals > (threshold * evals[-1] if relative else threshold)
 
-    return beyond
+    return select
 
 
 def energy(fraction: float) -> Select:
@@ -71,9 +71,10 @@ def energy(fraction: float) -> Select:
         rule = "energy: fraction must lie in 0 to 1"
         raise BadValue(sentence(rule, fraction, "Pass a share of the trace, such as 0.99."))
 
-    def leading(evals: Float[Tensor, " i"]) -> Bool[Tensor, " i"]:
+    def select(evals: Float[Tensor, " i"]) -> Bool[Tensor, " i"]:
+        # An eigenvalue is taken while the sum of all larger ones is below the fraction.
         sums = evals.flip(0).cumsum(0)
         before = torch.cat([sums.new_zeros(1), sums[:-1]])
         return (before < fraction * sums[-1]).flip(0)
 
-    return leading
+    return select

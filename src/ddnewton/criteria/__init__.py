@@ -1,4 +1,4 @@
-"""Losses as records of functions: closed forms for torch's, torch.func for any other convex one."""
+"""Losses as records of functions: in closed form for torch's, by torch.func for any convex one."""
 
 from ddnewton.criteria.convex import convex
 from ddnewton.criteria.empirical import empirical_fisher

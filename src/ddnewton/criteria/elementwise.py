@@ -1,4 +1,4 @@
-"""What losses share whose outputs do not interact: ∇²ℓ is diagonal, and L = I."""
+"""Losses that are sums of one term an output: ∇²ℓ is diagonal, and L = I."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from ddnewton.types import PyTree
 
 
 class Terms(NamedTuple):
-    """What every output adds to the loss, with its two derivatives."""
+    """The term of every output in a loss, with its first and second derivative there, z and h."""
 
     values: Float[Tensor, "n ..."]
-    slopes: Float[Tensor, "n ..."]
-    curvatures: Float[Tensor, "n ..."]
+    z: Float[Tensor, "n ..."]
+    h: Float[Tensor, "n ..."]
 
 
 Score: TypeAlias = Callable[[Tensor, PyTree, Tensor], Tensor]
-"""``score(f, y, u)``: slopes of the terms at targets drawn by u, which has one more axis."""
+"""``score(f, y, u)``: derivatives of the terms at drawn targets.
+
+u holds uniform random numbers, one for every draw on an axis behind those of f; the targets are
+quantiles at them."""
 
 
 def elementwise(
@@ -37,8 +40,8 @@ def elementwise(
         return separable(*(part.reshape(f.shape[0], -1) for part in terms(f.double(), y)))
 
     def gradient(f: Float[Tensor, "n ..."], y: PyTree) -> tuple[Tensor, Tensor]:
-        values, slopes, _ = (part.reshape(f.shape[0], -1) for part in terms(f.double(), y))
-        return values.sum(1), slopes
+        values, z, _ = (part.reshape(f.shape[0], -1) for part in terms(f.double(), y))
+        return values.sum(1), z  # ∇ℓ = L z, and L = I
 
     if score is None:
         return Loss(expand, denominator, check, None, gradient)
@@ -52,22 +55,22 @@ def elementwise(
 
 
 def separable(
-    values: Float[Tensor, "n c"], slopes: Float[Tensor, "n c"], curvatures: Float[Tensor, "n c"]
+    values: Float[Tensor, "n c"], z: Float[Tensor, "n c"], h: Float[Tensor, "n c"]
 ) -> Expansion:
     """Return the expansion of a loss whose outputs do not interact: L = I."""
-    n, c = slopes.shape
-    identity = torch.eye(c, dtype=slopes.dtype, device=slopes.device)
-    return spanned(values.sum(1), identity.expand(n, c, c), slopes, curvatures)
+    n, c = z.shape
+    identity = torch.eye(c, dtype=z.dtype, device=z.device)
+    return spanned(values.sum(1), identity.expand(n, c, c), z, h)
 
 
-def spread(weight: Tensor | None, f: Float[Tensor, "*c"]) -> Float[Tensor, "*c"]:
-    """Return the weight of every output: 1 where none is given."""
+def broadcast_to_outputs(weight: Tensor | None, f: Float[Tensor, "*c"]) -> Float[Tensor, "*c"]:
+    """Return one weight for every output, in the outputs' dtype; 1 where none is given."""
     if weight is None:
         return torch.ones_like(f)
     return weight.to(device=f.device, dtype=f.dtype).expand(f.shape)
 
 
-def normal(u: Float[Tensor, "*c"], scale: Float[Tensor, "..."]) -> Float[Tensor, "*c"]:
-    """Return normal numbers, of which u are the probabilities to lie below."""
+def normal_quantile(u: Float[Tensor, "*c"], scale: Float[Tensor, "..."]) -> Float[Tensor, "*c"]:
+    """Return the numbers x with P(X ≤ x) = u for X ~ N(0, scale²); u has one axis more."""
     quantiles: Tensor = torch.special.ndtri(u)
     return scale[..., None] * quantiles

@@ -1,4 +1,4 @@
-"""Curvature from the gradients themselves."""
+"""The empirical Fisher matrix: curvature from outer products of the samples' gradients."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def empirical_fisher(criterion: Criterion | Loss) -> Loss:
 
     .. math:: G = \frac{1}{d} \sum_n J_n^\top r_n r_n^\top J_n, \qquad r_n = \nabla_f \ell_n
 
-    with d what the reduction divides by: the mean's is N for cross-entropy of plain classes, the
-    sum of the weights where there are any, and N C where torch averages over outputs as well; the
-    sum's is 1. One column a sample, whatever the loss. It is
-    not an estimate of the Hessian: it shrinks where the model fits, and grows where it does not.
+    with d what the reduction divides by. For "mean" it is N for cross-entropy of plain classes, the
+    sum of the weights where there are any, and N C where torch averages over outputs as well; for
+    "sum" it is 1. Every sample has one column, whatever the loss. G is not an estimate of the
+    Hessian: it shrinks where the model fits, and grows where it does not.
 
     Parameters
     ----------
@@ -58,8 +58,9 @@ def empirical_fisher(criterion: Criterion | Loss) -> Loss:
     loss = record_of(criterion)
 
     def expand(outputs: Float[Tensor, "n ..."], y: PyTree) -> Expansion:
-        value, gradient = value_and_gradient(loss, outputs, y)
-        ones = torch.ones_like(gradient[:, :1])
-        return spanned(value, gradient[:, :, None], ones, ones)
+        # L = r with z = h = 1: the gradient is L z = r, the curvature L h Lᵀ = r rᵀ.
+        value, r = value_and_gradient(loss, outputs, y)
+        ones = torch.ones_like(r[:, :1])
+        return spanned(value, r[:, :, None], ones, ones)
 
     return loss._replace(expand=expand, scores=None)

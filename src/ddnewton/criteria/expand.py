@@ -1,4 +1,4 @@
-"""From whatever the user calls a criterion to the expansions of a batch."""
+"""From a criterion as users pass it to a `Loss`, its expansions on a batch, and their scale."""
 
 from __future__ import annotations
 
@@ -21,27 +21,31 @@ T = TypeVar("T")
 AnyCriterion: TypeAlias = Criterion | Loss | MonteCarlo
 """What the public functions take as a criterion."""
 
-CONVEXITY = 1e-6
-"""How negative, relative to the largest, an eigenvalue of a loss Hessian may come out."""
+CONVEXITY_TOLERANCE = 1e-6
+"""How negative an eigenvalue of a loss Hessian may be, relative to the largest of the batch."""
 
 
 def as_loss(criterion: AnyCriterion) -> Loss:
-    """Return the record of a criterion, once for every call: here Monte-Carlo draws its seed."""
+    """Return the record of a criterion; every call for `monte_carlo` draws a seed.
+
+    A public function calls it once, so that all it computes sees the same drawn targets.
+    """
     return sampled(criterion) if isinstance(criterion, MonteCarlo) else record_of(criterion)
 
 
 def expand_batch(
     loss: Loss, outputs: Float[Tensor, "n ..."], precise: Float[Tensor, "n ..."], y: PyTree
 ) -> Expansion:
-    """Return the expansions of all samples, scaled so that the loss is the mean of the values.
+    """Return the expansions of all samples, scaled so that the batch's loss is their values' mean.
 
-    They are taken at the precise outputs where the loss can be, else at the outputs themselves.
+    They are taken at the ``precise`` outputs in float64, or at ``outputs`` if the loss refuses.
     """
     loss.check(outputs, y)
     expansion, denominator = _precisely(
         lambda f: (loss.expand(f, y), loss.denominator(f, y)), precise, outputs
     )
     _check_expansion(expansion)
+    # ℓ, ∇ℓ and ∇²ℓ all scale, and L stays; an eigenvalue h below zero is rounding by now.
     scale = outputs.shape[0] / denominator
     return Expansion(
         value=scale * expansion.value,
@@ -53,14 +57,14 @@ def expand_batch(
 
 
 def losses(loss: Loss, outputs: Float[Tensor, "n ..."], y: PyTree) -> Float[Tensor, " n"]:
-    """Return the losses of samples as they are, not finite ones too."""
+    """Return every sample's loss, unscaled and unchecked: it may be infinite or nan."""
     return _precisely(lambda f: value_and_gradient(loss, f, y)[0].double(), outputs, outputs)
 
 
 def weight(
     loss: Loss, outputs: Float[Tensor, "n ..."], precise: Float[Tensor, "n ..."], y: PyTree
 ) -> float | Tensor:
-    """Return what the losses of a batch are multiplied with, so that their mean is its loss."""
+    """Return N / d: multiplied with it, the samples' losses have the batch's loss as their mean."""
     denominator = _precisely(lambda f: loss.denominator(f, y), precise, outputs)
     return outputs.shape[0] / denominator
 
@@ -81,7 +85,7 @@ def _check_expansion(expansion: Expansion) -> None:
         got = "nan or inf in the loss or its derivatives"
         raise BadValue(sentence("the loss must be finite", got, "Check the outputs and y."))
     h = expansion.h
-    if any_known(h < -CONVEXITY * unwrapped(h).abs().amax()):
+    if any_known(h < -CONVEXITY_TOLERANCE * unwrapped(h).abs().amax()):
         h = unwrapped(h)
         rule = "criterion must be convex in the outputs"
         got = f"a Hessian eigenvalue of {h.min().item():.3g}"

@@ -1,4 +1,4 @@
-"""Negative log-likelihoods of outputs that do not interact."""
+"""Negative log-likelihoods of outputs that do not interact: Bernoulli, Poisson and Gaussian."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Num
 from torch import Tensor
 
-from ddnewton.criteria.elementwise import Terms, elementwise, normal, spread
+from ddnewton.criteria.elementwise import (
+    Terms,
+    broadcast_to_outputs,
+    elementwise,
+    normal_quantile,
+)
 from ddnewton.criteria.loss import SMALLEST_CURVATURE, Loss, Reduction, per_element
 from ddnewton.criteria.option_checks import check_broadcasts, check_number, check_weight
 from ddnewton.criteria.target_checks import (
@@ -24,7 +29,7 @@ from ddnewton.transforms import any_known, unwrapped
 from ddnewton.types import PyTree
 
 QUANTILE_BISECTIONS = 32
-"""As many as lead from 18 standard deviations to one count, for rates up to 1e16."""
+"""Enough to narrow 18 standard deviations down to one count, for rates up to 1e16."""
 
 
 def bce_with_logits(
@@ -48,23 +53,28 @@ def bce_with_logits(
     check_weight("weight", weight)
     check_weight("pos_weight", pos_weight)
 
-    def shares(f: Float[Tensor, "*c"], y: Float[Tensor, "*c"]) -> tuple[Tensor, Tensor]:
-        w, y = spread(weight, f), y.double()
-        return w * spread(pos_weight, f) * y, w * (1 - y)
+    def class_weights(f: Float[Tensor, "*c"], y: Float[Tensor, "*c"]) -> tuple[Tensor, Tensor]:
+        # w_1 = w a y and w_0 = w (1 − y): a term is −w_1 log σ(f) − w_0 log σ(−f).
+        w, y = broadcast_to_outputs(weight, f), y.double()
+        return w * broadcast_to_outputs(pos_weight, f) * y, w * (1 - y)
 
     def terms(f: Float[Tensor, "n ..."], y: Float[Tensor, "n ..."]) -> Terms:
-        (up, down), on, off = shares(f, y), f.sigmoid(), (-f).sigmoid()
-        value = -down * F.logsigmoid(-f) - up * F.logsigmoid(f)
-        # σ(f) − y without cancellation: for y = 0 and y = 1 one of the terms is exactly zero.
-        return Terms(
-            value, down * on - up * off, (up + down) * (on * off).clamp(min=SMALLEST_CURVATURE)
-        )
+        # p_0 is σ(−f), not 1 − p_1, which would lose all its digits where p_1 is near 1.
+        (w_1, w_0), p_1, p_0 = class_weights(f, y), f.sigmoid(), (-f).sigmoid()
+        values = -w_0 * F.logsigmoid(-f) - w_1 * F.logsigmoid(f)
+        # z is σ(f) − y without cancellation: for y = 0 and y = 1 one of the terms is exactly zero.
+        z = w_0 * p_1 - w_1 * p_0
+        h = (w_1 + w_0) * (p_1 * p_0).clamp(min=SMALLEST_CURVATURE)
+        return Terms(values, z, h)
 
     def score(
         f: Float[Tensor, "n ..."], y: Float[Tensor, "n ..."], u: Float[Tensor, "n ..."]
     ) -> Float[Tensor, "n ..."]:
-        (up, down), on, off = shares(f, y), f.sigmoid()[..., None], (-f).sigmoid()[..., None]
-        return (up + down).sqrt()[..., None] * torch.where(u < on, -off, on)
+        # The derivative is σ(f) − 1 at a drawn target of 1, which has probability σ(f), and σ(f)
+        # at 0; times √(w_1 + w_0), for the mean square to be h.
+        p_1, p_0 = f.sigmoid()[..., None], (-f).sigmoid()[..., None]
+        w_1, w_0 = class_weights(f, y)
+        return (w_1 + w_0).sqrt()[..., None] * torch.where(u < p_1, -p_0, p_1)
 
     def check(outputs: Tensor, y: PyTree) -> None:
         check_probabilities(outputs, y)
@@ -97,26 +107,28 @@ def poisson_nll(
 
     def terms(f: Float[Tensor, "n ..."], y: Num[Tensor, "n ..."]) -> Terms:
         y = y.double()
-        constant = _stirling(y) if full else torch.zeros_like(y)
+        constant = _log_factorial(y) if full else torch.zeros_like(y)
+        # The rate is eᶠ: h = eᶠ is never zero, but would underflow for f < −745.
         if log_input:
             rate = f.exp()
-            return Terms(rate - y * f + constant, rate - y, rate.clamp(min=SMALLEST_CURVATURE))
+            h = rate.clamp(min=SMALLEST_CURVATURE)
+            return Terms(rate - y * f + constant, z=rate - y, h=h)
+        # The rate is f + ε: z = 1 − y / rate, and h is zero where y is.
         rate = f + eps
-        return Terms(f - y * rate.log() + constant, (rate - y) / rate, y / rate.square())
+        return Terms(f - y * rate.log() + constant, z=(rate - y) / rate, h=y / rate.square())
 
     def score(
         f: Float[Tensor, "n ..."], y: Num[Tensor, "n ..."], u: Float[Tensor, "n ..."]
     ) -> Float[Tensor, "n ..."]:
+        # Only for log-rates, where h = eᶠ does not depend on the target; a linear rate's does.
         rate = f.exp()[..., None]
         return rate - poisson_quantile(u, rate)
 
     def check(outputs: Tensor, y: PyTree) -> None:
         check_counts(outputs, y)
         if not log_input and any_known(outputs <= -eps):
-            rule, got = (
-                "outputs must be rates above −eps",
-                f"{unwrapped(outputs).amin().item():.3g}",
-            )
+            rule = "outputs must be rates above −eps"
+            got = f"{unwrapped(outputs).amin().item():.3g}"
             raise BadValue(sentence(rule, got, "Let the model return logarithms: log_input=True."))
 
     return elementwise(terms, per_element(reduction), check, score if log_input else None)
@@ -145,31 +157,35 @@ def gaussian_nll(
     """
     check_number("eps must be a number ≥ 0", eps, lambda x: x >= 0, usual=1e-6)
 
-    def parts(y: PyTree) -> tuple[Tensor, float | Tensor]:
+    def target_and_variance(y: PyTree) -> tuple[Tensor, float | Tensor]:
         return (y[0], y[1]) if var is None else (y, var)
 
-    def variances(f: Float[Tensor, "*c"], given: float | Tensor) -> Float[Tensor, "*c"]:
-        v = torch.as_tensor(given, dtype=f.dtype, device=f.device)
+    def output_variances(f: Float[Tensor, "*c"], variance: float | Tensor) -> Float[Tensor, "*c"]:
+        # v = max(var, ε) for every output; a variance without the last axis holds for all of it.
+        v = torch.as_tensor(variance, dtype=f.dtype, device=f.device)
         v = v[..., None] if v.shape != f.shape and v.shape == f.shape[:-1] else v
-        return spread(v, f).clamp(min=eps)
+        return broadcast_to_outputs(v, f).clamp(min=eps)
 
     def terms(f: Float[Tensor, "n ..."], y: PyTree) -> Terms:
-        target, given = parts(y)
-        residual, v = f - target.double(), variances(f, given)
+        target, variance = target_and_variance(y)
+        residual, v = f - target.double(), output_variances(f, variance)
         constant = math.log(2 * math.pi) / 2 if full else 0.0
-        return Terms((v.log() + residual.square() / v) / 2 + constant, residual / v, 1 / v)
+        values = (v.log() + residual.square() / v) / 2 + constant
+        return Terms(values, z=residual / v, h=1 / v)
 
     def score(
         f: Float[Tensor, "n ..."], y: PyTree, u: Float[Tensor, "n ..."]
     ) -> Float[Tensor, "n ..."]:
-        return normal(u, variances(f, parts(y)[1]).rsqrt())
+        # At y ~ N(f, v) the derivative (f − y) / v is N(0, 1 / v).
+        _, variance = target_and_variance(y)
+        return normal_quantile(u, output_variances(f, variance).rsqrt())
 
     def check(outputs: Tensor, y: PyTree) -> None:
         if var is None:
             check_pair(y)
-        target, given = parts(y)
+        target, variance = target_and_variance(y)
         check_real(outputs, target)
-        check_variances(outputs, given)
+        check_variances(outputs, variance)
 
     return elementwise(terms, per_element(reduction), check, score)
 
@@ -177,9 +193,10 @@ def gaussian_nll(
 def poisson_quantile(u: Float[Tensor, "*c"], rate: Float[Tensor, "..."]) -> Float[Tensor, "*c"]:
     """Return the smallest count k with P(K ≤ k) ≥ u for K ~ Poisson(rate), by bisection.
 
-    P(K ≤ k) is the regularised incomplete gamma function Q(k + 1, rate). Chernoff's bounds on
-    both tails hold the count for all u from 2⁻⁵⁴ to 1 − 2⁻⁵³.
+    P(K ≤ k) is the regularised incomplete gamma function Q(k + 1, rate). By Chernoff's bounds on
+    both tails, the first interval contains the count for all u from 2⁻⁵⁴ to 1 − 2⁻⁵³.
     """
+    # P(K ≤ low) < u ≤ P(K ≤ high) holds from here on; low may be −1, where P is zero.
     reach = 9 * rate.sqrt()
     low = (rate - reach).floor().clamp(min=0) - 1 + torch.zeros_like(u)
     high = (rate + reach).ceil() + 26 + torch.zeros_like(u)
@@ -191,6 +208,7 @@ def poisson_quantile(u: Float[Tensor, "*c"], rate: Float[Tensor, "..."]) -> Floa
     return high
 
 
-def _stirling(y: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
-    many = torch.where(y > 1, y, 1)
-    return torch.where(y > 1, many * many.log() - many + (2 * math.pi * many).log() / 2, 0)
+def _log_factorial(y: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
+    """Return Stirling's approximation of log y! where y > 1, and else 0, as torch does."""
+    k = torch.where(y > 1, y, 1)  # no logarithm of zero, not even where it is not selected
+    return torch.where(y > 1, k * k.log() - k + (2 * math.pi * k).log() / 2, 0)

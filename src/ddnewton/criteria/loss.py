@@ -1,15 +1,15 @@
-r"""What the library knows of a loss.
+r"""A loss as the library sees it: values, gradients and Hessians in the outputs, factored.
 
 A convex loss enters the Gauss-Newton matrix through its gradient and Hessian in the outputs.
 Every loss here gives both in one factored form,
 
     ∇ℓ = L z + R 1,        ∇²ℓ = L diag(h) Lᵀ,        h ≥ 0,
 
-with L [c, m] of moderate size whatever the outputs, and R [c, q] for what of the gradient L does
-not span: no column at all but for curvature that is sampled. The textbook root of the Hessian is
-S = L √h, and the gradient is S t with t = z / √h; but where a net is confident h underflows and t
-overflows, while L and z stay what they are. So slope and curvature travel apart. A sample whose
-loss is locally flat (h = 0) but not level (z ≠ 0) is no special case either.
+with L [c, m] of moderate size whatever the outputs. R [c, q] holds the part of the gradient that L
+does not span; it has one column for curvature that is sampled, and none for any other. The
+textbook root of the Hessian is S = L √h, and the gradient is S t with t = z / √h; but where a net
+is confident h underflows and t overflows, while L and z keep their digits. So z and h are stored
+apart. A sample whose loss is locally flat (h = 0) but not level (z ≠ 0) is no special case either.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ddnewton.types import PyTree
 Reduction: TypeAlias = Literal["mean", "sum"]
 
 SMALLEST_CURVATURE = 1e-200
-"""Floor of the curvature of a loss that is never flat: it is positive, however sure the net."""
+"""Floor of h for a loss that is never flat: h must not underflow to 0, however sure the net."""
 
 
 class Expansion(NamedTuple):
@@ -37,7 +37,7 @@ class Expansion(NamedTuple):
     basis: Float[Tensor, "n c m"]  # L
     z: Float[Tensor, "n m"]  # z
     h: Float[Tensor, "n m"]  # h
-    R: Float[Tensor, "n c q"]  # R, where q is 0 or 1
+    R: Float[Tensor, "n c q"]  # R, with q = 0 or 1
 
 
 Uniform: TypeAlias = Callable[[Sequence[int]], Tensor]
@@ -47,13 +47,13 @@ Uniform: TypeAlias = Callable[[Sequence[int]], Tensor]
 class Loss(NamedTuple):
     """A convex loss as a record of functions.
 
-    ``expand(outputs, y)`` gives the `Expansion` of every sample's loss ℓ, with nothing averaged;
+    ``expand(outputs, y)`` returns the `Expansion` of every sample's loss ℓ_n, not yet averaged;
     ``denominator(outputs, y)`` is what the reduction divides Σ_n ℓ_n by; ``check(outputs, y)``
-    raises where a batch does not fit the loss. ``scores(outputs, y, count, uniform)`` are columns
-    [n c m], gradients of the loss at ``count`` targets drawn from the model's own likelihood, whose
-    mean square E[s sᵀ] is the Hessian; None where the loss is the likelihood of nothing.
-    ``gradient(outputs, y)`` gives the values [n] and the gradients [n c] alone, for curvature that
-    needs no Hessian; None where only an expansion knows them.
+    raises where a batch does not fit the loss. ``scores(outputs, y, count, uniform)`` returns
+    columns s [n c m], gradients of the loss at ``count`` targets drawn from the model's likelihood,
+    with the Hessian as their mean square E[s sᵀ]; it is None for a loss without a likelihood.
+    ``gradient(outputs, y)`` returns values [n] and gradients [n c] without the Hessian; it is None
+    where they are taken from the expansion.
     """
 
     expand: Callable[[Tensor, PyTree], Expansion]
@@ -83,7 +83,7 @@ def slopes_of(expansion: Expansion) -> Float[Tensor, "n c"]:
 def value_and_gradient(
     loss: Loss, outputs: Float[Tensor, "n ..."], y: PyTree
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n c"]]:
-    """Return every sample's loss and its gradient L z + R 1, without L where the loss can."""
+    """Return every sample's loss and gradient, without an expansion where the loss allows it."""
     if loss.gradient is not None:
         return loss.gradient(outputs, y)
     expansion = loss.expand(outputs, y)
@@ -91,13 +91,13 @@ def value_and_gradient(
 
 
 def per_element(reduction: Reduction) -> Callable[[Tensor, PyTree], float]:
-    """Return the denominator of a loss whose "mean" runs over samples and outputs."""
+    """Return the denominator of a loss whose "mean" runs over samples and outputs: N C, or 1."""
     check_reduction(reduction)
     return lambda outputs, y: float(outputs.numel()) if reduction == "mean" else 1.0
 
 
 def check_reduction(reduction: str) -> None:
-    """Refuse a reduction that does not lead to one number."""
+    """Require a reduction to one number: "mean" or "sum"."""
     if reduction not in ("mean", "sum"):
         rule = "the criterion must reduce to one number"
         raise BadValue(

@@ -1,8 +1,8 @@
 r"""Curvature from targets drawn from the model's own likelihood.
 
 Where a loss is the negative logarithm of a likelihood whose Hessian does not depend on the target,
-the Hessian is the expectation of s sᵀ over gradients s at drawn targets. A few draws have as many
-columns a sample, where the exact Hessian of a softmax has one fewer than classes.
+the Hessian is the expectation of s sᵀ over gradients s at drawn targets. S draws have S columns a
+sample, where the exact Hessian of a softmax has C − 1: fewer columns make a cheaper step.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ddnewton.transforms import untransformed
 from ddnewton.types import Criterion, PyTree
 
 LEAST_UNIFORM = 2.0**-54
-"""Stands for a random number of zero, and is smaller than all others."""
+"""Replaces a random number of 0, whose quantile may be infinite; `torch.rand`'s next is 2⁻⁵³."""
 
 
 class MonteCarlo(NamedTuple):
-    """A loss, how often its targets are drawn, and where the random numbers come from."""
+    """A loss whose curvature is sampled: the draws a sample, and the source of the randomness."""
 
     loss: Loss
     samples: int
@@ -41,10 +41,10 @@ def monte_carlo(
     .. math:: \nabla^2 \ell_n \approx \frac{1}{S} \sum_{s=1}^S \nabla \ell(f_n, \hat y_{ns})
               \nabla \ell(f_n, \hat y_{ns})^\top, \quad \hat y_{ns} \sim p(y \mid f_n)
 
-    The right side has the left as its expectation. It has S columns a sample, and for
-    cross-entropy over several positions S a position. Every call of a function that takes the
-    criterion draws one seed from the generator, and all its random numbers from that: they depend
-    neither on chunks nor on how often the loss is expanded, and members of an ensemble share them.
+    The expectation of the right side is the left. It has S columns a sample; for cross-entropy over
+    several positions, S a position. Every call of a function that takes the criterion draws one
+    seed from the generator, and all its random numbers follow from that: they depend neither on
+    chunks nor on how often the loss is expanded, and members of an ensemble share them.
 
     Parameters
     ----------
@@ -83,6 +83,7 @@ def monte_carlo(
     >>> cross_entropy().expand(logits, y).basis.shape
     torch.Size([5, 10, 9])
     """
+    # Check how many targets are drawn and from what, then that the criterion has a likelihood.
     if isinstance(samples, bool) or not isinstance(samples, int):
         rule, got = "samples must be an integer", type(samples).__name__
         raise BadType(sentence(rule, got, "Pass how many targets to draw, such as 1."))
@@ -101,8 +102,9 @@ def monte_carlo(
 
 
 def sampled(criterion: MonteCarlo) -> Loss:
-    """Return the loss with its curvature from targets drawn now; expanding draws the same ones."""
+    """Return a loss whose curvature is from drawn targets, the same ones at every expansion."""
     loss, samples, generator = criterion
+    # One seed from the caller's generator, also under vmap: all members of an ensemble share it.
     with untransformed():
         device = generator.device
         drawn = torch.randint(2**63 - 1, (), generator=generator, device=device)
@@ -110,16 +112,18 @@ def sampled(criterion: MonteCarlo) -> Loss:
 
     def expand(outputs: Tensor, y: PyTree) -> Expansion:
         assert loss.scores is not None
+        # L = [s_1 … s_S] with h = 1 / S makes L h Lᵀ the mean of s sᵀ. The exact gradient does not
+        # lie in the span of L: z = 0, and all of it is the column R.
         value, gradient = value_and_gradient(loss, outputs, y)
         columns = loss.scores(outputs, y, samples, _uniform(seed, outputs.device))
-        slopes = columns.new_zeros(columns.shape[0], columns.shape[2])
-        return Expansion(value, columns, slopes, slopes + 1 / samples, gradient[:, :, None])
+        zeros = columns.new_zeros(columns.shape[0], columns.shape[2])
+        return Expansion(value, columns, z=zeros, h=zeros + 1 / samples, R=gradient[:, :, None])
 
     return loss._replace(expand=expand, scores=None)
 
 
 def _uniform(seed: int, device: torch.device) -> Uniform:
-    """Return a source of random numbers that starts anew, the same on every device."""
+    """Return a source of random numbers that the seed determines, on every device alike."""
     generator = torch.Generator("cpu").manual_seed(seed)
 
     def uniform(shape: Sequence[int]) -> Tensor:
@@ -133,13 +137,13 @@ def _uniform(seed: int, device: torch.device) -> Uniform:
 
 
 def _without_likelihood(criterion: Criterion | Loss) -> str:
-    """Say what was given, and what would do."""
+    """Return the message for a criterion without a likelihood: what it is, and which have one."""
     function = criterion.func if isinstance(criterion, partial) else criterion
-    named = "a Loss without scores" if isinstance(criterion, Loss) else type(function).__name__
-    able = [loss.module.__name__ for loss in TORCH_LOSSES if loss.factory().scores is not None]
+    kind = "a Loss without scores" if isinstance(criterion, Loss) else type(function).__name__
+    names = [loss.module.__name__ for loss in TORCH_LOSSES if loss.factory().scores is not None]
     rule = "criterion must have a likelihood to draw targets from"
     remedy = (
-        f"{', '.join(able)} have one (Poisson with log_input=True), themselves and not wrapped in "
+        f"{', '.join(names)} have one (Poisson with log_input=True), themselves and not wrapped in "
         "another function, as has a Loss with scores."
     )
-    return sentence(rule, getattr(function, "__name__", named), remedy)
+    return sentence(rule, getattr(function, "__name__", kind), remedy)

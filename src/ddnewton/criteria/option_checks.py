@@ -1,4 +1,4 @@
-"""What the options of a loss must be."""
+"""Checks of the options of a loss: numbers, weights, and the denominator they lead to."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check_weight(name: str, weight: object) -> None:
 
 
 def check_weight_shape(weight: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
-    """Require exactly this shape of a weight."""
+    """Require a weight, if there is one, of exactly this shape."""
     if weight is not None and weight.shape != shape:
         rule = f"weight must have {meaning}"
         got = f"weight: {list(weight.shape)} instead of {list(shape)}"
@@ -58,7 +58,7 @@ def check_broadcasts(name: str, weight: Tensor | None, outputs: Tensor) -> None:
 
 
 def check_denominator(denominator: float | Tensor) -> None:
-    """Require something to average over."""
+    """Require a mean that does not divide by zero."""
     if any_known(torch.as_tensor(denominator) == 0):
         rule = "a weighted mean needs a target of positive weight"
         got = "targets that are all ignored or of weight 0"

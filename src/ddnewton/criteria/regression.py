@@ -10,7 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.criteria.convex import convex
-from ddnewton.criteria.elementwise import Terms, elementwise, normal, spread
+from ddnewton.criteria.elementwise import (
+    Terms,
+    broadcast_to_outputs,
+    elementwise,
+    normal_quantile,
+)
 from ddnewton.criteria.loss import Loss, Reduction, per_element
 from ddnewton.criteria.option_checks import (
     check_denominator,
@@ -36,20 +41,23 @@ def mse(reduction: Reduction = "mean", *, weight: Tensor | None = None) -> Loss:
     (5.0, [[2.0, 4.0]], [[2.0, 2.0]])
     """
     check_weight("weight", weight)
-    plain = per_element(reduction)
+    unweighted = per_element(reduction)
 
     def terms(f: Float[Tensor, "n ..."], y: Float[Tensor, "n ..."]) -> Terms:
-        residual, w = f - y.double(), spread(weight, f)
-        return Terms(w * residual.square(), 2 * w * residual, 2 * w)
+        residual, w = f - y.double(), broadcast_to_outputs(weight, f)
+        return Terms(values=w * residual.square(), z=2 * w * residual, h=2 * w)
 
     def score(
         f: Float[Tensor, "n ..."], y: Float[Tensor, "n ..."], u: Float[Tensor, "n ..."]
     ) -> Float[Tensor, "n ..."]:
-        return normal(u, (2 * spread(weight, f)).sqrt())
+        # At y ~ N(f, 1 / 2w) the derivative 2 w (f − y) is N(0, 2w), as its mean square is h.
+        return normal_quantile(u, (2 * broadcast_to_outputs(weight, f)).sqrt())
 
     def denominator(outputs: Tensor, y: PyTree) -> float | Tensor:
-        weighted = weight is not None and reduction == "mean"
-        return spread(weight, outputs.double()).sum() if weighted else plain(outputs, y)
+        # Without weights the mean divides by the number of outputs.
+        if weight is None or reduction == "sum":
+            return unweighted(outputs, y)
+        return broadcast_to_outputs(weight, outputs.double()).sum()
 
     def check(outputs: Tensor, y: PyTree) -> None:
         check_real(outputs, y)
@@ -78,8 +86,8 @@ def huber(
     check_weight("weight", weight)
 
     def terms(f: Float[Tensor, "n ..."], y: Float[Tensor, "n ..."]) -> Terms:
-        w = spread(weight, f)
-        return Terms(*(w * part for part in _kinked(f - y.double(), delta)))
+        w = broadcast_to_outputs(weight, f)
+        return Terms(*(w * part for part in _huber_terms(f - y.double(), delta)))
 
     def check(outputs: Tensor, y: PyTree) -> None:
         check_real(outputs, y)
@@ -106,13 +114,14 @@ def smooth_l1(reduction: Reduction = "mean", *, beta: float = 1.0) -> Loss:
         return convex(partial(F.smooth_l1_loss, reduction=reduction, beta=beta))
 
     def terms(f: Float[Tensor, "n ..."], y: Float[Tensor, "n ..."]) -> Terms:
-        return Terms(*(part / beta for part in _kinked(f - y.double(), beta)))
+        return Terms(*(part / beta for part in _huber_terms(f - y.double(), beta)))
 
     return elementwise(terms, denominator, check_real)
 
 
-def _kinked(residual: Float[Tensor, "n ..."], delta: float) -> Terms:
+def _huber_terms(residual: Float[Tensor, "n ..."], delta: float) -> Terms:
+    """Return Huber's terms of residuals f − y: quadratic where |f − y| < δ, else linear."""
     distance = residual.abs()
     inside = distance < delta
-    value = torch.where(inside, residual.square() / 2, delta * (distance - delta / 2))
-    return Terms(value, residual.clamp(-delta, delta), inside.to(residual))
+    values = torch.where(inside, residual.square() / 2, delta * (distance - delta / 2))
+    return Terms(values, z=residual.clamp(-delta, delta), h=inside.to(residual))

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy, factored without cancellation."""
+"""Softmax cross-entropy, its gradient and Hessian factored without cancellation."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def cross_entropy(
         z_j = (p_j T_{j+1} − t_j q_{j+1}) / q_j.
 
     No formula subtracts numbers that nearly cancel, so h and z keep all their digits on saturated
-    nets, where p_y − 1 and p_y (1 − p_y) lose them. Every position has C − 1 columns of its own.
+    nets, where p_y − 1 and p_y (1 − p_y) lose them. Each position has C − 1 columns of L, with
+    zeros at the outputs of all other positions.
 
     Examples
     --------
@@ -71,39 +72,48 @@ def cross_entropy(
     check_number(rule, label_smoothing, lambda x: 0 <= x <= 1, usual=0.0)
 
     def targets(f: Float[Tensor, "n ..."], y: Num[Tensor, "n ..."]) -> Float[Tensor, "n t c"]:
+        # t_c = w_c ((1 − ε) y_c + ε / C), and 0 at ignored positions.
         labels, counted = _labels(f, y, ignore_index)
         smooth = (1 - label_smoothing) * labels + label_smoothing / f.shape[1]
         return torch.where(counted, _weighted(smooth, weight), 0)
 
     def expand(f: Float[Tensor, "n ..."], y: Num[Tensor, "n ..."]) -> Expansion:
         n, c = f.shape[:2]
-        if c == 1:  # the loss is constant: flat, level columns keep all shapes in order
+        # With one class the loss is constant, and C − 1 = 0 columns would be an empty matrix: one
+        # column an output, with z = h = 0, keeps all shapes in order.
+        if c == 1:
             return separable(*(0 * f.double()).reshape(n, -1).expand(3, n, -1))
-        logits, t = _positions(f), targets(f, y)
-        parts = _factored(logits.reshape(-1, c), t.reshape(-1, c))
-        value, basis, slopes, curvatures = (x.reshape(*t.shape[:2], *x.shape[1:]) for x in parts)
-        return spanned(value.sum(1), _beside(basis), slopes.flatten(1), curvatures.flatten(1))
+        # Every position is a softmax of its own, as if it were a sample.
+        logits, t = _classes_last(f), targets(f, y)
+        parts = _position_expansions(logits.reshape(-1, c), t.reshape(-1, c))
+        value, basis, z, h = (x.reshape(*t.shape[:2], *x.shape[1:]) for x in parts)
+        # The sample's loss is the sum over its positions, and L is block-diagonal in them.
+        return spanned(value.sum(1), _block_diagonal(basis), z.flatten(1), h.flatten(1))
 
     def gradient(
         f: Float[Tensor, "n ..."], y: Num[Tensor, "n ..."]
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n c"]]:
-        log_p, t = _positions(f).log_softmax(2), targets(f, y)
-        # p_c Σt − t_c without cancellation: both products lack the part p_c t_c.
-        slopes = log_p.exp() * _others(t) - t * _others(log_p.exp())
-        return -(t * log_p).sum((1, 2)), slopes.mT.flatten(1)
+        log_p, t = _classes_last(f).log_softmax(2), targets(f, y)
+        # p_c Σt − t_c = p_c Σ_{i≠c} t_i − t_c Σ_{i≠c} p_i, as Σp = 1: p_c t_c, which would cancel
+        # on a net that is certain, is left out of both products.
+        gradients = log_p.exp() * _leave_one_out_sums(t) - t * _leave_one_out_sums(log_p.exp())
+        return -(t * log_p).sum((1, 2)), gradients.mT.flatten(1)
 
     def scores(
         f: Float[Tensor, "n ..."], y: Num[Tensor, "n ..."], count: int, uniform: Uniform
     ) -> Float[Tensor, "n c m"]:
-        p, t = _positions(f).softmax(2), targets(f, y)
-        drawn = _drawn(p, uniform((*p.shape[:2], count)))
-        others = torch.where(drawn, 0, p[..., None])
-        columns = others - drawn * others.sum(2, keepdim=True)  # p − e, as p_drawn − 1 = −Σ others
-        return _beside(t.sum(2)[..., None, None].sqrt() * columns)
+        p, t = _classes_last(f).softmax(2), targets(f, y)
+        drawn = _draw_classes(p, uniform((*p.shape[:2], count)))
+        # p − e, the gradient at a drawn class: there it is p − 1, minus the sum of all other p.
+        p_not_drawn = torch.where(drawn, 0, p[..., None])
+        columns = p_not_drawn - drawn * p_not_drawn.sum(2, keepdim=True)
+        # E[(p − e)(p − e)ᵀ] = diag(p) − ppᵀ, which the Hessian has Σt times.
+        return _block_diagonal(t.sum(2)[..., None, None].sqrt() * columns)
 
     def denominator(outputs: Float[Tensor, "n ..."], y: PyTree) -> float | Tensor:
         if reduction == "sum":
             return 1.0
+        # For probabilities the number of positions, whatever the weights, as in torch.
         if y.is_floating_point():
             return outputs.numel() / outputs.shape[1]
         labels, counted = _labels(outputs, y, ignore_index)
@@ -117,69 +127,79 @@ def cross_entropy(
     return Loss(expand, denominator, check, scores, gradient)
 
 
-def _positions(f: Float[Tensor, "n ..."]) -> Float[Tensor, "n t c"]:
-    """Return what every position has for the classes, which stand on axis 1."""
+def _classes_last(f: Float[Tensor, "n ..."]) -> Float[Tensor, "n t c"]:
+    """Return [N, C, …] as [N, T, C] in float64: all positions on one axis, the classes last."""
     return f.double().reshape(*f.shape[:2], -1).mT
 
 
 def _labels(
     f: Float[Tensor, "n ..."], y: Num[Tensor, "n ..."], ignore_index: int
 ) -> tuple[Float[Tensor, "n t c"], Bool[Tensor, "n t 1"]]:
-    """Return the probabilities that y gives the classes, and which positions count."""
+    """Return the probabilities that y gives the classes, and a mask of positions not ignored."""
     if y.is_floating_point():
-        labels = _positions(y)
+        labels = _classes_last(y)
         return labels, torch.ones_like(labels[..., :1], dtype=torch.bool)
     y = y.reshape(y.shape[0], -1, 1)
     return (y == torch.arange(f.shape[1], device=y.device)).double(), y != ignore_index
 
 
 def _weighted(x: Float[Tensor, "n t c"], weight: Tensor | None) -> Float[Tensor, "n t c"]:
+    """Multiply every class by its weight, if there are weights."""
     return x if weight is None else x * weight.to(x)
 
 
-def _factored(
+def _position_expansions(
     f: Float[Tensor, "n c"], t: Float[Tensor, "n c"]
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n c m"], Float[Tensor, "n m"], Float[Tensor, "n m"]]:
-    """Return the losses of positions, a row each, and their L, z and h."""
+    """Return the loss of every position, a row each, and its L, z and h."""
     c = f.shape[1]
+    # The classes in ascending order of probability, and their tail sums, q in logarithms and T.
     log_p, order = f.log_softmax(1), f.argsort(1)
     log_p_up, t_up = log_p.gather(1, order), t.gather(1, order)
-    log_q, t_tail = _tail(log_p_up, torch.logcumsumexp), _tail(t_up, torch.cumsum)
-    # Quotients are differences of logarithms: p and q may underflow, their quotients need not.
-    share, rest = (log_p_up - log_q)[:, :-1], log_q[:, 1:] - log_q[:, :-1]
-    curvatures = t_tail[:, :1] * (log_p_up[:, :-1] + rest).exp().clamp(min=SMALLEST_CURVATURE)
-    slopes = share.exp() * t_tail[:, 1:] - t_up[:, :-1] * rest.exp()
-    below = (log_p_up[:, :, None] - log_q[:, None, 1:]).exp().tril(-1)
-    unit = torch.eye(c, c - 1, dtype=f.dtype, device=f.device) - below
+    log_q, t_tail = _tail_sums(log_p_up, torch.logcumsumexp), _tail_sums(t_up, torch.cumsum)
+    # p_j / q_j and q_{j+1} / q_j as differences of logarithms: p and q may underflow where their
+    # quotients do not.
+    log_p_over_q, log_q_ratio = (log_p_up - log_q)[:, :-1], log_q[:, 1:] - log_q[:, :-1]
+    h = t_tail[:, :1] * (log_p_up[:, :-1] + log_q_ratio).exp().clamp(min=SMALLEST_CURVATURE)
+    z = log_p_over_q.exp() * t_tail[:, 1:] - t_up[:, :-1] * log_q_ratio.exp()
+    # L is unit lower triangular, with entries −p_i / q_{j+1} below the diagonal: at most 1 in
+    # size, as p_i is one of the terms of q_{j+1}. Its rows go back to the order of the classes.
+    lower = (log_p_up[:, :, None] - log_q[:, None, 1:]).exp().tril(-1)
+    unit = torch.eye(c, c - 1, dtype=f.dtype, device=f.device) - lower
     basis = unit.gather(1, order.argsort(1)[:, :, None].expand(unit.shape))
-    return -(t * log_p).sum(1), basis, slopes, curvatures
+    return -(t * log_p).sum(1), basis, z, h
 
 
-def _drawn(p: Float[Tensor, "n t c"], u: Float[Tensor, "n t m"]) -> Bool[Tensor, "n t c m"]:
-    """Return where a class is drawn, by inverting the distribution function."""
-    below = p.cumsum(2)
-    drawn = (below[..., None] <= (below[..., -1:] * u)[:, :, None]).sum(2, keepdim=True)
+def _draw_classes(p: Float[Tensor, "n t c"], u: Float[Tensor, "n t m"]) -> Bool[Tensor, "n t c m"]:
+    """Draw classes with probabilities p at uniform numbers u; true where a class is drawn."""
+    # The index drawn is how many entries of the distribution function u passes. It is scaled by the
+    # last of them, which rounding may have made other than 1.
+    cdf = p.cumsum(2)
+    index = (cdf[..., None] <= (cdf[..., -1:] * u)[:, :, None]).sum(2, keepdim=True)
     classes = torch.arange(p.shape[2], device=p.device)
-    return drawn.clamp(max=p.shape[2] - 1) == classes[:, None]
+    return index.clamp(max=p.shape[2] - 1) == classes[:, None]
 
 
-def _beside(columns: Float[Tensor, "n t c m"]) -> Float[Tensor, "n c*t t*m"]:
-    """Give every position columns of its own: they are zero at the others."""
+def _block_diagonal(columns: Float[Tensor, "n t c m"]) -> Float[Tensor, "n c*t t*m"]:
+    """Return the columns of all positions as one matrix, zero at the outputs of other positions.
+
+    Its rows run over the outputs [C, T] as the model returns them, positions fastest.
+    """
     n, t, c, m = columns.shape
     if t == 1:
         return columns[:, 0]
-    own = torch.eye(t, dtype=columns.dtype, device=columns.device)[:, :, None]
-    return (columns.movedim(1, 2)[:, :, :, None] * own).reshape(n, c * t, t * m)
+    identity = torch.eye(t, dtype=columns.dtype, device=columns.device)[:, :, None]
+    return (columns.movedim(1, 2)[:, :, :, None] * identity).reshape(n, c * t, t * m)
 
 
-def _others(x: Float[Tensor, "n t c"]) -> Float[Tensor, "n t c"]:
-    """Return Σ_{i≠c} x_i, summed and not subtracted."""
+def _leave_one_out_sums(x: Float[Tensor, "n t c"]) -> Float[Tensor, "n t c"]:
+    """Return Σ_{i≠c} x_i for every class c, without subtracting x_c from the sum of all."""
     before, after = x[..., :-1].cumsum(2), x[..., 1:].flip(2).cumsum(2).flip(2)
     return F.pad(before, (1, 0)) + F.pad(after, (0, 1))
 
 
-def _tail(
+def _tail_sums(
     x: Float[Tensor, "n c"], cumulate: Callable[[Tensor, int], Tensor]
 ) -> Float[Tensor, "n c"]:
-    """Cumulate from the end: entry j holds Σ_{i≥j}."""
+    """Return the tail sums Σ_{i≥j} x_i, by a function that cumulates from the front."""
     return cumulate(x.flip(1), 1).flip(1)

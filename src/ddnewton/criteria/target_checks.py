@@ -1,4 +1,4 @@
-"""What y must look like for each loss."""
+"""Checks of the targets y for each loss: type, shape and range."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_probabilities(outputs: Tensor, y: PyTree) -> None:
 
 
 def check_counts(outputs: Tensor, y: PyTree) -> None:
-    """Require one number that is not negative per output, an integer or not."""
+    """Require one number ≥ 0 per output, an integer or not."""
     _check_tensor(y)
     _check_values(outputs, y)
     if any_known(y < 0):
@@ -40,25 +40,29 @@ def check_counts(outputs: Tensor, y: PyTree) -> None:
 
 
 def check_variances(outputs: Tensor, var: object) -> None:
-    """Require variances ≥ 0, a number or a tensor that leaves out one axis of the outputs' at most.
+    """Require variances ≥ 0: a number, or a tensor of a shape that torch takes for these outputs.
 
-    They fit where `torch.nn.functional.gaussian_nll_loss` takes them.
+    As in `torch.nn.functional.gaussian_nll_loss`, that is the outputs' shape, the same with 1 on
+    one axis, or the same without the last axis.
     """
+    # A number holds for all outputs.
     if isinstance(var, bool) or not isinstance(var, (int, float, Tensor)):
         rule = "var must be a number or a tensor"
         raise BadType(sentence(rule, type(var).__name__, "Pass the variance of every target."))
+    # Nothing but these shapes is broadcast.
     variances = torch.as_tensor(var)
-    if isinstance(var, Tensor) and not _is_variance(var.shape, outputs.shape):
+    if isinstance(var, Tensor) and not _is_variance_shape(var.shape, outputs.shape):
         rule = "var must have the outputs' shape, with 1 on one axis or without the last at most"
         got = f"outputs: {list(outputs.shape)}, var: {list(var.shape)}"
         raise BadValue(sentence(rule, got, "Pass one number to use it for all."))
+    # "Not ≥ 0" is true of nan as well.
     if any_known(~(variances >= 0)):
         rule, got = "var must not be negative or nan", f"{unwrapped(variances).amin().item():.3g}"
         raise BadValue(sentence(rule, got, "Pass variances, not their logarithms."))
 
 
 def check_pair(y: PyTree) -> None:
-    """Require targets and variances together."""
+    """Require y to be a pair of targets and variances."""
     if not isinstance(y, (tuple, list)) or len(y) != 2:
         rule = "y must be a tuple (target, var) for this loss"
         remedy = "Pass both, or partial(torch.nn.functional.gaussian_nll_loss, var=…)."
@@ -67,14 +71,18 @@ def check_pair(y: PyTree) -> None:
 
 def check_classes(outputs: Tensor, y: PyTree, ignore_index: int) -> None:
     """Require one class index, or one probability per class, for every position."""
+    # The classes are on axis 1 of the outputs.
     _check_tensor(y)
     if outputs.ndim < 2:
         rule = "cross-entropy needs outputs of shape [N, C] or [N, C, …]"
         got, remedy = f"outputs: {list(outputs.shape)}", "Let the model return one logit a class."
         raise BadValue(sentence(rule, got, remedy))
+    # The dtype of y tells indices from probabilities, as in torch.
     if not y.is_floating_point():
         _check_class_indices(outputs, y, ignore_index)
         return
+    # Probabilities need not sum to 1, but none may be negative; torch, too, has no index to ignore
+    # among them.
     check_real(outputs, y)
     if ignore_index >= 0:
         rule = "ignore_index is for class indices in y"
@@ -87,6 +95,7 @@ def check_classes(outputs: Tensor, y: PyTree, ignore_index: int) -> None:
 
 def _check_class_indices(outputs: Tensor, y: Tensor, ignore_index: int) -> None:
     """Require int64 indices from 0 to C − 1, as `torch.nn.CrossEntropyLoss` does."""
+    # One index for every position: the outputs' shape without the classes.
     if y.dtype != torch.int64:
         rule = "class indices in y must be int64, or y floating-point probabilities"
         raise BadType(sentence(rule, y.dtype, "Pass y.long()."))
@@ -95,6 +104,7 @@ def _check_class_indices(outputs: Tensor, y: Tensor, ignore_index: int) -> None:
         got = f"outputs: {list(outputs.shape)}, y: {list(y.shape)}"
         remedy = "Put the classes on axis 1 of the outputs, or pass probabilities as floats."
         raise BadValue(sentence(rule, got, remedy))
+    # An ignored position may hold any number.
     classes = outputs.shape[1]
     counted = y != ignore_index
     if any_known(((y < 0) | (y >= classes)) & counted):
@@ -105,14 +115,16 @@ def _check_class_indices(outputs: Tensor, y: Tensor, ignore_index: int) -> None:
         raise BadValue(sentence(rule, got, remedy))
 
 
-def _is_variance(shape: torch.Size, outputs: torch.Size) -> bool:
+def _is_variance_shape(shape: torch.Size, outputs: torch.Size) -> bool:
+    """Return whether a shape is the outputs', or that with 1 on one axis or without the last."""
     if shape in (outputs, outputs[:-1]):
         return True
-    differing = [own for own, other in zip(shape, outputs, strict=False) if own != other]
+    differing = [length for length, full in zip(shape, outputs, strict=False) if length != full]
     return len(shape) == len(outputs) and differing == [1]
 
 
 def _check_values(outputs: Tensor, y: Tensor) -> None:
+    """Require finite targets of the outputs' shape."""
     if y.shape != outputs.shape:
         rule = "y must have the shape of the model's outputs"
         got = f"outputs: {list(outputs.shape)}, y: {list(y.shape)}"
@@ -122,6 +134,7 @@ def _check_values(outputs: Tensor, y: Tensor) -> None:
 
 
 def _check_tensor(y: PyTree) -> None:
+    """Require y to be one tensor."""
     if not isinstance(y, Tensor):
         raise BadType(
             sentence("y must be a tensor for this loss", type(y).__name__, "Pass one tensor.")

@@ -1,4 +1,4 @@
-"""Which of torch's losses have a closed form: a new one is one line here, and its factory."""
+"""The table of torch's losses with a closed form: a new one takes one line here and a factory."""
 
 from __future__ import annotations
 
@@ -20,21 +20,24 @@ from ddnewton.types import Criterion
 
 
 class TorchLoss(NamedTuple):
-    """A loss of torch's as module and as function, its factory, and the options that both know."""
+    """One of torch's losses: module, function, factory, and the options that the factory takes.
+
+    ``module_options`` are those that the module has as well.
+    """
 
     module: type[nn.Module]
     function: Callable[..., Tensor]
     factory: Callable[..., Loss]
-    of_module: frozenset[str]
-    of_function: frozenset[str]
+    module_options: frozenset[str]
+    function_options: frozenset[str]
 
 
 def _torch_loss(
     module: type[nn.Module], function: Callable[..., Tensor], factory: Callable[..., Loss]
 ) -> TorchLoss:
-    """Return a registration; what a factory does not know is an option of no closed form."""
-    known, attributes = (inspect.signature(x).parameters.keys() for x in (factory, module))
-    return TorchLoss(module, function, factory, frozenset(known & attributes), frozenset(known))
+    """Return a row of the table; the options are the parameters of the factory."""
+    options, attributes = (inspect.signature(x).parameters.keys() for x in (factory, module))
+    return TorchLoss(module, function, factory, frozenset(options & attributes), frozenset(options))
 
 
 TORCH_LOSSES = [
@@ -49,29 +52,30 @@ TORCH_LOSSES = [
 
 
 def record_of(criterion: Criterion | Loss) -> Loss:
-    """Return the record of a criterion: in closed form for a torch loss, by torch.func else."""
+    """Return the record of a criterion: in closed form for a torch loss, else by torch.func."""
     if isinstance(criterion, Loss):
         return criterion
     if not callable(criterion) or isinstance(criterion, type):
         rule = "criterion must be a loss function"
         remedy = "Pass a loss module such as torch.nn.MSELoss(), a function, or a Loss record."
         raise BadType(sentence(rule, repr(criterion), remedy))
+    # A loss of the table, as module, function or partial, with the options it was given.
     for loss in TORCH_LOSSES:
-        options = _options(criterion, loss)
+        options = _options_of(criterion, loss)
         if options is not None:
             return loss.factory(**options)
+    # Any other function, and torch's own with options of no closed form.
     if isinstance(criterion, nn.Module) and getattr(criterion, "reduction", "mean") == "none":
         check_reduction("none")
     return convex(criterion)
 
 
-def _options(criterion: Criterion, loss: TorchLoss) -> dict[str, Any] | None:
-    """Return a criterion's options where it is the loss, with options that the factory knows."""
+def _options_of(criterion: Criterion, loss: TorchLoss) -> dict[str, Any] | None:
+    """Return the options of a criterion; None if it is another loss or its factory lacks one."""
     if type(criterion) is loss.module:
-        return {name: getattr(criterion, name) for name in loss.of_module}
+        return {name: getattr(criterion, name) for name in loss.module_options}
     if isinstance(criterion, partial):
-        same = criterion.func is loss.function and not criterion.args
-        return (
-            criterion.keywords if same and criterion.keywords.keys() <= loss.of_function else None
-        )
+        is_loss = criterion.func is loss.function and not criterion.args
+        supported = criterion.keywords.keys() <= loss.function_options
+        return criterion.keywords if is_loss and supported else None
     return {} if criterion is loss.function else None

@@ -1,1 +1,1 @@
-"""Checks of what a caller passes, and what groups and sub-samples name."""
+"""Checks of the arguments, and from groups and sub-samples to numbers of leaves and of samples."""

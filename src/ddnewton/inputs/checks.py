@@ -1,4 +1,4 @@
-"""What the arguments must be, before any work."""
+"""Checks of the arguments of the public functions, made before any work."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from ddnewton.transforms import any_known, unwrapped
 from ddnewton.trees import named_leaves
 from ddnewton.types import PyTree
 
-GRAMS = ("auto", "structured", "dense")
+GRAM_OPTIONS = ("auto", "structured", "dense")
+"""The values of the option ``gram``."""
 
 
 def check_params(params: PyTree) -> None:
     """Require at least one leaf, and floating-point tensors throughout."""
+    # A tensor of no number is fine, as long as there is a number anywhere.
     leaves = named_leaves(params)
     if not leaves:
         remedy = "Pass a pytree of tensors, such as dict(module.named_parameters())."
@@ -28,6 +30,7 @@ def check_params(params: PyTree) -> None:
     if all(isinstance(leaf, Tensor) and leaf.numel() == 0 for _, leaf in leaves):
         rule, got = "params must hold at least one number", "empty tensors only"
         raise BadValue(sentence(rule, got, "Check how the parameters were made."))
+    # Every leaf is differentiated, so a counter or a mask has no place here.
     for path, leaf in leaves:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             rule = "params must hold floating-point tensors only"
@@ -41,6 +44,7 @@ def check_params(params: PyTree) -> None:
 
 def check_batch(**trees: PyTree) -> None:
     """Require tensors that all hold the same number of samples on axis 0, at least one."""
+    # The number of samples of every leaf, by its name in the message.
     counts: dict[str, int] = {}
     names = " and ".join(trees)
     for name, tree in trees.items():
@@ -49,7 +53,8 @@ def check_batch(**trees: PyTree) -> None:
             rule = f"{name} must hold at least one tensor"
             raise BadValue(sentence(rule, repr(tree), "Pass a tensor or a pytree of tensors."))
         for path, leaf in leaves:
-            counts[name + path] = _samples(name + path, leaf)
+            counts[name + path] = _count_samples(name + path, leaf)
+    # One number for all of them, and not zero.
     if len(set(counts.values())) > 1:
         got = ", ".join(f"{name}: {count}" for name, count in counts.items())
         rule = f"{names} must hold the same number of samples"
@@ -60,7 +65,8 @@ def check_batch(**trees: PyTree) -> None:
         )
 
 
-def _samples(name: str, leaf: Any) -> int:
+def _count_samples(name: str, leaf: Any) -> int:
+    """Return the length of axis 0 of a leaf; raise if it is not a tensor with an axis."""
     if not isinstance(leaf, Tensor):
         rule = "X and y must be tensors or pytrees of tensors"
         got = f"{name}: {type(leaf).__name__}"
@@ -74,6 +80,7 @@ def _samples(name: str, leaf: Any) -> int:
 
 def check_outputs(outputs: object, samples: int) -> None:
     """Require finite floating-point outputs with the samples on axis 0."""
+    # A tensor of real numbers with a row a sample; only then can its values be looked at.
     if not isinstance(outputs, Tensor):
         rule = "model_fn must return one tensor"
         raise BadType(sentence(rule, type(outputs).__name__, "Pick or concatenate the outputs."))
@@ -90,7 +97,7 @@ def check_outputs(outputs: object, samples: int) -> None:
 
 
 def check_sample_axis(outputs: Tensor, samples: int) -> None:
-    """Require the samples on axis 0, be it one."""
+    """Require outputs with all samples on axis 0, for a single sample too."""
     if outputs.ndim == 0 or outputs.shape[0] != samples:
         rule = "the outputs of model_fn must have the samples on axis 0"
         got = f"outputs: {list(outputs.shape)} for a batch of {samples}"
@@ -107,11 +114,11 @@ def check_derivatives(values: Tensor) -> None:
 
 
 def check_functions(model_fn: object, select: object) -> None:
-    """Require functions where functions are asked for."""
+    """Require ``model_fn`` to be a function of two arguments, and ``select`` a function or None."""
     if not callable(model_fn):
         rule, remedy = "model_fn must be a function", "Pass model_fn(params, X) -> outputs."
         raise BadType(sentence(rule, repr(model_fn), remedy))
-    if isinstance(model_fn, nn.Module) and not _takes(model_fn.forward, 2):
+    if isinstance(model_fn, nn.Module) and not _accepts_arguments(model_fn.forward, 2):
         rule, got = "model_fn must take params and X", f"the module {type(model_fn).__name__}"
         remedy = "Pass lambda p, x: torch.func.functional_call(module, p, (x,))."
         raise BadType(sentence(rule, got, remedy))
@@ -119,12 +126,13 @@ def check_functions(model_fn: object, select: object) -> None:
 
 
 def check_options(damping: object, complement: object, gram: object, chunk_size: object) -> None:
-    """Require sensible values of the options that do not depend on the data."""
+    """Require sensible values of the options, as far as the data do not matter."""
+    # Damping and complement are dampings ≥ 0; gram is one of three words; a chunk has samples.
     check_damping("damping", damping)
     if complement is not None:
         check_positive("complement", complement)
-    if gram not in GRAMS:
-        rule = f"gram must be one of {', '.join(map(repr, GRAMS))}"
+    if gram not in GRAM_OPTIONS:
+        rule = f"gram must be one of {', '.join(map(repr, GRAM_OPTIONS))}"
         raise BadValue(sentence(rule, repr(gram), 'Leave it at "auto".'))
     if chunk_size is not None:
         if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
@@ -145,30 +153,33 @@ def check_select(name: str, select: object) -> None:
 
 
 def check_damping(name: str, damping: object) -> None:
-    """Require a number, or a rule that takes what is known of the directions."""
+    """Require a number ≥ 0, or a rule of four arguments: evals, evecs, gammas and lambdas."""
     if not callable(damping):
         check_nonnegative(name, damping)
-    elif not _takes(damping, 4):
+    elif not _accepts_arguments(damping, 4):
         what = getattr(damping, "__name__", repr(damping))
         must = f"{name} must be a number, or a function of evals, evecs, gammas and lambdas"
         remedy = f"If it makes such a function, call it: {what}(…)."
         raise BadType(sentence(must, what, remedy))
 
 
-def _takes(function: Callable[..., object], count: int) -> bool:
-    """Return whether a function can be called with so many arguments, as far as one can tell."""
+def _accepts_arguments(function: Callable[..., object], count: int) -> bool:
+    """Return whether a function can be called with this many arguments; true if it cannot be told.
+
+    A function built into C may have no signature.
+    """
     try:
         inspect.signature(function).bind(*range(count))
     except TypeError:
         return False
-    except ValueError:  # it does not say what it takes
+    except ValueError:  # it has no signature
         return True
     return True
 
 
 def distinct(indices: Tensor, count: int, rule: str, remedy: str) -> Tensor:
-    """Require different indices of so many things, and return them counted from 0."""
-    indices = indices.long()  # the count need not fit into a smaller dtype
+    """Require distinct indices from −count to count − 1, and return them as 0 to count − 1."""
+    indices = indices.long()  # in a smaller dtype, adding the count could overflow
     values = unwrapped(indices)
     if any_known((values < -count) | (values >= count)):
         got = f"indices from {int(values.min())} to {int(values.max())}"
@@ -181,12 +192,13 @@ def distinct(indices: Tensor, count: int, rule: str, remedy: str) -> Tensor:
 
 
 def check_nonnegative(name: str, value: object) -> None:
-    """Require a real number or a 0-d tensor, not negative and not nan."""
+    """Require a real number or a 0-d tensor that is not negative and not nan."""
     scalar = isinstance(value, Tensor) and value.ndim == 0
     if isinstance(value, bool) or not (scalar or isinstance(value, Real)):
         got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
         remedy = "Pass a number" + (", or a function." if name == "damping" else ".")
         raise BadType(sentence(f"{name} must be a number ≥ 0", got, remedy))
+    # While torch compiles, a tensor has no value yet; under vmap it has that of every member.
     if isinstance(value, Tensor) and torch.compiler.is_compiling():
         return
     number = unwrapped(value) if isinstance(value, Tensor) else value
@@ -201,3 +213,19 @@ def check_positive(name: str, value: object) -> None:
     check_nonnegative(name, value)
     if any_known(~(torch.as_tensor(value) > 0)):
         raise BadValue(sentence(f"{name} must be positive", value, "Pass a number above 0."))
+
+
+def check_resampling(generator: object, resamples: int, quantile: float) -> None:
+    """Require a bootstrap of a generator, at least one resample, and a quantile in 0 to 1."""
+    # The type first, then the range: bool is an int, and is not meant.
+    if not isinstance(generator, torch.Generator):
+        rule, remedy = "bootstrap: generator must be a torch.Generator", "Make one from a seed."
+        raise BadType(sentence(rule, repr(generator), remedy))
+    whole = isinstance(resamples, int) and not isinstance(resamples, bool)
+    if not whole or resamples < 1:
+        rule = "bootstrap: resamples must be an integer ≥ 1"
+        raise (BadValue if whole else BadType)(sentence(rule, repr(resamples), "Pass a count."))
+    real = isinstance(quantile, Real) and not isinstance(quantile, bool)
+    if not real or not 0 <= quantile <= 1:
+        rule, remedy = "bootstrap: quantile must lie in 0 to 1", "Pass a share, such as 0.05."
+        raise (BadValue if real else BadType)(sentence(rule, repr(quantile), remedy))

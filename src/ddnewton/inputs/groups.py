@@ -1,4 +1,4 @@
-"""Which parameters have a block of the Gauss-Newton matrix of their own."""
+"""Groups of parameters, each with its own block of the Gauss-Newton matrix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ddnewton.types import DampingRule, PyTree, Select
 T = TypeVar("T")
 
 SHOWN_PARAMETERS = 8
-"""How many parameters a message names."""
+"""How many parameters an error message lists."""
 
 
 class Group(NamedTuple):
@@ -24,10 +24,10 @@ class Group(NamedTuple):
 
     ``params`` names them by their paths, keys joined by dots: ``"encoder.weight"`` for
     ``params["encoder"]["weight"]`` and for ``params["encoder.weight"]``, ``"0"`` for the first of a
-    list. A path that ends before a leaf, ``"encoder"``, names all leaves below it. Several are
-    given as a sequence; a function of the path takes those for which it returns true. Without a
-    ``select`` or a ``damping`` of its own, a group follows those of the call; to keep all
-    directions where the call does not, select ``above(0.0)``.
+    list. A path that ends before a leaf, ``"encoder"``, names all leaves below it. It may be one
+    path, a sequence of paths, or a function that returns true for the paths to take. A group
+    without ``select`` or ``damping`` takes that of the call; to keep all directions where the call
+    does not, select ``above(0.0)``.
 
     Examples
     --------
@@ -61,9 +61,10 @@ def per_parameter(params: PyTree) -> list[Group]:
     """
     check_params(params)
     paths, shown = leaf_paths(params), [name for name, _ in named_leaves(params)]
-    often = Counter(paths)
+    # Several leaves may have one path, {"a": {"b": …}, "a.b": …}: their key paths tell them apart.
+    count = Counter(paths)
     pairs = zip(paths, shown, strict=True)
-    return [Group([path if often[path] == 1 else name]) for path, name in pairs]
+    return [Group([path if count[path] == 1 else name]) for path, name in pairs]
 
 
 @public
@@ -87,7 +88,7 @@ def per_layer(params: PyTree) -> list[Group]:
 
 
 class Block(NamedTuple):
-    """A group with its leaves by their numbers, and what it follows."""
+    """The leaves of a group as indices into all leaves, with its selection rule and damping."""
 
     leaves: Sequence[int]
     select: Select | None
@@ -100,23 +101,31 @@ def blocks_of(
     select: Select | None,
     damping: float | Tensor | DampingRule,
 ) -> list[Block]:
-    """Return the blocks that groups name; one of all parameters for None."""
+    """Return one block for every group, or one of all parameters where groups is None."""
     if groups is None:
         return [Block(range(len(tree_leaves(params))), select, damping)]
+    # Every leaf by its path, "a.b", and by its key path, "['a']['b']", as messages show it.
     _check_groups(groups)
     blocks: list[Block] = []
     owner: dict[int, int] = {}
     names = list(zip(leaf_paths(params), (name for name, _ in named_leaves(params)), strict=True))
     for number, group in enumerate(groups):
-        leaves = _named(group, names, number)
+        # No leaf may be in two groups; a leaf in none is not trained.
+        leaves = _leaves_of_group(group, names, number)
         for leaf in leaves:
             if leaf in owner:
                 rule = "a parameter must be in one group only"
                 got = f"{names[leaf][0]!r} in groups {owner[leaf]} and {number}"
                 raise BadValue(sentence(rule, got, "Take it out of one of them."))
             owner[leaf] = number
-        own = group.select if group.select is not None else select
-        blocks.append(Block(leaves, own, damping if group.damping is None else group.damping))
+        # What the group leaves out, the call gives.
+        blocks.append(
+            Block(
+                leaves,
+                select=select if group.select is None else group.select,
+                damping=damping if group.damping is None else group.damping,
+            )
+        )
     return blocks
 
 
@@ -125,29 +134,33 @@ def grouped(results: Sequence[T], groups: Sequence[Group] | None) -> T | tuple[T
     return results[0] if groups is None else tuple(results)
 
 
-def _named(group: Group, names: Sequence[tuple[str, str]], number: int) -> list[int]:
-    """Return the numbers of the leaves that a group names, by path or as messages show them."""
+def _leaves_of_group(group: Group, names: Sequence[tuple[str, str]], number: int) -> list[int]:
+    """Return the indices of the leaves that a group names, by path or by key path."""
+    # A function chooses among the paths.
     if callable(group.params):
-        found = [i for i, (path, _) in enumerate(names) if group.params(path)]
-        if not found:
-            _refuse(f"groups[{number}].params, which is false for every path", names)
-        return found
-    wanted = [group.params] if isinstance(group.params, str) else group.params
-    chosen: set[int] = set()
-    for name in wanted:
-        leaves = _exactly(name, names) or _below(name, names)
+        matches = [i for i, (path, _) in enumerate(names) if group.params(path)]
+        if not matches:
+            _raise_no_match(f"groups[{number}].params, which is false for every path", names)
+        return matches
+    # A name is that of a leaf, or else of the branch with all leaves below it.
+    group_names = [group.params] if isinstance(group.params, str) else group.params
+    indices: set[int] = set()
+    for name in group_names:
+        leaves = _leaves_named(name, names) or _leaves_below(name, names)
         if not leaves:
-            _refuse(f"{name!r} in groups[{number}]", names)
-        chosen |= leaves
-    return sorted(chosen)
+            _raise_no_match(f"{name!r} in groups[{number}]", names)
+        indices |= leaves
+    return sorted(indices)
 
 
-def _exactly(name: str, names: Sequence[tuple[str, str]]) -> set[int]:
+def _leaves_named(name: str, names: Sequence[tuple[str, str]]) -> set[int]:
+    """Return the leaves with this path, or, where there are none, with this key path."""
     by_path = {i for i, (path, _) in enumerate(names) if path == name}
     return by_path or {i for i, (_, shown) in enumerate(names) if shown == name}
 
 
-def _below(name: str, names: Sequence[tuple[str, str]]) -> set[int]:
+def _leaves_below(name: str, names: Sequence[tuple[str, str]]) -> set[int]:
+    """Return the leaves whose path or key path goes on from this one; all for an empty path."""
     return {
         i
         for i, (path, shown) in enumerate(names)
@@ -155,16 +168,16 @@ def _below(name: str, names: Sequence[tuple[str, str]]) -> set[int]:
     }
 
 
-def _refuse(got: str, names: Sequence[tuple[str, str]]) -> None:
-    known = ", ".join(repr(path) for path, _ in names[:SHOWN_PARAMETERS]) + ", …" * (
-        len(names) > SHOWN_PARAMETERS
-    )
+def _raise_no_match(got: str, names: Sequence[tuple[str, str]]) -> None:
+    """Raise the error of a group that names no parameter, with the first of those there are."""
+    listed = ", ".join(repr(path) for path, _ in names[:SHOWN_PARAMETERS])
+    listed += ", …" * (len(names) > SHOWN_PARAMETERS)
     rule = "a group must name parameters that there are"
-    raise BadValue(sentence(rule, got, f"The parameters are {known}."))
+    raise BadValue(sentence(rule, got, f"The parameters are {listed}."))
 
 
 def _check_groups(groups: object) -> None:
-    """Require a sequence of groups."""
+    """Require a sequence of groups, at least one, with sensible fields."""
     rule, remedy = "groups must be a sequence of Group, or None", "Pass [Group(…), …]."
     if isinstance(groups, Group | str) or not isinstance(groups, Sequence):
         raise BadType(sentence(rule, repr(groups), remedy))
@@ -177,6 +190,7 @@ def _check_groups(groups: object) -> None:
 
 
 def _check_group(group: Group, name: str) -> None:
+    """Require paths or a function of a path, and a selection rule and damping as in the call."""
     names = [group.params] if isinstance(group.params, str) else group.params
     if not callable(names):
         rule = f"{name}.params must be a path, a sequence of paths, or a function of a path"

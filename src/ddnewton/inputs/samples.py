@@ -1,4 +1,4 @@
-"""Which samples of a batch give the slopes, the directions and the curvatures."""
+"""Sub-sampling: the samples of a batch that give the slopes, the directions and the curvatures."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Indices: TypeAlias = Sequence[int] | slice | Tensor
 
 
 class Samples(NamedTuple):
-    """Samples by their numbers; None for all of the batch.
+    """The samples of every quantity, as indices into the batch; None for all samples.
 
-    Without ``curvatures``, curvatures are those of the samples that give the directions.
+    Where ``curvatures`` is None, the samples that give the directions give the curvatures too.
     """
 
     slopes: Int[Tensor, " _"] | None
@@ -26,41 +26,47 @@ class Samples(NamedTuple):
     curvatures: Int[Tensor, " _"] | None
 
 
-def indices(name: str, chosen: Indices | None, n: int, device: torch.device) -> Tensor | None:
-    """Return distinct numbers of samples, counted from 0; refuse what is none."""
-    if chosen is None:
+def indices(name: str, samples: Indices | None, n: int, device: torch.device) -> Tensor | None:
+    """Return a sub-sample of n samples as distinct indices from 0 to n − 1; None for all."""
+    if samples is None:
         return None
+    # Any sequence of integers will do, negative ones and slices as in Python.
     rule = f"{name} must hold distinct indices of samples"
     remedy = f"The batch has {n} samples: index them from 0."
     try:
-        listed = range(n)[chosen] if isinstance(chosen, slice) else chosen
-        found = torch.as_tensor(listed, device=device)
+        listed = range(n)[samples] if isinstance(samples, slice) else samples
+        index = torch.as_tensor(listed, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise BadType(sentence(rule, repr(chosen), remedy)) from error
-    if found.layout != torch.strided:
-        raise BadType(sentence(rule, f"a tensor of layout {found.layout}", remedy))
-    if found.ndim != 1 or found.numel() == 0:
-        got = "none" if found.numel() == 0 else f"shape {list(found.shape)}"
+        raise BadType(sentence(rule, repr(samples), remedy)) from error
+    # One axis of integers, not empty. A mask is refused: how many it selects is in its values.
+    if index.layout != torch.strided:
+        raise BadType(sentence(rule, f"a tensor of layout {index.layout}", remedy))
+    if index.ndim != 1 or index.numel() == 0:
+        got = "none" if index.numel() == 0 else f"shape {list(index.shape)}"
         raise BadValue(sentence(rule, got, remedy))
-    if found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
-        got = "a mask" if found.dtype == torch.bool else f"numbers of {found.dtype}"
-        remedy += " For a mask, pass mask.nonzero()[:, 0]." * (found.dtype == torch.bool)
+    if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
+        got = "a mask" if index.dtype == torch.bool else f"numbers of {index.dtype}"
+        remedy += " For a mask, pass mask.nonzero()[:, 0]." * (index.dtype == torch.bool)
         raise BadType(sentence(rule, got, remedy))
-    return distinct(found, n, rule, remedy)
+    return distinct(index, n, rule, remedy)
 
 
 def rows_among(
-    chosen: Int[Tensor, " _"] | None, known: Int[Tensor, " _"] | None, n: int
+    samples: Int[Tensor, " _"] | None, row_samples: Int[Tensor, " _"] | None, n: int
 ) -> tuple[Int[Tensor, " _"] | None, Int[Tensor, " _"] | None]:
-    """Return in which row to find samples, given those with a row, and which come in new rows.
+    """Return the row of every sample in a matrix with a row for each of ``row_samples``.
 
-    None stands for all n samples, for all rows in their order, and for no new row.
+    Samples without a row get new ones behind these, in their order; the second result is the
+    samples of the new rows. None stands for all n samples, for all rows in their order, and for no
+    new row.
     """
-    if known is None:
-        return chosen, None
-    chosen = torch.arange(n, device=known.device) if chosen is None else chosen
-    row = chosen.new_full((n,), -1)
-    row[known] = torch.arange(len(known), device=known.device)
-    new = chosen[row[chosen] < 0]
-    row[new] = len(known) + torch.arange(len(new), device=known.device)
-    return row[chosen], new if len(new) else None
+    if row_samples is None:
+        return samples, None
+    samples = torch.arange(n, device=row_samples.device) if samples is None else samples
+    # A table of the row of every sample, −1 where it has none.
+    row = samples.new_full((n,), -1)
+    row[row_samples] = torch.arange(len(row_samples), device=row_samples.device)
+    # The new rows come behind.
+    new = samples[row[samples] < 0]
+    row[new] = len(row_samples) + torch.arange(len(new), device=row_samples.device)
+    return row[samples], new if len(new) else None
