@@ -110,7 +110,7 @@ def blocks_of(
     owner: dict[int, int] = {}
     names = list(zip(leaf_paths(params), (name for name, _ in named_leaves(params)), strict=True))
     for number, group in enumerate(groups):
-        # No leaf may be in two groups; a leaf in none is not trained.
+        # No leaf may be in two groups; a leaf in none gets a zero step.
         leaves = _leaves_of_group(group, names, number)
         for leaf in leaves:
             if leaf in owner:
