@@ -27,7 +27,7 @@ def install(session: nox.Session, *groups: str) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests, the doctests and the notebooks; arguments go to pytest."""
     install(session, "tests")
-    checked = "--jaxtyping-packages=ddnewton,shapes.check_shapes"
+    checked = "--jaxtyping-packages=ddnewton,tests.shapes.check_shapes"
     session.run("pytest", "--numprocesses=auto", checked, *session.posargs, env=ONE_THREAD)
 
 
@@ -44,7 +44,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def house(session: nox.Session) -> None:
     """Measure the house: layers, chains, functions, names."""
-    session.run("python", "tests/house.py", *session.posargs)
+    session.run("python", "-m", "tests.house", *session.posargs)
 
 
 @nox.session
@@ -54,7 +54,7 @@ def notebooks(session: nox.Session) -> None:
     if session.posargs:
         session.run("jupyter", "execute", "--inplace", *session.posargs, env=ONE_THREAD)
     else:
-        session.run("pytest", "tests/test_notebooks.py", env=ONE_THREAD)
+        session.run("pytest", "tests/docs/test_notebooks.py", env=ONE_THREAD)
 
 
 @nox.session

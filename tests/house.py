@@ -1,6 +1,6 @@
 """Measure the house: layers, import chains, functions, files and names, in one table.
 
-``python tests/house.py``, or ``nox -s house``, prints a row for every measure, and ends with status
+``python -m tests.house``, or ``nox -s house``, prints a row for every measure, and ends with status
 1 where one is over its limit, naming the culprits. ``--tree DIR`` measures another checkout;
 ``--names``, ``--comments``, ``--docstrings`` and ``--twins`` list the places behind a measure
 instead. How each is counted is written in house_imports.py and house_sources.py. The files counted
@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import house_imports
-import house_sources
-from house_sources import Source
+from tests import house_imports, house_sources
+from tests.house_sources import Source
 
 LAYERS = 14
 MEDIAN_STATEMENTS, MOST_STATEMENTS = 5, 38

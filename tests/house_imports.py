@@ -19,7 +19,7 @@ from importlib.util import resolve_name
 from itertools import chain
 from pathlib import Path
 
-from house_sources import Source
+from tests.house_sources import Source
 
 Graph = dict[str, set[str]]
 

@@ -6,13 +6,13 @@ What else a user may pass is the business of ddnewton's own checks, whose messag
 from collections.abc import Callable
 from typing import TypeVar
 
-from beartype import beartype
-
 F = TypeVar("F", bound=Callable[..., object])
 
 
 def check_shapes(function: F) -> F:
     """Check the annotations of a function that name a tensor's axes."""
+    from beartype import beartype  # here, so that the measures of the house need no package
+
     shapes = {name: hint for name, hint in function.__annotations__.items() if is_shape(hint)}
     function.__annotations__ = shapes
     return beartype(function)

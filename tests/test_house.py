@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import house
-import house_imports
-import house_sources
+from tests import house, house_imports, house_sources
 
 CONTRACT = """\
 [[tool.importlinter.contracts]]

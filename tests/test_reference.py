@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.func import hessian, jacrev
 
-from models import PROBLEMS, Problem, problem
-from reference import (
+from tests.models import PROBLEMS, Problem, problem
+from tests.reference import (
     autograd_derivatives,
     clusters,
     dense,

@@ -5,7 +5,7 @@ import torch
 from jaxtyping import Float, TypeCheckError, jaxtyped
 from torch import Tensor
 
-from shapes import check_shapes
+from tests.shapes import check_shapes
 
 
 @jaxtyped(typechecker=check_shapes)

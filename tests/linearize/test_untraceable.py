@@ -1,0 +1,144 @@
+"""Models that cannot be traced, that mix samples, or that are too small to be traced."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from ddnewton import newton_step, prepare
+from tests.linearize.layer_cases import FLOAT32
+from tests.models import PROBLEMS, Problem, normal, problem
+from tests.reference import Dense, error, flat, solve
+
+
+class StraightThrough(torch.autograd.Function):
+    """Rounds, and says that it does not."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.round()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def branch(p, x):
+    y = x @ p["W"]
+    return y.sin() if y[0, 0] > -1e9 else y
+
+
+def item(p, x):
+    return (x @ p["W"]).sin() * (1 + p["W"].abs().max().item())
+
+
+def straight_through(p, x):
+    return StraightThrough.apply(3 * x @ p["W"])
+
+
+UNTRACEABLE = {
+    branch: "model_fn must be traceable; got .*torch.where",
+    item: "model_fn must be traceable; got .*leave tensors tensors",
+    straight_through: "the trace of model_fn must agree with it; got .*autograd.Function",
+}
+
+
+def untraceable(model_fn, n: int = 4, d: int = 3) -> Problem:
+    params = {"W": normal(d, 4, scale=d**-0.5).double()}
+    X, y = normal(n, d).double(), normal(n, 4).double()
+    return Problem(model_fn, params, X, y, nn.MSELoss())
+
+
+@pytest.mark.parametrize("model_fn", UNTRACEABLE)
+def test_what_cannot_be_traced_is_refused(model_fn):
+    given = untraceable(model_fn)
+    with pytest.raises(ValueError, match=f"newton_step: {UNTRACEABLE[model_fn]}"):
+        newton_step(*given, 0.1, gram="structured")
+    with pytest.raises(ValueError, match=f"prepare: {UNTRACEABLE[model_fn]}"):
+        prepare(*given[:3])
+
+
+@pytest.mark.parametrize("model_fn", UNTRACEABLE)
+def test_what_cannot_be_traced_goes_dense_and_says_so(model_fn, caplog):
+    given = untraceable(model_fn, n=100, d=1200)  # 1.5 GFLOP: not tiny
+    expected = newton_step(*given, 0.1, gram="dense")
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="ddnewton"):
+        result = newton_step(*given, 0.1)
+    assert torch.equal(flat(result), flat(expected))
+    assert "the Gram matrix is formed from dense Jacobians: " in caplog.text
+
+
+def test_a_straight_through_estimate_is_what_it_says():
+    """The dense path believes a backward of the model's own; so does who falls back to it."""
+    given = untraceable(straight_through)
+    J = 3 * given.X[:, :, None, None] * torch.eye(4).double()  # [N, D / 4, 4, 4]
+    J = J.flatten(1, 2).mT
+    outputs = given.model_fn(given.params, given.X)
+    truth = Dense(
+        loss=(outputs - given.y).square().mean(),
+        jacobians=J,
+        slopes=2 * (outputs - given.y) / 4,
+        hessians=torch.eye(4).double().expand(4, 4, 4) / 2,
+    )
+    assert error(newton_step(*given, 0.1), solve(truth, 0.1)) < 1e-12
+
+
+def centred(p, x):
+    return torch.tanh((x - x.mean(0)) @ p["W"])
+
+
+def neighbours(p, x):
+    """Sees the sample before it, which one sample alone does not have."""
+    return torch.tanh(x @ p["W"]) * (1 + x.roll(1, 0)[:, :1])
+
+
+@pytest.mark.parametrize("gram", ["structured", "dense", "auto"])
+@pytest.mark.parametrize("n", [4, 100])
+@pytest.mark.parametrize("model_fn", [centred, neighbours])
+def test_samples_that_mix_are_refused(model_fn, n, gram):
+    given = untraceable(model_fn, n=n, d=3 if n == 4 else 1200)
+    with pytest.raises(ValueError, match="output must not depend on another's"):
+        newton_step(*given, 0.1, gram=gram)
+
+
+@pytest.mark.parametrize("gram", ["structured", "dense", "auto"])
+def test_batch_normalisation_in_train_mode_is_refused_by_name(gram):
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).train()
+    given = untraceable(lambda p, x: functional_call(net, p, (x.float(),)))
+    given = given._replace(params=dict(net.named_parameters()), y=given.y.float())
+    with pytest.raises(ValueError, match=r"batch_norm\) in train mode.* in BatchNorm1d '1'"):
+        newton_step(*given, 0.1, gram=gram)
+
+
+def count_traces(monkeypatch) -> list:
+    """A list that grows with every model that is traced."""
+    from ddnewton.linearize.structured import prepare
+
+    traced, trace = [], prepare.trace
+    monkeypatch.setattr(prepare, "trace", lambda *args: traced.append(1) or trace(*args))
+    return traced
+
+
+def test_tiny_problems_are_not_traced(monkeypatch):
+    traced = count_traces(monkeypatch)
+    for name in PROBLEMS:
+        newton_step(*problem(name, FLOAT32), 0.1)
+    assert not traced
+
+
+def test_larger_problems_are_traced(monkeypatch):
+    traced = count_traces(monkeypatch)
+    given = untraceable(lambda p, x: x @ p["W"], n=100, d=1200)
+    expected = newton_step(*given, 0.1, gram="dense")
+    assert not traced
+    assert error(newton_step(*given, 0.1), expected) < 1e-11
+    assert len(traced) == 1

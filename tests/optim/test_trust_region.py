@@ -1,0 +1,136 @@
+"""The longest step: the least damping for a radius, and how the radius follows the model."""
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import Phase, settings
+from hypothesis import given as drawn
+
+from ddnewton import Group, held_out, levenberg_marquardt, top_k, trust_region
+from ddnewton.damping import relative
+from tests.optim.textbook import RULES, SMALL_AND_LARGE, at, error, far, optimizer_of, updated
+from tests.reference import dense, flat, solve
+
+
+def sorensen(g, G, radius: float) -> float:
+    """The least δ ≥ 0 with ‖(G + δI)⁻¹g‖ ≤ radius, by bisection."""
+    evals, E = torch.linalg.eigh(G)
+    slopes = E.T @ g
+
+    def length(delta):
+        return float((slopes / (evals.clamp(min=0) + delta)).norm())
+
+    low, high = 0.0, float(g.norm()) / radius
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if length(middle) > radius else (low, middle)
+    return high
+
+
+@settings(max_examples=8, phases=(Phase.generate,))
+@drawn(
+    st.sampled_from([*SMALL_AND_LARGE, "poisson"]),
+    st.integers(0, 100),
+    st.floats(0.2, 5),
+    st.floats(-5, 0),
+)
+def test_the_least_damping_for_a_radius(name, seed, times, exponent):
+    given = far(name, times, seed=seed)
+    reference = dense(*given)
+    g, G = reference.gradient, reference.ggn
+    radius = 10.0**exponent * float(solve(reference, 1e-9 * float(G.trace())).norm())
+    _, _, info = updated(given, 0.0, trust_radius=radius)
+    if info.attempts > 1:
+        return
+    assert float(info.step_norm) <= radius * (1 + 1e-9)
+    if float(info.damping) > 0:
+        assert float(info.step_norm) > 0.9 * radius * (1 - 1e-9)
+        tightest, loosest = sorensen(g, G, radius), sorensen(g, G, 0.9 * radius)
+        assert tightest * (1 - 1e-4) <= float(info.damping) <= loosest * (1 + 1e-4)
+        params, *_ = updated(given, float(info.damping))
+        assert error(params, updated(given, 0.0, trust_radius=radius)[0]) < 1e-9
+
+
+def test_a_trusted_radius_follows_how_well_the_model_does():
+    given = far("many_points", 5.0)
+    optimizer = optimizer_of(given, trust_region())
+    params, state = given.params, optimizer.init(given.params)
+    radius, seen = None, set()
+    for _ in range(15):
+        reference = at(given, params)
+        g, G = reference.gradient, reference.ggn
+        if radius is None:
+            radius = float(solve(reference, 1e-3 * float(G.trace())).norm())
+        old = params
+        params, state, info = optimizer.update(params, state, given.X, given.y)
+        if info.attempts == 1:
+            length, ratio = float(info.step_norm), float(info.ratio)
+            assert length <= radius * (1 + 1e-9)
+            if sorensen(g, G, radius) > 1e-12 * float(G.trace()):
+                assert length > 0.9 * radius * (1 - 1e-9)
+            expected = radius
+            if ratio > 0.75 and length >= 0.9 * radius:
+                expected = 2 * radius
+            if ratio < 0.25:
+                expected = min(length, radius) / 4
+            assert error(state.control, expected) < 1e-9
+            seen.add(round(expected / radius, 3))
+            vector = solve(reference, float(info.damping))
+            assert error(flat(params) - flat(old), vector) < 1e-5
+        else:
+            assert float(info.step_norm) <= radius / 4
+        radius = float(state.control)
+    assert len(seen) > 1
+
+
+RADIUS = {
+    "number": (0.01, {}),
+    "rule": (relative(1e-3), {}),
+    "skip some": (RULES["skip some"], {}),
+    "marquardt": (levenberg_marquardt(), {}),
+    "trust region": (trust_region(), {}),
+    "held out": (held_out(every=2), {}),
+    "momentum": (0.01, {"momentum": 0.9}),
+    "exact momentum": (0.01, {"momentum": "exact"}),
+    "weight decay": (0.01, {"weight_decay": 1.0}),
+    "exact rate": (0.01, {"learning_rate": "exact"}),
+    "small rate": (0.01, {"momentum": 0.9, "learning_rate": 0.1}),
+    "rising rate": (0.01, {"momentum": 0.9, "learning_rate": lambda t: 0.01 * 4.0**t}),
+    "radius with momentum": (trust_region(), {"momentum": 0.9}),
+    "complement": (0.01, {"select": top_k(1), "complement": "damping"}),
+    "complement of its own": (0.01, {"select": top_k(1), "complement": 1e-3}),
+    "groups": (0.01, {"groups": [Group("0", damping=0.5), Group("2")]}),
+    "half": (0.01, {"subsampling_ggn": [0, 1], "complement": "damping"}),
+}
+
+
+@pytest.mark.parametrize("case", RADIUS)
+def test_no_step_is_longer_than_the_radius(case):
+    given = far("relu_mlp", 2.0)
+    damping, options = RADIUS[case]
+    optimizer = optimizer_of(given, damping, trust_radius=0.05, **options)
+    params, state = given.params, optimizer.init(given.params)
+    for _ in range(5):
+        new, state, info = optimizer.update(params, state, given.X, given.y)
+        assert float((flat(new) - flat(params)).norm()) <= 0.05 * (1 + 1e-9)
+        assert float(info.step_norm) <= 0.05 * (1 + 1e-9)
+        params = new
+
+
+@pytest.mark.parametrize(
+    ("name", "learning_rate"), [("many_points", 1.0), ("many_points", 0.2), ("tanh_mlp", 1.0)]
+)
+def test_no_step_is_longer_than_what_is_trusted(name, learning_rate):
+    """Not even the pull to a step before that was longer."""
+    for times in (1.0, 4.0):
+        given = far(name, times)
+        options = {"momentum": 0.9, "learning_rate": learning_rate}
+        optimizer = optimizer_of(given, trust_region(1e-6), **options)
+        params, state = given.params, optimizer.init(given.params)
+        for _ in range(12):
+            radius = float(state.control)
+            params, state, info = optimizer.update(params, state, given.X, given.y)
+            if not math.isnan(radius):
+                assert float(info.step_norm) <= radius * (1 + 1e-9)
