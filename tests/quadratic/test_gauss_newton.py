@@ -10,8 +10,8 @@ from ddnewton.quadratic.quadratic_model import (
     quadratic_model,
     to_parameters,
 )
-from models import PROBLEMS, problem
-from reference import dense, error
+from tests.models import PROBLEMS, problem
+from tests.reference import dense, error
 
 SIDES = {"relu_mlp": True, "tanh_mlp": True, "many_points": False, "one_tensor": True}
 
