@@ -80,12 +80,12 @@ def bench(session: nox.Session) -> None:
     install(session, "bench")
     session.install("--no-deps", *ALONE)
     session.install(*JAX, success_codes=range(256))  # a peer that is missing is an entry
-    session.run("python", "benchmarks/bench.py", *session.posargs)
+    session.run("python", "-m", "benchmarks.bench", *session.posargs)
 
 
 @nox.session
 def train(session: nox.Session) -> None:
     """Train the same nets by our methods and by others; arguments go to the benchmark."""
     install(session)
-    script = "benchmarks/training/train.py"
-    session.run("python", script, *session.posargs, env=ONE_THREAD)
+    module = "benchmarks.training.train"
+    session.run("python", "-m", module, *session.posargs, env=ONE_THREAD)

@@ -1,20 +1,14 @@
 """How right a float32 step is: its distance from a dense float64 solve, as a markdown table.
 
-Run with ``python benchmarks/accuracy.py``, in an environment that has ddnewton. The nets and the
+Run with ``python -m benchmarks.accuracy``, in an environment that has ddnewton. The nets and the
 dense reference are those of the tests: MLP 64-32-10 on N = 32 samples, cross-entropy.
 """
-
-import sys
-from pathlib import Path
 
 import torch
 
 from ddnewton import newton_step, top_k
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-from reference import error
-from test_accuracy import DELTAS, UPDATES, exact, in_float32, leading
+from tests.nets_in_training import DELTAS, UPDATES, exact, in_float32, leading
+from tests.reference import error
 
 SEEDS = range(5)
 OPTIONS = {
@@ -27,10 +21,13 @@ OPTIONS = {
 }
 
 
-def worst(net: tuple[str, int], delta: float, ours: dict, theirs: dict) -> float:
+def worst(net: tuple[str, int], delta: float, options: dict, reference_options: dict) -> float:
     """Return the largest relative error of the step over the seeds."""
     return max(
-        error(newton_step(*in_float32(seed, net), delta, **ours), exact(seed, net, delta, **theirs))
+        error(
+            newton_step(*in_float32(seed, net), delta, **options),
+            exact(seed, net, delta, **reference_options),
+        )
         for seed in SEEDS
     )
 
@@ -44,8 +41,10 @@ def main() -> None:
     print(f"| net, updates | directions | {' | '.join(f'δ = {delta:g}' for delta in DELTAS)} |")
     print(f"|---|---|{'---|' * len(DELTAS)}")
     for activation, updates in UPDATES:
-        for name, (ours, theirs) in OPTIONS.items():
-            errors = [worst((activation, updates), delta, ours, theirs) for delta in DELTAS]
+        for name, (options, reference_options) in OPTIONS.items():
+            errors = [
+                worst((activation, updates), delta, options, reference_options) for delta in DELTAS
+            ]
             print(
                 f"| {activation}, {updates} | {name} | {' | '.join(f'{e:.1e}' for e in errors)} |"
             )

@@ -1,28 +1,30 @@
 """Time, memory and accuracy of every peer on every problem: a markdown table and a JSON file.
 
-Run with ``python benchmarks/bench.py``, or ``nox -s bench`` for an environment with the peers.
+Run with ``python -m benchmarks.bench``, or ``nox -s bench`` for an environment with the peers.
 Each peer works in a process of its own, on Linux; one that is not installed, fails, or takes too
-long or too much memory is an entry that says so. ``--quick`` needs nothing but ddnewton.
+long or too much memory is an entry that says so. ``--quick`` needs nothing but ddnewton, counts
+its runs, and waits for them however long they take.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import peers
-import problems
-import report
 import torch
-from largest import STARTS, largest
-from peers import PEERS, QUANTITIES
-from problems import RECIPES
-from processes import Bench, Job, free_memory, run, run_all, say
-from report import Record, cell
+
+from benchmarks import peers, recipes, step_tables
+from benchmarks.largest_batch import STARTS, largest
+from benchmarks.peers import PEERS
+from benchmarks.processes import Bench, Job, free_memory, run, run_all, say
+from benchmarks.quantities import QUANTITIES
+from benchmarks.recipes import RECIPES
+from benchmarks.step_tables import Record, cell
 
 PATIENCE = {True: 120, False: 30}
 """Seconds that a process may take: of the peers that matter most, and of the others."""
@@ -32,13 +34,13 @@ def jobs(options: argparse.Namespace, *, main: bool) -> Iterator[Job]:
     """Yield the jobs of the main peers, on each problem after its truth and floor, or the rest."""
     for name in options.problem:
         if main:
-            yield Job(name, "truth", QUANTITIES, 240)
-            yield Job(name, "floor", QUANTITIES, 90)
+            yield Job(name, "truth", QUANTITIES, math.inf if options.quick else 240)
+            yield Job(name, "floor", QUANTITIES, math.inf if options.quick else 90)
         for peer in (peer for peer in options.peer if PEERS[peer].main is main):
             if RECIPES[name].kind in PEERS[peer].kinds:
                 quantities = PEERS[peer].quantities
                 for part in [quantities] if options.quick else [(q,) for q in quantities]:
-                    yield Job(name, peer, part, PATIENCE[main])
+                    yield Job(name, peer, part, math.inf if options.quick else PATIENCE[main])
 
 
 def compare(records: list[Record]) -> list[Record]:
@@ -76,9 +78,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results"))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--minutes", type=float, default=37.0, help="stop after so many minutes")
+    parser.add_argument("--minutes", type=float, help="stop after so many; 37, or never if quick")
     options = parser.parse_args()
-    options.problem = options.problem or (problems.QUICK if options.quick else problems.FULL)
+    if options.minutes is None:
+        options.minutes = math.inf if options.quick else 37.0
+    options.problem = options.problem or (recipes.QUICK if options.quick else recipes.FULL)
     options.peer = options.peer or (peers.QUICK if options.quick else tuple(PEERS))
     return options
 
@@ -94,7 +98,8 @@ def main() -> None:
             threads=options.threads,
             memory=int(0.85 * free_memory()),
             deadline=time.monotonic() + 60 * options.minutes,
-            patience=0.02 if options.quick else 3.0,
+            patience=3.0,
+            runs=2 if options.quick else None,
         )
         wanted = () if options.largest else (True, False)
         records = [
@@ -104,8 +109,8 @@ def main() -> None:
         ]
         sizes = [] if options.quick else batches(bench, options)
         records = compare(records)
-    about = report.machine(options.device, options.threads)
-    report.write(options.output, about, records, sizes)
+    about = step_tables.machine(options.device, options.threads)
+    step_tables.write(options.output, about, records, sizes)
     say(f"written: {options.output / 'bench.md'}, {options.output / 'bench.json'}")
 
 

@@ -13,9 +13,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from problems import DIRECTIONS, Problem
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
+
+from benchmarks.problem import Problem
+from benchmarks.quantities import DIRECTIONS
+from benchmarks.recipes import Case
 
 
 class Layer(NamedTuple):
@@ -90,9 +93,10 @@ def visited(net: nn.Module, X: Tensor) -> tuple[Tensor, list[Tensor], list[Layer
     return values, outputs, layers
 
 
-def pullback(problem: Problem, M: int) -> tuple[float, list[Layer]]:
+def pullback(case: Case, M: int) -> tuple[float, list[Layer]]:
     """Return the seconds of one forward pass and a pullback of M columns, and the matrices."""
-    net, X = problem.module, problem.X
+    net, problem = case.module, case.problem
+    X = problem.X
     if net is None:  # derivatives inside: the rows of the Jacobian are what a pullback gives
         row = vmap(jacrev(lambda params, x: problem.model_fn(params, x[None])[0]), (None, 0))
         return fastest(lambda: row(problem.params, X)), []
@@ -145,13 +149,16 @@ def solver(size: int, quantity: str, device: torch.device) -> float:
     return min(ways)
 
 
-def floor(problem: Problem, quantities: tuple[str, ...]) -> dict[str, dict[str, float]]:
+def floor(case: Case, quantities: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """Return the seconds of every part, for each quantity."""
+    # How many outputs C, columns M a sample and parameters D there are.
+    problem = case.problem
     with torch.no_grad():
         C = problem.model_fn(problem.params, problem.X[:1]).numel()
     M = C - 1 if isinstance(problem.criterion, nn.CrossEntropyLoss) else C
-    forth_and_back, layers = pullback(problem, M)
     D = sum(p.numel() for p in problem.params.values())
+    # What is measured and counted once, then the solver of each quantity.
+    forth_and_back, layers = pullback(case, M)
     like = next(iter(problem.params.values()))
     parts = {
         "forward and pullback": forth_and_back,

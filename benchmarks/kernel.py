@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from problems import DIRECTIONS, Problem
 from torch import Tensor, nn
+
+from benchmarks.quantities import DIRECTIONS
+from benchmarks.recipes import Case
 
 
 class Kernel(NamedTuple):
@@ -34,10 +36,10 @@ def factors(criterion: nn.Module, outputs: Tensor, y: Tensor) -> tuple[Tensor, T
     return 2 / C * (outputs - y.reshape(outputs.shape)), S.expand(len(outputs), C, C)
 
 
-def answer(kernel: Kernel, problem: Problem, quantity: str) -> Tensor:
+def answer(kernel: Kernel, case: Case, quantity: str) -> Tensor:
     """Return the step [D], or the eigenvalues."""
-    y, damping = problem.y.to(kernel.outputs.device), problem.damping
-    r, S = factors(problem.criterion, kernel.outputs, y)
+    y, damping = case.problem.y.to(kernel.outputs.device), case.damping
+    r, S = factors(case.problem.criterion, kernel.outputs, y)
     N = len(r)
     half = torch.einsum("icjd,jdm->icjm", kernel.products, S)
     gram = torch.einsum("icn,icjm->injm", S, half).flatten(2).flatten(0, 1) / N

@@ -1,6 +1,6 @@
 """One process of the benchmark: one peer on one problem, timed, its memory watched.
 
-Started by ``bench.py``, on Linux. Every quantity leaves a record ``NAME.json`` and the answer
+Started by `benchmarks.bench`, on Linux. Every quantity leaves a record ``NAME.json`` and the answer
 ``NAME.pt`` in the folder; what went wrong is left in ``error.txt``.
 """
 
@@ -18,10 +18,11 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from floor import floor
-from peers import PEERS, dense, prepared
-from problems import Problem, build
 from torch import Tensor
+
+from benchmarks.floor import floor
+from benchmarks.peers import PEERS, dense, prepared
+from benchmarks.recipes import Case, build
 
 RUNS = 25
 DENSE_PRODUCTS = 3e11
@@ -54,6 +55,17 @@ def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
     return answer, time.perf_counter() - start
 
 
+def counted(run: Callable[[], Tensor], runs: int) -> tuple[Tensor, list[float]]:
+    """Return an answer and the seconds of so many runs after the first."""
+    answer, _ = timed(run)
+    times = []
+    for _ in range(runs):
+        del answer
+        answer, seconds = timed(run)
+        times.append(seconds)
+    return answer, times
+
+
 def repeated(run: Callable[[], Tensor], patience: float, slow: float) -> tuple[Tensor, list[float]]:
     """Return an answer and the seconds of every run after the first; of that one if it is slow.
 
@@ -70,26 +82,30 @@ def repeated(run: Callable[[], Tensor], patience: float, slow: float) -> tuple[T
     return answer, times
 
 
-def truth(problem: Problem, quantity: str) -> Tensor:
+def truth(case: Case, quantity: str) -> Tensor:
     """Return the float64 answer that the others are compared with."""
+    problem = case.problem
     outputs = problem.model_fn(problem.params, problem.X).numel()
     products = outputs**2 * sum(p.numel() for p in problem.params.values())
     make = dense if products < DENSE_PRODUCTS else prepared
-    return make(problem, quantity)()
+    return make(case, quantity)()
 
 
 def measured(options: argparse.Namespace, quantity: str) -> dict[str, object]:
     """Leave a peer's answer in the folder and return its record; the truth is run once."""
     file = options.folder / f"{quantity}.pt"
     if options.peer == "truth":
-        problem = build(options.problem, options.device, torch.float64, options.samples)
-        torch.save(truth(problem, quantity).cpu(), file)
+        case = build(options.problem, options.device, torch.float64, options.samples)
+        torch.save(truth(case, quantity).cpu(), file)
         return {}
     make = PEERS[options.peer].make
     make(build("tiny-mlp", options.device), quantity)()  # imports and first derivatives
     run = make(build(options.problem, options.device, samples=options.samples), quantity)
     peak = watch(options.device)
-    answer, times = repeated(run, options.patience, options.slow)
+    if options.runs is None:
+        answer, times = repeated(run, options.patience, options.slow)
+    else:
+        answer, times = counted(run, options.runs)
     record = {"seconds": statistics.median(times), "runs": len(times), "peak": peak()}
     torch.save(answer.detach().double().cpu(), file)
     return record
@@ -101,8 +117,8 @@ def records(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, object
         for quantity in options.quantity:
             yield quantity, measured(options, quantity)
         return
-    problem = build(options.problem, options.device, samples=options.samples)
-    for quantity, parts in floor(problem, options.quantity).items():
+    case = build(options.problem, options.device, samples=options.samples)
+    for quantity, parts in floor(case, options.quantity).items():
         yield quantity, {"seconds": sum(parts.values()), "parts": parts}
 
 
@@ -119,6 +135,7 @@ def main() -> None:
     parser.add_argument("--memory", type=int, help="bytes that the process may take")
     parser.add_argument("--patience", type=float, default=5.0, help="seconds to repeat for")
     parser.add_argument("--slow", type=float, default=15.0, help="seconds of an only run")
+    parser.add_argument("--runs", type=int, help="so many runs, in place of patience")
     options = parser.parse_args()
 
     def explain(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:

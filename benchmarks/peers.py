@@ -1,6 +1,5 @@
 """Who is measured: each peer makes, from a problem and a quantity, the function that is timed.
 
-A function returns the step as one vector, in the order of the parameters, or the eigenvalues.
 Imports and what a user does once, outside of the training loop, happen in the making.
 """
 
@@ -10,29 +9,17 @@ import importlib
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
-from kernel import Kernel, answer
-from problems import DIRECTIONS, Problem
 from torch import Tensor
 from torch.func import jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
-from ddnewton import ggn_eigvalsh, newton_step, top_k
-
-Answer = Callable[[], Tensor]
-QUANTITIES = ("top10", "all", "eigenvalues")
-
-
-class Peer(NamedTuple):
-    """How a peer is made, and what it is asked: which quantities, of which kinds of problems."""
-
-    make: Callable[[Problem, str], Answer]
-    kinds: tuple[str, ...] = ("mlp", "layers", "residual", "transformer", "function")
-    quantities: tuple[str, ...] = QUANTITIES
-    main: bool = False  # measured first, and with more patience
+from benchmarks.kernel import Kernel, answer
+from benchmarks.quantities import DIRECTIONS, Answer, Peer
+from benchmarks.recipes import Case
+from ddnewton import ggn_eigvalsh, newton_step, prepare, top_k
 
 
 def flat(tree: object) -> Tensor:
@@ -40,65 +27,57 @@ def flat(tree: object) -> Tensor:
     return torch.cat([leaf.detach().reshape(-1) for leaf in tree_leaves(tree)])
 
 
-def ours(problem: Problem, quantity: str, *, gram: str, prepared: bool) -> Answer:
-    """Return our own answer."""
-    model_fn = problem.model_fn
-    if prepared:
-        from ddnewton import prepare  # noqa: PLC0415 - of this peer alone
-
-        model_fn = prepare(model_fn, problem.params, problem.X)
-    arguments = (model_fn, problem.params, problem.X, problem.y, problem.criterion)
-    if quantity == "eigenvalues":
-        return lambda: ggn_eigvalsh(*arguments, gram=gram)
-    select = top_k(DIRECTIONS) if quantity == "top10" else None
-    return lambda: flat(newton_step(*arguments, problem.damping, select=select, gram=gram))
-
-
-def prepared(problem: Problem, quantity: str) -> Answer:
-    """Return ddnewton's answer on a model that knows its layers, as in a loop."""
-    return ours(problem, quantity, gram="auto", prepared=True)
-
-
-def unprepared(problem: Problem, quantity: str) -> Answer:
+def unprepared(case: Case, quantity: str, gram: str = "auto") -> Answer:
     """Return ddnewton's answer on a plain function."""
-    return ours(problem, quantity, gram="auto", prepared=False)
+    if quantity == "eigenvalues":
+        return lambda: ggn_eigvalsh(*case.problem, gram=gram)
+    select = top_k(DIRECTIONS) if quantity == "top10" else None
+    return lambda: flat(newton_step(*case.problem, case.damping, select=select, gram=gram))
 
 
-def dense(problem: Problem, quantity: str) -> Answer:
+def prepared(case: Case, quantity: str) -> Answer:
+    """Return ddnewton's answer on a model that knows its layers, as in a loop."""
+    model_fn, params, X, *_ = case.problem
+    problem = case.problem._replace(model_fn=prepare(model_fn, params, X))
+    return unprepared(case._replace(problem=problem), quantity)
+
+
+def dense(case: Case, quantity: str) -> Answer:
     """Return ddnewton's answer from per-sample Jacobians."""
-    return ours(problem, quantity, gram="dense", prepared=False)
+    return unprepared(case, quantity, gram="dense")
 
 
-def jacobians(problem: Problem, quantity: str) -> Answer:
+def jacobians(case: Case, quantity: str) -> Answer:
     """Return what a user of torch.func writes in a few lines."""
-    params, X = problem.params, problem.X
+    model_fn, params, X, *_ = case.problem
 
     def outputs(params: dict[str, Tensor], x: Tensor) -> Tensor:
-        return problem.model_fn(params, x[None])[0].reshape(-1)
+        return model_fn(params, x[None])[0].reshape(-1)
 
     def answered() -> Tensor:
         with torch.no_grad():
-            values = problem.model_fn(params, X).reshape(len(X), -1)
+            values = model_fn(params, X).reshape(len(X), -1)
             rows = vmap(jacrev(outputs), (None, 0))(params, X)
             J = torch.cat([part.flatten(2) for part in rows.values()], 2).flatten(0, 1)
             products = (J @ J.T).unflatten(1, values.shape).unflatten(0, values.shape)
             kernel = Kernel(values, products, lambda w: w.reshape(-1) @ J)
-            return answer(kernel, problem, quantity)
+            return answer(kernel, case, quantity)
 
     return answered
 
 
-def vivit(problem: Problem, quantity: str) -> Answer:
+def vivit(case: Case, quantity: str) -> Answer:
     """Return ViViT 1.0.0's answer, with what torch 2 took away put back."""
     torch.Tensor.symeig = lambda A, eigenvectors=False: (  # type: ignore[attr-defined]
         torch.linalg.eigh(A) if eigenvectors else (torch.linalg.eigvalsh(A), None)
     )
     without_torchvision()
     backpack = importlib.import_module("backpack")
-    net, criterion = backpack.extend(problem.module), backpack.extend(problem.criterion)
+    problem = case.problem
+    net, criterion = backpack.extend(case.module), backpack.extend(problem.criterion)
     group = {
         "params": list(net.parameters()),
-        "damping": lambda evals, *_: problem.damping * torch.ones_like(evals),
+        "damping": lambda evals, *_: case.damping * torch.ones_like(evals),
         "criterion": _leading if quantity == "top10" else _above_rounding,
     }
 
@@ -139,10 +118,10 @@ def without_torchvision() -> None:
     sys.modules.setdefault("torchvision.transforms", transforms)
 
 
-def nngeometry(problem: Problem, quantity: str) -> Answer:
+def nngeometry(case: Case, quantity: str) -> Answer:
     """Return an answer from nngeometry's Gram matrix, formed layer by layer."""
     gram_matrix = importlib.import_module("nngeometry").GramMatrix
-    net, X = problem.module, problem.X
+    net, X = case.module, case.problem.X
     params = list(net.parameters())
     examples = torch.utils.data.DataLoader(
         torch.utils.data.TensorDataset(X), batch_size=len(X), collate_fn=lambda _: [X.clone()]
@@ -156,18 +135,19 @@ def nngeometry(problem: Problem, quantity: str) -> Answer:
             products,
             lambda w: flat(torch.autograd.grad(values, params, w)),
         )
-        return answer(kernel, problem, quantity)
+        return answer(kernel, case, quantity)
 
     return answered
 
 
-def curvlinops(problem: Problem, quantity: str) -> Answer:
+def curvlinops(case: Case, quantity: str) -> Answer:
     """Return the step by conjugate gradients on curvlinops' Gauss-Newton operator."""
     assert quantity == "all"
     without_torchvision()
     operator = importlib.import_module("curvlinops").GGNLinearOperator
     linalg = importlib.import_module("scipy.sparse.linalg")
-    net, data = problem.module, [(problem.X, problem.y)]
+    net, problem = case.module, case.problem
+    data = [(problem.X, problem.y)]
     params = list(net.parameters())
 
     def answered() -> Tensor:
@@ -176,7 +156,7 @@ def curvlinops(problem: Problem, quantity: str) -> Answer:
         slope = flat(torch.autograd.grad(loss, params)).cpu().numpy()
         product = ggn.to_scipy().matvec  # its forward mode needs attention without fast paths
         shifted = linalg.LinearOperator(
-            ggn.shape, lambda v: product(v) + problem.damping * v, dtype=slope.dtype
+            ggn.shape, lambda v: product(v) + case.damping * v, dtype=slope.dtype
         )
         with sdpa_kernel(SDPBackend.MATH):
             solution, _ = linalg.cg(shifted, -slope, rtol=1e-6)
@@ -185,11 +165,11 @@ def curvlinops(problem: Problem, quantity: str) -> Answer:
     return answered
 
 
-def of_jax(name: str) -> Callable[[Problem, str], Answer]:
+def of_jax(name: str) -> Callable[[Case, str], Answer]:
     """Return a peer that needs JAX, which is imported only where the peer is made."""
 
-    def made(problem: Problem, quantity: str) -> Answer:
-        return getattr(importlib.import_module("peers_jax"), name)(problem, quantity)
+    def made(case: Case, quantity: str) -> Answer:
+        return getattr(importlib.import_module("benchmarks.peers_jax"), name)(case, quantity)
 
     return made
 

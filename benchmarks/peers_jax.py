@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from kernel import Kernel, answer
-from peers import Answer
-from problems import Problem
 from torch import Tensor, nn
+
+from benchmarks.kernel import Kernel, answer
+from benchmarks.problem import Problem
+from benchmarks.quantities import Answer
+from benchmarks.recipes import Case
 
 
 def perceptron(params: list[tuple[Any, Any]], X: Any) -> Any:
@@ -34,11 +36,11 @@ def to_torch(tree: Any) -> Tensor:
     return torch.from_numpy(np.concatenate(leaves))
 
 
-def netket(problem: Problem, quantity: str) -> Answer:
+def netket(case: Case, quantity: str) -> Answer:
     """Return an answer from netket's empirical tangent kernel."""
     from netket.jax._ntk import empirical_ntk_by_jacobian  # noqa: PLC0415
 
-    params, X = weights(problem), jnp.asarray(problem.X.cpu().numpy())
+    params, X = weights(case.problem), jnp.asarray(case.problem.X.cpu().numpy())
     ntk = jax.jit(empirical_ntk_by_jacobian(perceptron, trace_axes=(), vmap_axes=0))
 
     @jax.jit
@@ -52,12 +54,12 @@ def netket(problem: Problem, quantity: str) -> Answer:
             products.permute(0, 2, 1, 3),
             lambda w: to_torch(pulled_back(w.numpy())),
         )
-        return answer(kernel, problem, quantity)
+        return answer(kernel, case, quantity)
 
     return answered
 
 
-def somax(problem: Problem, quantity: str) -> Answer:
+def somax(case: Case, quantity: str) -> Answer:
     """Return the step of somax's ``sgn_ce``, by conjugate gradients as far as they lead.
 
     In float32 a tighter tolerance is never met: all iterations are used, for a third of the error.
@@ -65,11 +67,12 @@ def somax(problem: Problem, quantity: str) -> Answer:
     import somax  # noqa: PLC0415 - of this peer alone
 
     assert quantity == "all"
+    problem = case.problem
     if not isinstance(problem.criterion, nn.CrossEntropyLoss):
         raise NotImplementedError("sgn_ce takes cross-entropy alone")
     params = weights(problem)
     method = somax.sgn_ce(
-        predict_fn=perceptron, lam0=problem.damping, tol=1e-4, maxiter=1000, learning_rate=1.0
+        predict_fn=perceptron, lam0=case.damping, tol=1e-4, maxiter=1000, learning_rate=1.0
     )
     batch = {"x": jnp.asarray(problem.X.cpu().numpy()), "y": jnp.asarray(problem.y.cpu().numpy())}
     state, key = method.init(params), jax.random.PRNGKey(0)

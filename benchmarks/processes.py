@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,8 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from problems import RECIPES
-from report import Record, cell
+from benchmarks.recipes import RECIPES
+from benchmarks.step_tables import Record, cell
+
+ROOT = Path(__file__).parents[1]
 
 say = partial(print, flush=True)
 
@@ -41,33 +44,39 @@ class Bench(NamedTuple):
     memory: int
     deadline: float
     patience: float
+    runs: int | None = None  # so many and no time limits, in place of patience
 
 
 def run(bench: Bench, job: Job) -> list[Record]:
     """Run a job and return a record for every quantity, whatever happens."""
     folder = bench.folder / "-".join([job.problem, job.peer, *job.quantities, str(job.samples)])
     folder.mkdir(parents=True)
+    # What the process is told.
     arguments = [folder, job.problem, job.peer, *job.quantities, "--device", bench.device]
     arguments += ["--threads", bench.threads]
     if bench.device == "cpu":  # CUDA reserves addresses without end
         arguments += ["--memory", bench.memory]
-    slow = min(job.limit / 3, 8 * bench.patience)
-    arguments += ["--patience", bench.patience, "--slow", slow]
+    if bench.runs is None:
+        slow = min(job.limit / 3, 8 * bench.patience)
+        arguments += ["--patience", bench.patience, "--slow", slow]
+    else:
+        arguments += ["--runs", bench.runs]
     if job.samples is not None:
         arguments += ["--samples", job.samples]
-    script = Path(__file__).with_name("measure.py")
     environment = os.environ | {"OMP_NUM_THREADS": str(bench.threads)}
     if bench.threads == 1:
         environment["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    # How long it may take, and what came of it.
     limit = min(job.limit, bench.deadline - time.monotonic())
     if limit < 5:
         status = "not run: the time was up"
     else:
         try:
             ended = subprocess.run(
-                [sys.executable, script, *map(str, arguments)],
+                [sys.executable, "-m", "benchmarks.measure", *map(str, arguments)],
+                cwd=ROOT,
                 env=environment,
-                timeout=limit,
+                timeout=None if math.isinf(limit) else limit,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -5,7 +5,7 @@ Every number is drawn in float32 and then cast, so that a problem is the same on
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils._pytree import tree_map
 
-
-class Problem(NamedTuple):
-    model_fn: Any
-    params: Any
-    X: Any
-    y: Any
-    criterion: Any
+from benchmarks.problem import Problem
 
 
 def cast(tree, dtype: torch.dtype):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from competitors import COMPETITORS
-from results import Record, at, failures, longest, paired, to_level
-from tasks import TASKS
+from benchmarks.training.competitors import COMPETITORS
+from benchmarks.training.results import Record, at, failures, longest, paired, to_level
+from benchmarks.training.tasks import TASKS
 
 Methods = dict[str, list[Record]]
 

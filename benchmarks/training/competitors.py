@@ -1,6 +1,6 @@
 """The methods that ours are compared with.
 
-A method is ``start(problem, **settings) -> update``, and ``update(X, y, progress) -> params,
+A method is ``start(instance, **settings) -> update``, and ``update(X, y, progress) -> params,
 steps`` makes one step, or a few, in the time of which ``progress`` is already over.
 """
 
@@ -11,10 +11,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from problem import Params, Problem
 from torch import Tensor
 from torch.func import grad, vjp
 from torch.optim import LBFGS, SGD, Adam, Optimizer
+
+from benchmarks.problem import Problem
+from benchmarks.training.instances import Instance, Params
 
 Update: TypeAlias = Callable[[Tensor, Tensor, float], tuple[Params, int]]
 Start: TypeAlias = Callable[..., Update]
@@ -23,7 +25,8 @@ Start: TypeAlias = Callable[..., Update]
 def first_order(make: Callable[..., Optimizer], *, cosine: bool = False) -> Start:
     """Return the method of an optimizer of torch; with ``cosine``, its rate falls to zero."""
 
-    def start(problem: Problem, *, lr: float, **settings: Any) -> Update:
+    def start(instance: Instance, *, lr: float, **settings: Any) -> Update:
+        problem = instance.problem
         leaves = {name: p.clone().requires_grad_() for name, p in problem.params.items()}
         optimizer = make(leaves.values(), lr=lr, **settings)
 
@@ -41,8 +44,9 @@ def first_order(make: Callable[..., Optimizer], *, cosine: bool = False) -> Star
     return start
 
 
-def lbfgs(problem: Problem, *, history_size: int) -> Update:
+def lbfgs(instance: Instance, *, history_size: int) -> Update:
     """Start L-BFGS with a strong-Wolfe line search; an update is five of its iterations."""
+    problem = instance.problem
     leaves = {name: p.clone().requires_grad_() for name, p in problem.params.items()}
     optimizer = LBFGS(
         leaves.values(),
@@ -120,12 +124,13 @@ def gauss_newton_cg(
     return Move(step, problem.criterion(f, y), -(g @ step + step @ curved / 2))
 
 
-def newton_cg(problem: Problem, *, delta: float, iterations: int) -> Update:
+def newton_cg(instance: Instance, *, delta: float, iterations: int) -> Update:
     """Start Gauss-Newton CG: its damping adapts on full batches and is constant on small ones.
 
     It adapts as Levenberg and Marquardt's: by the ratio of the actual to the predicted decrease, a
     step that does not lower the loss is not taken.
     """
+    problem = instance.problem
     params = dict(problem.params)
 
     @torch.no_grad()
@@ -133,7 +138,7 @@ def newton_cg(problem: Problem, *, delta: float, iterations: int) -> Update:
         nonlocal params, delta
         move = gauss_newton_cg(problem, params, X, y, delta=delta, iterations=iterations)
         tried = moved(params, move.step)
-        if problem.batch is not None:
+        if instance.batch is not None:
             params = tried
             return params, 1
         decrease = move.loss - problem.criterion(problem.model_fn(tried, X), y)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from competitors import COMPETITORS
-from grids import GRIDS
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from results import Record, band
-from tasks import TASKS
+
+from benchmarks.training.competitors import COMPETITORS
+from benchmarks.training.grids import GRIDS
+from benchmarks.training.results import Record, band
+from benchmarks.training.tasks import TASKS
 
 LABELS = {
     "train": "training loss",

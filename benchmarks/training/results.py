@@ -11,8 +11,8 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from grids import GRIDS
-from tasks import TASKS
+from benchmarks.training.grids import GRIDS
+from benchmarks.training.tasks import TASKS
 
 Record = dict[str, Any]
 

@@ -1,6 +1,6 @@
 """Train the same nets by our methods and by others, in the same seconds on the same seeds.
 
-Run with ``python benchmarks/training/train.py``, or ``nox -s train``. Every method is first tuned
+Run with ``python -m benchmarks.training.train``, or ``nox -s train``. Every method is first tuned
 on seeds of its own, by validation data, over a grid of one size; then its best settings run on the
 reported seeds. Every run that ends is a line of ``runs.jsonl``, so that a run of the whole can be
 stopped and started again. Seconds are those of updates alone, each worker has one thread.
@@ -20,10 +20,10 @@ from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 
-import report
-from grids import GRIDS, SHIPPED, Config
-from run import METHODS, Job, Record, run, score
-from tasks import QUICK, SEEDS, TASKS, TUNING_SEEDS, Task, shortened
+from benchmarks.training import training_tables
+from benchmarks.training.grids import GRIDS, SHIPPED, Config
+from benchmarks.training.learning_curve import METHODS, Job, Record, run, score
+from benchmarks.training.tasks import QUICK, SEEDS, TASKS, TUNING_SEEDS, Task, shortened
 
 say = partial(print, flush=True)
 
@@ -151,7 +151,7 @@ def run_all(jobs: Iterable[Job], pool: ProcessPoolExecutor, path: Path) -> int:
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Return what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="tiny budgets, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="three updates a run")
     parser.add_argument("--plan", action="store_true", help="print how long it takes, and stop")
     parser.add_argument("--report", action="store_true", help="only write tables and figures")
     parser.add_argument("--task", nargs="+", choices=TASKS, help="some tasks only")
@@ -188,8 +188,8 @@ def main() -> None:
             chosen = plan.chosen(name, read(path))
             new += run_all(plan.reported(name, chosen), pool, path)
             if not options.quick:
-                report.write(options.out, read(path))
-    report.write(options.out, read(path))
+                training_tables.write(options.out, read(path))
+    training_tables.write(options.out, read(path))
     say(f"{new} new runs; written: {options.out / 'training.md'} and figures beside it")
 
 

@@ -1,6 +1,6 @@
 """Our methods, from the optimizer as shipped to one option more at a time.
 
-As with the competitors, a method is ``start(problem, **settings) -> update``.
+As with the competitors, a method is ``start(instance, **settings) -> update``.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from competitors import Start, Update
-from problem import Params, Problem
 from torch import Tensor
 
+from benchmarks.training.competitors import Start, Update
+from benchmarks.training.instances import Instance, Params
 from ddnewton import (
     directional_newton,
     held_out,
@@ -25,15 +25,14 @@ from ddnewton import (
 from ddnewton.damping import signal_to_noise
 
 
-def newton(problem: Problem, *, columns: int | None = None, **options: Any) -> Update:
+def newton(instance: Instance, *, columns: int | None = None, **options: Any) -> Update:
     """Start `directional_newton` with its options; with ``columns``, by Monte-Carlo factors."""
-    X, _ = problem.train
-    criterion = problem.criterion
+    model_fn, params, X, _, criterion = instance.problem
     if columns is not None:
         criterion = monte_carlo(criterion, columns, torch.Generator().manual_seed(0))
-    prepared = prepare(problem.model_fn, problem.params, X[: problem.batch])
+    prepared = prepare(model_fn, params, X[: instance.batch])
     optimizer = directional_newton(prepared, criterion, **options)
-    params, state = problem.params, optimizer.init(problem.params)
+    state = optimizer.init(params)
 
     def update(X: Tensor, y: Tensor, progress: float) -> tuple[Params, int]:
         nonlocal params, state
@@ -43,17 +42,17 @@ def newton(problem: Problem, *, columns: int | None = None, **options: Any) -> U
     return update
 
 
-def started(problem: Problem, *, adaptation: Callable[..., Any], start: float) -> Update:
+def started(instance: Instance, *, adaptation: Callable[..., Any], start: float) -> Update:
     """Start with an adaptation whose first damping is ``start`` times the size of the curvature."""
-    return newton(problem, damping=adaptation(start))
+    return newton(instance, damping=adaptation(start))
 
 
-def halves(problem: Problem, *, damping: float, learning_rate: float) -> Update:
+def halves(instance: Instance, *, damping: float, learning_rate: float) -> Update:
     """Start with directions from one half of a batch, slopes and curvatures from the other."""
-    half = problem.batch // 2
-    unseen = range(half, problem.batch)
+    half = instance.batch // 2
+    unseen = range(half, instance.batch)
     return newton(
-        problem,
+        instance,
         damping=damping,
         learning_rate=learning_rate,
         subsampling_ggn=range(half),
@@ -62,7 +61,7 @@ def halves(problem: Problem, *, damping: float, learning_rate: float) -> Update:
     )
 
 
-OURS: dict[str, Start] = {
+DAMPED_NEWTON: dict[str, Start] = {
     "constant": newton,
     "constant, momentum": partial(newton, momentum=0.9),
     "LM, as shipped": newton,

@@ -10,14 +10,15 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
-from competitors import COMPETITORS, Start, Update
-from data import fashion_folder
-from grids import Config
-from ours import OURS
-from problem import Problem, batches
-from tasks import TASKS, Task, shortened
 
-METHODS = COMPETITORS | OURS
+from benchmarks.training.competitors import COMPETITORS, Start, Update
+from benchmarks.training.damped_newton import DAMPED_NEWTON
+from benchmarks.training.data import fashion_folder
+from benchmarks.training.grids import Config
+from benchmarks.training.instances import Instance, batches
+from benchmarks.training.tasks import TASKS, Task, shortened
+
+METHODS = COMPETITORS | DAMPED_NEWTON
 Record = dict[str, Any]
 
 WARM_SEED = 999
@@ -71,8 +72,8 @@ def times(task: Task, seconds: float) -> list[float]:
 
 
 @lru_cache(2)
-def problem_of(name: str, seed: int) -> Problem:
-    """Return a task's problem; several methods in a row share a seed's."""
+def instance_of(name: str, seed: int) -> Instance:
+    """Return a task's instance; several methods in a row share a seed's."""
     return TASKS[name].build(seed)
 
 
@@ -104,21 +105,21 @@ def look(reached: Record, level: float | None, point: Record) -> None:
 
 
 @torch.no_grad()
-def follow(job: Job, problem: Problem, start: Start) -> Record:
+def follow(job: Job, instance: Instance, start: Start) -> Record:
     """Return the curve of one run, and how it ended."""
     task, clock = job.about, Clock()
     with clock:
-        update: Update = start(problem, **job.config)
+        update: Update = start(instance, **job.config)
     clock.last = 0.0
     ask = on_schedule(task, clock, job.seconds)
     reached: Record = dict.fromkeys(("valid", "test") if task.level is not None else ())
-    params, steps, status = problem.params, 0, "ok"
-    curve = [{"seconds": 0.0, "steps": 0} | problem.measure(params)]
-    draws = batches(problem, job.seed)
+    params, steps, status = instance.problem.params, 0, "ok"
+    curve = [{"seconds": 0.0, "steps": 0} | instance.measure(params)]
+    draws = batches(instance, job.seed)
     for made in count():
         now, ended, progress = ask(made)
         if made and (now or (task.every_step and None in reached.values())):
-            point = {"seconds": clock.seconds, "steps": steps} | problem.measure(params)
+            point = {"seconds": clock.seconds, "steps": steps} | instance.measure(params)
             look(reached, task.level, point)
             curve += [point] if now else []
             if not math.isfinite(point["train"]):
@@ -147,14 +148,14 @@ def warm_up(job: Job) -> None:
     if (job.task, job.method) in _warm:
         return
     _warm.add((job.task, job.method))
-    problem = problem_of(job.task, WARM_SEED)
-    X, y = problem.train
-    X, y = X[: len(X) * 3 // 4], y[: len(y) * 3 // 4]
-    batch = None if problem.batch is None else problem.batch // 2
-    problem = problem._replace(train=(X, y), batch=batch)
+    instance = instance_of(job.task, WARM_SEED)
+    problem = instance.problem
+    X, y = (part[: len(part) * 3 // 4] for part in (problem.X, problem.y))
+    batch = None if instance.batch is None else instance.batch // 2
+    instance = Instance(problem._replace(X=X, y=y), batch, instance.measure)
     try:
-        update = METHODS[job.method](problem, **job.config)
-        for _, (X, y) in zip(range(WARM_UP), batches(problem, 0), strict=False):
+        update = METHODS[job.method](instance, **job.config)
+        for _, (X, y) in zip(range(WARM_UP), batches(instance, 0), strict=False):
             update(X, y, 0.5)
     except (RuntimeError, ValueError, ArithmeticError):
         pass  # it will be told of when it happens in a run
@@ -165,11 +166,11 @@ def run(job: Job) -> Record:
     torch.set_num_threads(1)
     began = perf_counter()
     warm_up(job)
-    found = follow(job, problem_of(job.task, job.seed), METHODS[job.method])
+    curve = follow(job, instance_of(job.task, job.seed), METHODS[job.method])
     spent = {"elapsed": perf_counter() - began}
     if job.task.startswith("fashion") or job.task.endswith("fashion"):
         spent["data"] = "digits, enlarged" if fashion_folder() is None else "Fashion-MNIST"
-    return {"key": job.key} | job._asdict() | spent | found
+    return {"key": job.key} | job._asdict() | spent | curve
 
 
 def score(record: Record, task: Task) -> float:

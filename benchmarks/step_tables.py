@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import QUANTITIES
+
+from benchmarks.quantities import QUANTITIES
 
 Record = dict[str, Any]
 

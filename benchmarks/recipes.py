@@ -10,22 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import nets
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
-DIRECTIONS = 10
+from benchmarks import nets
+from benchmarks.problem import Problem
 
 
-class Problem(NamedTuple):
-    """What a step is asked of; ``module`` is None where ``model_fn`` is more than its call."""
+class Case(NamedTuple):
+    """What a step is asked of; ``module`` is None where the model is more than its call."""
 
-    model_fn: Callable[[dict[str, Tensor], Tensor], Tensor]
-    params: dict[str, Tensor]
-    X: Tensor
-    y: Tensor
-    criterion: nn.Module
+    problem: Problem
     damping: float
     module: nn.Module | None
 
@@ -101,7 +97,7 @@ FULL = tuple(name for name in RECIPES if not name.startswith("tiny"))
 
 def build(
     name: str, device: str = "cpu", dtype: torch.dtype | None = None, samples: int | None = None
-) -> Problem:
+) -> Case:
     """Return a problem, in its own dtype and with its own number of samples unless told others."""
     recipe = RECIPES[name]
     dtype, samples = dtype or recipe.dtype, samples or recipe.samples
@@ -114,12 +110,15 @@ def build(
     def call(params: dict[str, Tensor], X: Tensor) -> Tensor:
         return functional_call(net, params, (X,))
 
-    return Problem(
+    problem = Problem(
         model_fn=call if recipe.function is None else recipe.function(net),
         params={name: p.detach() for name, p in net.named_parameters()},
         X=X,
         y=y.to(device, dtype if y.is_floating_point() else None),
         criterion=nn.MSELoss() if recipe.classes is None else nn.CrossEntropyLoss(),
+    )
+    return Case(
+        problem=problem,
         damping=recipe.damping,
         module=net if recipe.function is None else None,
     )

@@ -9,10 +9,11 @@ import platform
 from collections.abc import Iterable
 from pathlib import Path
 
-import figures
 import torch
-from aims import answers
-from results import (
+
+from benchmarks.training import figures
+from benchmarks.training.aims import answers
+from benchmarks.training.results import (
     Record,
     Spread,
     at,
@@ -24,7 +25,7 @@ from results import (
     spread,
     to_level,
 )
-from tasks import TASKS
+from benchmarks.training.tasks import TASKS
 
 EXPLANATION = """\
 Each entry: the median over the seeds, in brackets the smallest and the largest; ∞ is a run that

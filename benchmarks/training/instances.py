@@ -5,36 +5,31 @@ A seed makes the data's split, the net's start and the order of the mini-batches
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import data
 import torch
-from pdes import Equation, fine_grid
 from torch import Tensor, nn
 from torch.func import functional_call
 
-sys.path.append(str(Path(__file__).parents[1]))
-
-import nets
+from benchmarks import nets
+from benchmarks.problem import Problem
+from benchmarks.training import data
+from benchmarks.training.pdes import Equation, fine_grid
 
 Params = dict[str, Tensor]
 Metrics = dict[str, float]
 
 
-class Problem(NamedTuple):
+class Instance(NamedTuple):
     """What one seed of a task comes down to.
 
+    The problem has all training data; ``batch`` is the size of mini-batches, None for full ones.
     ``measure`` returns losses, accuracies and whatever else there is to report.
     """
 
-    model_fn: Callable[[Params, Any], Tensor]
-    params: Params
-    criterion: nn.Module
-    train: tuple[Tensor, Tensor]
+    problem: Problem
     batch: int | None
     measure: Callable[[Params], Metrics]
 
@@ -51,27 +46,27 @@ def losses(model_fn: Callable, criterion: nn.Module, split: data.Split, params: 
     Of the training data, as many as there are to test on are taken, 5,000 at most.
     """
     most = min(len(split.test[1]), 5000)
-    found = {}
+    metrics = {}
     for name, (X, y) in (
         split._replace(train=tuple(part[:most] for part in split.train))._asdict().items()
     ):
         outputs = model_fn(params, X)
-        found[name] = float(criterion(outputs, y))
+        metrics[name] = float(criterion(outputs, y))
         if not y.is_floating_point():
-            found[f"{name}_accuracy"] = float((outputs.argmax(1) == y).float().mean())
-    return found
+            metrics[f"{name}_accuracy"] = float((outputs.argmax(1) == y).float().mean())
+    return metrics
 
 
-def regression(make: Callable[[int], data.Split], widths: tuple[int, ...], seed: int) -> Problem:
+def regression(make: Callable[[int], data.Split], widths: tuple[int, ...], seed: int) -> Instance:
     """Return full-batch least squares by a tanh net."""
     split = make(seed)
     torch.manual_seed(seed + 1)
     model_fn, params = functional(nets.mlp(*widths, activation=nn.Tanh).double())
     measure = partial(losses, model_fn, nn.MSELoss(), split)
-    return Problem(model_fn, params, nn.MSELoss(), split.train, None, measure)
+    return Instance(Problem(model_fn, params, *split.train, nn.MSELoss()), None, measure)
 
 
-def pde(equation: Equation, points: int, seed: int) -> Problem:
+def pde(equation: Equation, points: int, seed: int) -> Instance:
     """Return an equation at random points, its loss the mean squared residual."""
     torch.manual_seed(seed)
     net = nets.mlp(equation.axes, 32, 32, 1, activation=nn.Tanh).double()
@@ -87,43 +82,45 @@ def pde(equation: Equation, points: int, seed: int) -> Problem:
         error = (equation.ansatz(params, grid).value - exact).norm() / exact.norm()
         return {"train": train_loss, "valid": valid_loss, "error": float(error)}
 
-    batch = (train, torch.zeros(points, dtype=torch.float64))
-    return Problem(equation.model_fn, params, nn.MSELoss(), batch, None, measure)
+    zeros = torch.zeros(points, dtype=torch.float64)
+    return Instance(Problem(equation.model_fn, params, train, zeros, nn.MSELoss()), None, measure)
 
 
 def classification(
     make: Callable[[int], data.Split], net: Callable[[], nn.Module], seed: int, batch: int = 128
-) -> Problem:
+) -> Instance:
     """Return images to classify, by mini-batches, with the cross-entropy."""
     split = make(seed)
     torch.manual_seed(seed + 1)
     model_fn, params = functional(net())
     criterion = nn.CrossEntropyLoss()
     measure = partial(losses, model_fn, criterion, split)
-    return Problem(model_fn, params, criterion, split.train, batch, measure)
+    return Instance(Problem(model_fn, params, *split.train, criterion), batch, measure)
 
 
-def batches(problem: Problem, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(instance: Instance, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches without end: all the data, or pieces of it in an order drawn every epoch."""
-    X, y = problem.train
+    X, y, size = instance.problem.X, instance.problem.y, instance.batch
     generator = torch.Generator().manual_seed(seed)
-    while problem.batch is None:
+    while size is None:
         yield X, y
     while True:
         order = torch.randperm(len(y), generator=generator)
-        for part in order[: len(y) // problem.batch * problem.batch].split(problem.batch):
+        for part in order[: len(y) // size * size].split(size):
             yield X[part], y[part]
 
 
-def trained(build: Callable[[int], Problem], steps: int, lr: float, seed: int) -> Problem:
-    """Return a problem whose start is a net that Adam has trained, its rate falling to zero."""
-    problem = build(seed)
+def trained(build: Callable[[int], Instance], steps: int, lr: float, seed: int) -> Instance:
+    """Return an instance whose start is a net that Adam has trained, its rate falling to zero."""
+    instance = build(seed)
+    problem = instance.problem
     leaves = {name: p.clone().requires_grad_() for name, p in problem.params.items()}
     optimizer = torch.optim.Adam(leaves.values(), lr=lr)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _, (X, y) in zip(range(steps), batches(problem, seed + 1000), strict=False):
+    for _, (X, y) in zip(range(steps), batches(instance, seed + 1000), strict=False):
         optimizer.zero_grad()
         torch.autograd.backward(problem.criterion(problem.model_fn(leaves, X), y))
         optimizer.step()
         decay.step()
-    return problem._replace(params={name: p.detach().clone() for name, p in leaves.items()})
+    params = {name: p.detach().clone() for name, p in leaves.items()}
+    return instance._replace(problem=problem._replace(params=params))

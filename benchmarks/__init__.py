@@ -1,0 +1,1 @@
+"""Measurements of the library, run from the repository's root: ``python -m benchmarks.bench``."""
