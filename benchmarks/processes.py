@@ -97,11 +97,16 @@ def failure(folder: Path, ended: subprocess.CompletedProcess[str]) -> str:
         text = explained.read_text(encoding="utf-8")
     else:
         text = (ended.stderr.strip().splitlines() or [f"ended with {ended.returncode}"])[-1]
-    if text.startswith("ModuleNotFoundError"):
+    return "out of memory" if ended.returncode == -signal.SIGKILL else in_words(text)
+
+
+def in_words(error: str) -> str:
+    """Return the status that an error's kind and message come to."""
+    if error.startswith("ModuleNotFoundError"):
         return "not installed"
-    if any(word in text for word in TOO_MUCH) or ended.returncode == -signal.SIGKILL:
+    if any(word in error for word in TOO_MUCH):
         return "out of memory"
-    return f"failed: {text.splitlines()[0][:100]}".replace("|", "/")
+    return f"failed: {error.splitlines()[0][:100]}".replace("|", "/")
 
 
 def outcome(folder: Path, job: Job, quantity: str, status: str) -> Record:

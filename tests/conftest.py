@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, a fixed seed, and how hard Hypothesis tries."""
+"""What holds for every test: one thread, a fixed seed, Hypothesis's zeal, and who needs CUDA."""
 
 import hypothesis
 import pytest
@@ -16,6 +16,20 @@ hypothesis.settings.register_profile("search", max_examples=200, deadline=None)
 hypothesis.settings.load_profile("ddnewton")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the tests marked ``cuda`` be tried where there is no CUDA device: ``--device cpu``."""
+    parser.addoption("--device", default="cuda", help="where the tests marked cuda run")
+
+
+@pytest.fixture
+def device(pytestconfig: pytest.Config) -> torch.device:
+    """Where the tests marked ``cuda`` run."""
+    return torch.device(pytestconfig.getoption("--device"))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Start every test from the same random numbers, whichever ran before it."""
+    """Start every test from the same random numbers; skip what needs a device that is not here."""
+    on_cuda = item.get_closest_marker("cuda") and item.config.getoption("--device") == "cuda"
+    if on_cuda and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
     torch.manual_seed(0)

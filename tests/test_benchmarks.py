@@ -1,12 +1,18 @@
 """The benchmarks run, every peer agrees with the truth, and both files say so; no times."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks import gpu_tests, wheels
 
 ROOT = Path(__file__).parents[1]
 QUANTITIES = ("top10", "all", "eigenvalues")
@@ -18,25 +24,21 @@ PEERS = {
 }
 
 
-def bench(folder: Path, *arguments: str) -> tuple[dict, str]:
-    """Run the command line; return what it wrote, as data and as a table."""
-    ended = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "benchmarks.bench",
-            "--threads",
-            "1",
-            "--output",
-            folder,
-            *arguments,
-        ],
+def command(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a module of the benchmarks as its users do."""
+    return subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+
+
+def bench(folder: Path, *arguments: str) -> tuple[dict, str]:
+    """Run the command line; return what it wrote, as data and as a table."""
+    ended = command("bench", "--threads", 1, "--output", folder, *arguments)
     assert ended.returncode == 0, ended.stderr
     written = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
     return written, (folder / "bench.md").read_text(encoding="utf-8")
@@ -72,3 +74,97 @@ def test_what_cannot_run_is_an_entry(tmp_path):
     written, table = bench(tmp_path, *arguments)
     assert {r["status"] for r in written["records"]} == {"not run: the time was up"}
     assert "not run: the time was up" in table
+
+
+# --- on a GPU -------------------------------------------------------------------------------
+
+GPU_PEERS = ("jacrev", "ddnewton", "curvlinops")
+A_TEST = "tests/test_cuda.py::test_an_ensemble_under_vmap"
+
+
+def gpu(folder: Path, *arguments: object) -> tuple[dict, str]:
+    """Run the command line on the CPU; return what it wrote, as data and as a table."""
+    options = ("--device", "cpu", "--quick", "--output", folder)
+    ended = command("gpu", *options, *arguments)
+    assert ended.returncode == 0, ended.stderr
+    written = json.loads((folder / "gpu.json").read_text(encoding="utf-8"))
+    return written, (folder / "gpu.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_gpu_quick(tmp_path):
+    written, table = gpu(tmp_path / "new", "--peer", *GPU_PEERS, "--tests", A_TEST)
+    assert written["tests"]["words"] == "2 passed, 0 failed, 0 skipped"
+    entries = {(r["problem"], r["precision"], r["quantity"], r["peer"]) for r in written["records"]}
+    assert entries == {
+        (problem, precision, quantity, peer)
+        for problem in ("tiny-mlp", "tiny-conv")
+        for precision in ("float64", "float32")
+        for peer in GPU_PEERS
+        for quantity in (("all",) if peer == "curvlinops" else ("top10", "all"))
+    }
+    assert len(entries) == len(written["records"])
+    for record in written["records"]:
+        if record["peer"] == "curvlinops" and find_spec("curvlinops") is None:
+            assert record["status"] == "not installed"
+            continue
+        assert record["status"] == "ok"
+        assert record["runs"] == 2
+        assert record["seconds"] > 0
+        if (record["peer"], record["precision"]) == ("jacrev", "float64"):
+            assert record["difference"] is None
+        else:
+            exact = record["peer"] == "ddnewton" and record["precision"] == "float64"
+            assert record["difference"] < (1e-12 if exact else 1e-5)
+    assert written["machine"]["torch"] == torch.__version__
+    assert table.count("### ") == 2
+    assert all(f"| {peer} |" in table for peer in GPU_PEERS)
+
+
+def test_gpu_when_the_time_is_up(tmp_path):
+    written, table = gpu(tmp_path, "--peer", "ddnewton", "--tests", "--minutes", 0)
+    assert written["tests"]["words"] == "none were asked for"
+    assert {r["status"] for r in written["records"]} == {"not run: the time was up"}
+    assert "not run: the time was up" in table
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_gpu_without_a_gpu_says_what_to_do():
+    ended = command("gpu")
+    assert ended.returncode == 1
+    assert "--device must be one that torch has; got cuda" in ended.stderr
+
+
+def test_tests_that_fail_or_do_not_end_are_told_of(tmp_path):
+    given = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    file = tmp_path / "test_sums.py"
+    file.write_text(
+        "import pytest\n"
+        "pytestmark = pytest.mark.cuda\n"
+        "def test_right(): assert 1 + 1 == 2\n"
+        "def test_wrong(): assert 1 + 1 == 3\n",
+        encoding="utf-8",
+    )
+    names = [str(ROOT / A_TEST), str(file)]
+    told = gpu_tests.run_tests(names, "cpu", math.inf, tmp_path, os.environ | given)
+    assert told["words"] == "3 passed, 1 failed, 0 skipped"
+    assert [(name.split("::")[1], words) for name, words in told["failures"].items()] == [
+        ("test_wrong", "assert (1 + 1) == 3")
+    ]
+    cut_off = gpu_tests.run_tests(names, "cpu", 0.0, tmp_path / "new", os.environ | given)
+    assert "the time was up" in cut_off.values() or "no report" in cut_off["words"]
+
+
+def test_the_marked_tests_are_the_ones_of_cuda():
+    assert gpu_tests.marked_files() == ["tests/test_cuda.py"]
+
+
+def test_only_what_is_missing_is_unpacked(tmp_path):
+    for name in ("numpy-9.9-py3-none-any.whl", "no_such_package-1.0-py3-none-any.whl"):
+        with zipfile.ZipFile(tmp_path / name, "w") as wheel:
+            wheel.writestr(f"{name.split('-')[0]}/__init__.py", "answer = 42")
+    target = tmp_path / "target"
+    assert wheels.unpack(tmp_path, target) == ["no_such_package-1.0-py3-none-any.whl"]
+    assert [path.name for path in target.iterdir()] == ["no_such_package"]
+    with pytest.raises(SystemExit, match="--wheels must name a folder of wheels"):
+        wheels.unpack(tmp_path / "nothing", target)

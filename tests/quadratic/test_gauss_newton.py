@@ -19,8 +19,8 @@ SIDES = {"relu_mlp": True, "tanh_mlp": True, "many_points": False, "one_tensor":
 @torch.no_grad()
 def matrix_of(name: str, **options) -> tuple[GaussNewton, list]:
     """The matrix of one block of all parameters, and its model."""
-    with quadratic_model(*problem(name), **options) as model:
-        model, (matrix,) = gauss_newton_matrices(model)
+    with quadratic_model(*problem(name), **options) as expanded:
+        model, (matrix,) = gauss_newton_matrices(expanded)
         gradient = gradients(model)[0]
     return matrix, [model, gradient]
 
@@ -29,7 +29,7 @@ def matrix_of(name: str, **options) -> tuple[GaussNewton, list]:
 def test_side_is_the_shorter_one(name):
     matrix, _ = matrix_of(name)
     reference = dense(*problem(name))
-    n, c, d = reference.jacobians.shape
+    d = reference.jacobians.shape[2]
     assert matrix.on_columns == (matrix.weights.shape[0] <= d)
     assert matrix.on_columns == SIDES[name]
     assert matrix.matrix().shape == 2 * (min(len(matrix.weights), d),)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ddnewton import above, energy, newton_step, newton_step_and_info, top_k
 from tests.models import PROBLEMS, problem
@@ -294,17 +294,3 @@ def test_integer_leaves_in_y_and_x_pass_through():
     assert given.X["tokens"].dtype == torch.long
     assert given.X["mask"].dtype == torch.bool
     assert error(newton_step(*given, 1.0), solve(truth("attention"), 1.0)) < 1e-5
-
-
-# --- devices --------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
-@pytest.mark.parametrize("name", ["relu_mlp", "tanh_mlp", "many_points", "poisson"])
-def test_on_cuda(name):
-    given = problem(name)
-    params, X, y = (tree_map(lambda t: t.cuda(), tree) for tree in given[1:4])
-    result, info = newton_step_and_info(given.model_fn, params, X, y, given.criterion, 0.1)
-    assert {leaf.device.type for leaf in tree_leaves(result)} == {"cuda"}
-    assert info.evals.device.type == "cuda"
-    assert error(tree_map(lambda t: t.cpu(), result), solve(truth(name), 0.1)) < 1e-11

@@ -1,0 +1,94 @@
+"""The tests that are marked ``cuda``, run in a process and told of in a record."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+from benchmarks.processes import ROOT
+from benchmarks.step_tables import Record
+
+ENDING = 20
+"""Seconds that pytest has to write what it knows when it is interrupted."""
+
+
+def marked_files() -> list[str]:
+    """Return the test files that have the mark: no other needs to be imported."""
+    return sorted(
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if "pytest.mark.cuda" in path.read_text(encoding="utf-8")
+    )
+
+
+def run_tests(
+    files: list[str], device: str, limit: float, folder: Path, environment: dict[str, str]
+) -> Record:
+    """Run the marked tests of some files; return how many did what, and what failed how."""
+    # Nothing to run, or nothing to run it with.
+    if not files:
+        return {"words": "none were asked for"}
+    paths = [*environment["PYTHONPATH"].split(os.pathsep), *sys.path]
+    if importlib.machinery.PathFinder.find_spec("pytest", paths) is None:
+        return {"words": "not run: pytest is not installed"}
+    # Warnings of another version of torch are no failures here.
+    folder.mkdir(parents=True, exist_ok=True)
+    report, log = folder / "tests.xml", folder / "tests.txt"
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "--device", device, "-W", "default"]
+    command += ["-p", "no:cacheprovider", "--junitxml", str(report), *files]
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
+        in_time = waited(process, limit)
+    if not report.exists():
+        tail = log.read_text(encoding="utf-8").strip().splitlines()[-12:]
+        return {"words": f"no report; pytest ended with {process.returncode}", "tail": tail}
+    return read(report) | ({} if in_time else {"cut off": "the time was up"})
+
+
+def waited(process: subprocess.Popen[bytes], limit: float) -> bool:
+    """Wait for a process, interrupt it when the time is up; return whether it ended before."""
+    try:
+        process.wait(None if math.isinf(limit) else limit)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(ENDING)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        return False
+    return True
+
+
+def read(report: Path) -> Record:
+    """Return the counts and the failures of a report in JUnit's form."""
+    cases = list(ET.parse(report).getroot().iter("testcase"))
+    failures = {
+        f"{case.get('classname')}::{case.get('name')}": first_line(child)
+        for case in cases
+        for child in case
+        if child.tag in {"failure", "error"}
+    }
+    skipped = sum(child.tag == "skipped" for case in cases for child in case)
+    passed = len(cases) - len(failures) - skipped
+    return {
+        "words": f"{passed} passed, {len(failures)} failed, {skipped} skipped",
+        "passed": passed,
+        "failed": len(failures),
+        "skipped": skipped,
+        "failures": failures,
+        "seconds": round(sum(float(case.get("time", 0)) for case in cases), 1),
+    }
+
+
+def first_line(failure: ET.Element) -> str:
+    """Return the first line of what pytest says about a failure."""
+    return (failure.get("message") or failure.text or "").strip().split("\n")[0][:300]
