@@ -79,6 +79,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, help="stop after so many; 37, or never if quick")
+    # What depends on other options.
     options = parser.parse_args()
     if options.minutes is None:
         options.minutes = math.inf if options.quick else 37.0

@@ -45,8 +45,8 @@ def contraction(layer: Layer, N: int, M: int) -> float:
 def flops(problem: Problem, layers: list[Layer], M: int) -> float:
     """Return the fewest flops for the Gram matrix, or for the other side where that is smaller."""
     N, D = len(problem.X), sum(p.numel() for p in problem.params.values())
-    rest = D - sum(layer.outputs * layer.inputs for layer in layers)
-    small = sum(contraction(layer, N, M) for layer in layers) + (N * M) ** 2 * rest
+    biases = D - sum(layer.outputs * layer.inputs for layer in layers)
+    small = sum(contraction(layer, N, M) for layer in layers) + (N * M) ** 2 * biases
     return min(small, N * M * D**2)
 
 
@@ -82,6 +82,7 @@ def visited(net: nn.Module, X: Tensor) -> tuple[Tensor, list[Tensor], list[Layer
             O = module.weight.shape[0]  # noqa: E741 - as above
             layers.append(Layer(O, module.weight[0].numel(), output[0].numel() // O))
 
+    # One pass with a hook on every module that has parameters of its own.
     hooks = [
         module.register_forward_hook(record)
         for module in net.modules()
@@ -140,6 +141,7 @@ def solver(size: int, quantity: str, device: torch.device) -> float:
         return fastest(lambda: torch.linalg.eigvalsh(gram))
     if quantity == "all":
         return fastest(lambda: torch.cholesky_solve(A[:, :1], torch.linalg.cholesky(gram)))
+    # The leading eigenpairs, or all of them.
     ways = [fastest(lambda: torch.linalg.eigh(gram))]
     if importlib.util.find_spec("scipy") is not None and device.type == "cpu":
         from scipy.linalg import eigh  # noqa: PLC0415 - where it is installed

@@ -118,6 +118,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tests", nargs="*", help="some tests only; none at all: no tests")
     parser.add_argument("--minutes", type=float, help="of everything; 6, or without end if quick")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results") / "gpu")
+    # What depends on the machine and on other options.
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(

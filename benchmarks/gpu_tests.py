@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib.machinery
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+from benchmarks.gpu_plan import TIME_WAS_UP
 from benchmarks.processes import ROOT
 from benchmarks.step_tables import Record
 
+MARK = re.compile(r"^(pytestmark = |@)pytest\.mark\.cuda", re.MULTILINE)
 ENDING = 20
 """Seconds that pytest has to write what it knows when it is interrupted."""
 
@@ -23,7 +26,7 @@ def marked_files() -> list[str]:
     return sorted(
         str(path.relative_to(ROOT))
         for path in (ROOT / "tests").rglob("test_*.py")
-        if "pytest.mark.cuda" in path.read_text(encoding="utf-8")
+        if MARK.search(path.read_text(encoding="utf-8"))
     )
 
 
@@ -47,10 +50,12 @@ def run_tests(
             command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
         )
         in_time = waited(process, limit)
+    if not in_time and not report.exists():
+        return {"words": TIME_WAS_UP}
     if not report.exists():
         tail = log.read_text(encoding="utf-8").strip().splitlines()[-12:]
         return {"words": f"no report; pytest ended with {process.returncode}", "tail": tail}
-    return read(report) | ({} if in_time else {"cut off": "the time was up"})
+    return read(report) | ({} if in_time else {"cut off": "then the time was up"})
 
 
 def waited(process: subprocess.Popen[bytes], limit: float) -> bool:

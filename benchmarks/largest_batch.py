@@ -40,24 +40,25 @@ def crossing(points: list[tuple[int, float]]) -> int:
 
 def largest(measure: Measure, problem: str, peer: str) -> dict[str, Any]:
     """Return the largest N that was run within the limit, with its peak and its time."""
-    found = {"problem": problem, "peer": peer, "samples": 0, "peak": None, "seconds": None}
+    result = {"problem": problem, "peer": peer, "samples": 0, "peak": None, "seconds": None}
     tried: list[tuple[int, float]] = []
     pending, too_large, note = list(STARTS[problem, peer]), math.inf, ""
     for _ in range(len(pending) + TRIES):
         N = pending.pop(0) if pending else min(crossing(tried), too_large - 1)
-        if found["samples"] >= N:
+        if result["samples"] >= N:
             break
+        # Half of the way back after a failure; else on to where the peaks meet the limit.
         record = measure(problem, peer, N)
         if record["status"] != "ok":
             too_large, note = N, f"N = {N}: {record['status']}"
-            pending = [(found["samples"] + N) // 2]
+            pending = [(result["samples"] + N) // 2]
             continue
         tried.append((N, record["peak"]))
         if record["peak"] <= LIMIT:
-            found |= {"samples": N, "peak": record["peak"], "seconds": record["seconds"]}
+            result |= {"samples": N, "peak": record["peak"], "seconds": record["seconds"]}
             if record["peak"] > 0.95 * LIMIT:
                 break
         else:
             too_large, pending = N, []
             note = f"N = {N} takes {record['peak'] / 2**30:.2f} GiB"
-    return found | {"note": note}
+    return result | {"note": note}

@@ -138,11 +138,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, help="so many runs, in place of patience")
     options = parser.parse_args()
 
+    # What went wrong is left in a file.
     def explain(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
         text = f"{kind.__name__}: {str(error).strip() or 'no message'}"
         (options.folder / "error.txt").write_text(text, encoding="utf-8")
 
     sys.excepthook = explain
+    # The limits of this process, then its measurements.
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
     if options.memory is not None:

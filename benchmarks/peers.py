@@ -56,6 +56,7 @@ def jacobians(case: Case, quantity: str) -> Answer:
 
     def answered() -> Tensor:
         with torch.no_grad():
+            # J [NC, D], then K = J Jᵀ.
             values = model_fn(params, X).reshape(len(X), -1)
             rows = vmap(jacrev(outputs), (None, 0))(params, X)
             J = torch.cat([part.flatten(2) for part in rows.values()], 2).flatten(0, 1)

@@ -70,6 +70,7 @@ def somax(case: Case, quantity: str) -> Answer:
     problem = case.problem
     if not isinstance(problem.criterion, nn.CrossEntropyLoss):
         raise NotImplementedError("sgn_ce takes cross-entropy alone")
+    # Its own optimizer, of which one step is taken.
     params = weights(problem)
     method = somax.sgn_ce(
         predict_fn=perceptron, lam0=case.damping, tol=1e-4, maxiter=1000, learning_rate=1.0

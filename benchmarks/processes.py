@@ -131,6 +131,7 @@ def run_all(bench: Bench, todo: list[Job], workers: int) -> list[Record]:
     """Run the jobs and return their records; what failed by its size is not tried again."""
     lost: dict[tuple[str, str], str] = {}
 
+    # A peer that was lost to a problem once is not tried again on it.
     def one(job: Job) -> list[Record]:
         if reason := lost.get((job.problem, job.peer)):
             return [outcome(bench.folder / "none", job, q, reason) for q in job.quantities]

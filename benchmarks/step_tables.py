@@ -73,19 +73,19 @@ def cell(record: Record | None) -> str:
 
 def ratio(records: list[Record], peer: str, field: str, quantity: str = "top10") -> str:
     """Return how many times more than ours a peer takes, in one problem's records."""
-    found = {
+    values = {
         record["peer"]: record[field]
         for record in records
         if record["quantity"] == quantity and record["status"] == "ok" and record.get(field)
     }
-    if peer not in found or "ddnewton" not in found:
+    if peer not in values or "ddnewton" not in values:
         return "–"
-    return f"{found[peer] / found['ddnewton']:.3g}"
+    return f"{values[peer] / values['ddnewton']:.3g}"
 
 
 def next_best(records: list[Record], quantity: str) -> str:
     """Return the fastest peer that is not ours, and how many times slower it is."""
-    others = [
+    peers = [
         record
         for record in records
         if record["quantity"] == quantity
@@ -93,9 +93,9 @@ def next_best(records: list[Record], quantity: str) -> str:
         and record["peer"] != "floor"
         and not record["peer"].startswith("ddnewton")
     ]
-    if not others:
+    if not peers:
         return "–"
-    best = min(others, key=lambda record: record["seconds"])["peer"]
+    best = min(peers, key=lambda record: record["seconds"])["peer"]
     return f"{best} {ratio(records, best, 'seconds', quantity)}"
 
 
@@ -129,9 +129,9 @@ def details(name: str, records: list[Record]) -> list[str]:
     """Return the table of one problem."""
     lines = [f"### {name}, N = {records[0]['samples']}", ""]
     lines += [f"| peer | {' | '.join(HEADINGS.values())} |", "|---|---|---|---|"]
-    found = {(record["peer"], record["quantity"]): record for record in records}
+    cells_of = {(record["peer"], record["quantity"]): record for record in records}
     for peer in dict.fromkeys(record["peer"] for record in records):
-        cells = [cell(found.get((peer, quantity))) for quantity in QUANTITIES]
+        cells = [cell(cells_of.get((peer, quantity))) for quantity in QUANTITIES]
         lines.append(f"| {peer} | {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -142,12 +142,12 @@ def fits(largest: list[Record]) -> list[str]:
         return []
     lines = ["## Largest N whose top-10 step fits in 4 GiB of extra memory", ""]
     lines += ["| problem | peer | N | its peak | its seconds | note |", "|---|---|---|---|---|---|"]
-    for found in largest:
-        size, used = found["samples"], "– | –"
+    for result in largest:
+        size, used = result["samples"], "– | –"
         if size:
-            used = f"{found['peak'] / 2**30:.2f} GiB | {seconds(found['seconds'])}"
+            used = f"{result['peak'] / 2**30:.2f} GiB | {seconds(result['seconds'])}"
         lines.append(
-            f"| {found['problem']} | {found['peer']} | {size} | {used} | {found['note']} |"
+            f"| {result['problem']} | {result['peer']} | {size} | {used} | {result['note']} |"
         )
     return [*lines, ""]
 
@@ -161,8 +161,8 @@ def write(folder: Path, about: Record, records: list[Record], largest: list[Reco
     lines = ["# Benchmarks", "", ", ".join(f"{key} {value}" for key, value in about.items()), ""]
     lines += [EXPLANATION, "## How many times more than ours", "", *overview(problems), ""]
     lines += [*fits(largest), "## Every measurement", ""]
-    for name, own in problems.items():
-        lines += details(name, own)
+    for name, measurements in problems.items():
+        lines += details(name, measurements)
     (folder / "bench.md").write_text("\n".join(lines), encoding="utf-8")
     everything = {"machine": about, "records": records, "largest": largest}
     (folder / "bench.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")

@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=FOLDER)
     parser.add_argument("--python", default="3.12", help="the version on the other machine")
     options = parser.parse_args()
+    # Download, then list what came, the largest last.
     gather(options.output, options.python)
     sizes = {wheel.name: wheel.stat().st_size for wheel in options.output.glob("*.whl")}
     for name, size in sorted(sizes.items(), key=lambda pair: pair[1]):

@@ -227,9 +227,9 @@ def test_fashion_is_read_from_its_files(tmp_path, monkeypatch, no_fashion_kept):
             packed = gzip.compress(bytes(header) + bytes(content.tolist()))
             (tmp_path / f"{part}-{kind}-ubyte.gz").write_bytes(packed)
     monkeypatch.setenv("FASHION_MNIST", str(tmp_path))
-    found = data.fashion(0, flat=False, test=5)
-    assert [X.shape[0] for X, _ in found] == [18, 2, 5]
-    for X, y in found:
+    parts = data.fashion(0, flat=False, test=5)
+    assert [X.shape[0] for X, _ in parts] == [18, 2, 5]
+    for X, y in parts:
         assert X.shape[1:] == (1, 28, 28)
         assert torch.equal((255 * X[:, 0, 0, 0]).round().long() % 10, y)
     assert data.fashion(0, flat=True).train[0].shape == (18, 784)
@@ -238,9 +238,9 @@ def test_fashion_is_read_from_its_files(tmp_path, monkeypatch, no_fashion_kept):
 def test_without_fashion_there_are_digits(monkeypatch, caplog, no_fashion_kept):
     monkeypatch.delenv("FASHION_MNIST", raising=False)
     monkeypatch.setattr(data, "FOLDERS", ())
-    found = data.fashion(0, flat=False)
+    parts = data.fashion(0, flat=False)
     assert "digits" in caplog.text
-    assert [X.shape for X, _ in found] == [(n, 1, 28, 28) for n in (1258, 139, 400)]
+    assert [X.shape for X, _ in parts] == [(n, 1, 28, 28) for n in (1258, 139, 400)]
 
 
 def test_an_epoch_of_batches_takes_every_sample_once():
@@ -290,11 +290,11 @@ def test_what_diverges_or_raises_counts_as_failed():
 
 def test_spread_and_paired_differences():
     assert results.spread([3.0, math.inf, 1.0]) == (3.0, 1.0, math.inf)
-    runs, others = (
+    runs, baseline = (
         [
             {"seed": seed, "status": "ok", "curve": [{"test": 1.0}, {"test": 1.0 + by + seed}]}
             for seed in range(2)
         ]
         for by in (0.5, 0.25)
     )
-    assert results.paired(runs, others, "test") == (0.25, 0.0)
+    assert results.paired(runs, baseline, "test") == (0.25, 0.0)

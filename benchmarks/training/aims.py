@@ -26,8 +26,8 @@ def both(
     methods: Methods, judge: Callable[[list[Record]], float]
 ) -> tuple[tuple[float, str], tuple[float, str]] | None:
     """Return our best and the competitors' best, where both are there."""
-    found = best(methods, True, judge), best(methods, False, judge)
-    return None if any(name == "nobody" for _, name in found) else found
+    pair = best(methods, True, judge), best(methods, False, judge)
+    return None if any(name == "nobody" for _, name in pair) else pair
 
 
 def verdict(reached: bool) -> str:
@@ -42,11 +42,12 @@ def shown(value: float, digits: int = 4) -> str:
 
 def regression(methods: Methods) -> Iterator[str]:
     """Judge the teacher's training loss: a million times below the best competitor's."""
-    if found := both(methods, lambda runs: at(runs, "train", math.inf).median):
-        (ours, our_name), (theirs, their_name) = found
+    if pair := both(methods, lambda runs: at(runs, "train", math.inf).median):
+        (newton, newton_name), (other, other_name) = pair
         yield (
             f"- (a) teacher, training loss a millionth of the best competitor's: "
-            f"{verdict(ours <= 1e-6 * theirs)}; {our_name} {ours:.1e}, {their_name} {theirs:.1e}"
+            f"{verdict(newton <= 1e-6 * other)}; {newton_name} {newton:.1e}, "
+            f"{other_name} {other:.1e}"
         )
 
 
@@ -54,13 +55,13 @@ def equation(name: str, methods: Methods) -> Iterator[str]:
     """Judge an equation's error: the lowest at every budget, a tenth at the last."""
     for budget in TASKS[name].budgets:
         factor = 10 if budget == TASKS[name].budgets[-1] else 1
-        if found := both(methods, lambda runs, budget=budget: at(runs, "error", budget).median):
-            (ours, our_name), (theirs, their_name) = found
+        if pair := both(methods, lambda runs, budget=budget: at(runs, "error", budget).median):
+            (newton, newton_name), (other, other_name) = pair
             wanted = "a tenth of" if factor == 10 else "below"
             yield (
                 f"- (b) {name}, error after {budget:g} s {wanted} the best competitor's: "
-                f"{verdict(ours < theirs / factor)}; {our_name} {ours:.1e}, "
-                f"{their_name} {theirs:.1e}, {theirs / ours:.2g} times"
+                f"{verdict(newton < other / factor)}; {newton_name} {newton:.1e}, "
+                f"{other_name} {other:.1e}, {other / newton:.2g} times"
             )
 
 
@@ -92,13 +93,13 @@ def shipped(name: str, methods: Methods) -> Iterator[str]:
     if SHIPPED not in methods or "Adam" not in methods:
         return
     runs, adam = methods[SHIPPED], methods["Adam"]
-    own, theirs = to_level(runs, 0).median, to_level(adam, 0).median
-    seconds = [to_level(each, 1).median for each in (runs, adam)]
+    steps, adam_steps = to_level(runs, 0).median, to_level(adam, 0).median
+    seconds = [to_level(curves, 1).median for curves in (runs, adam)]
     yield (
         f"- (d) {name}, as shipped without divergence: {verdict(failures(runs) == 0)}; no more "
         f"steps than Adam to {100 * TASKS[name].level:g} %: "
-        f"{verdict(own <= theirs and math.isfinite(own))}; {shown(own)} against {shown(theirs)} "
-        f"steps, {shown(seconds[0], 2)} against {shown(seconds[1], 2)} s"
+        f"{verdict(steps <= adam_steps and math.isfinite(steps))}; {shown(steps)} against "
+        f"{shown(adam_steps)} steps, {shown(seconds[0], 2)} against {shown(seconds[1], 2)} s"
     )
 
 
@@ -117,10 +118,10 @@ def late(name: str, methods: Methods) -> Iterator[str]:
             )
 
 
-def answers(found: dict[str, Methods]) -> list[str]:
+def answers(tasks: dict[str, Methods]) -> list[str]:
     """Return every aim of the tasks that were run, in the order of the tasks."""
     lines: list[str] = []
-    for name, methods in found.items():
+    for name, methods in tasks.items():
         if name == "teacher":
             lines += regression(methods)
         elif TASKS[name].group == "pde":

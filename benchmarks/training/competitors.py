@@ -65,6 +65,7 @@ def lbfgs(instance: Instance, *, history_size: int) -> Update:
             torch.autograd.backward(loss)
             return loss
 
+        # As many steps as it counts iterations.
         before = state.get("n_iter", 0)
         optimizer.step(closure)
         return leaves, state["n_iter"] - before
@@ -138,9 +139,11 @@ def newton_cg(instance: Instance, *, delta: float, iterations: int) -> Update:
         nonlocal params, delta
         move = gauss_newton_cg(problem, params, X, y, delta=delta, iterations=iterations)
         tried = moved(params, move.step)
+        # On mini-batches every step is taken.
         if instance.batch is not None:
             params = tried
             return params, 1
+        # On full ones the damping follows the ratio of decreases.
         decrease = move.loss - problem.criterion(problem.model_fn(tried, X), y)
         ratio = float(decrease / move.predicted)
         delta = delta / 3 if ratio > 0.75 else delta if ratio > 0.25 else 4 * delta

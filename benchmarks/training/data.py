@@ -76,8 +76,8 @@ def digits(seed: int) -> Split:
 def fashion_folder() -> Path | None:
     """Return the folder with the Fashion-MNIST files, if there is one."""
     folders = [os.environ.get("FASHION_MNIST"), *FOLDERS]
-    found = (Path(folder) for folder in folders if folder)
-    return next((path for path in found if (path / "train-images-idx3-ubyte.gz").exists()), None)
+    paths = (Path(folder) for folder in folders if folder)
+    return next((path for path in paths if (path / "train-images-idx3-ubyte.gz").exists()), None)
 
 
 @lru_cache(1)
@@ -90,6 +90,7 @@ def _fashion() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         X = F.interpolate(X.view(-1, 1, 8, 8), size=28, mode="bilinear")
         order = torch.randperm(len(X), generator=torch.Generator().manual_seed(0))
         return X[order[:1397]], y[order[:1397]], X[order[1397:]], y[order[1397:]]
+    # Four files, each a header and then bytes.
     arrays = []
     for part in ("train", "t10k"):
         for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):

@@ -47,11 +47,11 @@ def draw(axes: Axes, methods: dict[str, list[Record]], name: str, unit: str) -> 
     axes.set(xlabel=unit, ylabel=LABELS[metric], title=name)
 
 
-def write(folder: Path, group: str, found: dict[str, dict[str, list[Record]]]) -> Path:
+def write(folder: Path, group: str, tasks: dict[str, dict[str, list[Record]]]) -> Path:
     """Draw the tasks of a group below one another, and write the figure."""
-    figure = Figure(figsize=(12, 3.6 * len(found)), layout="constrained")
-    rows = figure.subplots(len(found), 2, squeeze=False)
-    for (name, methods), row in zip(found.items(), rows, strict=True):
+    figure = Figure(figsize=(12, 3.6 * len(tasks)), layout="constrained")
+    rows = figure.subplots(len(tasks), 2, squeeze=False)
+    for (name, methods), row in zip(tasks.items(), rows, strict=True):
         for axes, unit in zip(row, ("steps", "seconds"), strict=True):
             draw(axes, methods, name, unit)
         row[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", frameon=False)

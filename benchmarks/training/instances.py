@@ -71,6 +71,7 @@ def pde(equation: Equation, points: int, seed: int) -> Instance:
     torch.manual_seed(seed)
     net = nets.mlp(equation.axes, 32, 32, 1, activation=nn.Tanh).double()
     params = functional(net)[1]
+    # Points to train on and to choose settings by, then the grid of the error.
     train, valid = (torch.rand(points, equation.axes, dtype=torch.float64) for _ in range(2))
     grid = fine_grid(equation.axes)
     exact = equation.exact(grid)
@@ -117,6 +118,7 @@ def trained(build: Callable[[int], Instance], steps: int, lr: float, seed: int) 
     leaves = {name: p.clone().requires_grad_() for name, p in problem.params.items()}
     optimizer = torch.optim.Adam(leaves.values(), lr=lr)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    # Adam's updates, on batches of another order than those of the run.
     for _, (X, y) in zip(range(steps), batches(instance, seed + 1000), strict=False):
         optimizer.zero_grad()
         torch.autograd.backward(problem.criterion(problem.model_fn(leaves, X), y))

@@ -107,6 +107,7 @@ def look(reached: Record, level: float | None, point: Record) -> None:
 @torch.no_grad()
 def follow(job: Job, instance: Instance, start: Start) -> Record:
     """Return the curve of one run, and how it ended."""
+    # What a method prepares is on the clock too.
     task, clock = job.about, Clock()
     with clock:
         update: Update = start(instance, **job.config)
@@ -116,6 +117,7 @@ def follow(job: Job, instance: Instance, start: Start) -> Record:
     params, steps, status = instance.problem.params, 0, "ok"
     curve = [{"seconds": 0.0, "steps": 0} | instance.measure(params)]
     draws = batches(instance, job.seed)
+    # Measure where it is due, then update.
     for made in count():
         now, ended, progress = ask(made)
         if made and (now or (task.every_step and None in reached.values())):
@@ -135,6 +137,7 @@ def follow(job: Job, instance: Instance, start: Start) -> Record:
             status = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
             break
         steps += more
+    # A run that ends far above its start has failed as well.
     if status == "ok" and curve[-1]["train"] > 10 * curve[0]["train"]:
         status = "diverged"
     return {"status": status, "steps": steps, "curve": curve, "reached": reached}

@@ -50,6 +50,7 @@ def net_jet(params: Params, X: Tensor) -> Jet:
     names = [name.removesuffix(".weight") for name in params if name.endswith(".weight")]
     for name in names:
         W = params[f"{name}.weight"]
+        # The layer, then the chain rule of its tanh: σ' = 1 − σ², σ'' = −2σσ'.
         a = a @ W.T + params[f"{name}.bias"]
         first, second = (torch.cat([first, second], 1) @ W.T).split(axes, 1)
         if name != names[-1]:
@@ -94,10 +95,10 @@ class Equation(NamedTuple):
 def edges(X: Tensor) -> Jet:
     """Return Π x(1 − x), zero on all sides."""
     parts = X * (1 - X)
-    others = torch.stack(
+    remaining = torch.stack(
         [parts[:, [j for j in range(X.shape[1]) if j != i]].prod(1) for i in range(X.shape[1])], 1
     )
-    return Jet(parts.prod(1), (1 - 2 * X) * others, -2 * others)
+    return Jet(parts.prod(1), (1 - 2 * X) * remaining, -2 * remaining)
 
 
 WAVES = ((1.0, 1), (0.5, 2), (0.25, 4))

@@ -33,14 +33,14 @@ def spread(values: Iterable[float]) -> Spread:
 
 def reported(records: Iterable[Record]) -> dict[str, dict[str, list[Record]]]:
     """Return the reported runs by task and method, in the order of the tasks and of their grids."""
-    found: dict[str, dict[str, list[Record]]] = {}
+    runs: dict[str, dict[str, list[Record]]] = {}
     for record in records:
         if record["stage"] == "report":
-            found.setdefault(record["task"], {}).setdefault(record["method"], []).append(record)
+            runs.setdefault(record["task"], {}).setdefault(record["method"], []).append(record)
     return {
-        name: {method: found[name][method] for method in GRIDS[task.kind] if method in found[name]}
+        name: {method: runs[name][method] for method in GRIDS[task.kind] if method in runs[name]}
         for name, task in TASKS.items()
-        if name in found
+        if name in runs
     }
 
 
@@ -75,8 +75,8 @@ def value(run: Record, metric: str, budget: float) -> float:
 
 def to_level(runs: list[Record], unit: int) -> Spread:
     """Return the steps (0) or seconds (1) until the test accuracy was reached; inf if never."""
-    found = [run["reached"]["test"] if run["status"] == "ok" else None for run in longest(runs)]
-    return spread(math.inf if pair is None else pair[unit] for pair in found)
+    reached = [run["reached"]["test"] if run["status"] == "ok" else None for run in longest(runs)]
+    return spread(math.inf if pair is None else pair[unit] for pair in reached)
 
 
 def failures(runs: list[Record]) -> int:
@@ -86,8 +86,8 @@ def failures(runs: list[Record]) -> int:
 
 def milliseconds(runs: list[Record]) -> float:
     """Return the median milliseconds of a step."""
-    each = [1000 * run["curve"][-1]["seconds"] / max(run["steps"], 1) for run in longest(runs)]
-    return statistics.median(each)
+    times = [1000 * run["curve"][-1]["seconds"] / max(run["steps"], 1) for run in longest(runs)]
+    return statistics.median(times)
 
 
 def change(run: Record, metric: str) -> float:
@@ -102,14 +102,18 @@ class Difference(NamedTuple):
     error: float
 
 
-def paired(runs: list[Record], others: list[Record], metric: str) -> Difference:
+def paired(runs: list[Record], baseline: list[Record], metric: str) -> Difference:
     """Return how much more a metric has changed in the runs than in others of the same seeds."""
-    theirs = {run["seed"]: change(run, metric) for run in others}
-    each = [change(run, metric) - theirs[run["seed"]] for run in runs if run["seed"] in theirs]
-    each = [d for d in each if math.isfinite(d)]
-    if len(each) < 2:
+    before = {run["seed"]: change(run, metric) for run in baseline}
+    differences = [
+        change(run, metric) - before[run["seed"]] for run in runs if run["seed"] in before
+    ]
+    differences = [d for d in differences if math.isfinite(d)]
+    if len(differences) < 2:
         return Difference(math.nan, math.nan)
-    return Difference(statistics.fmean(each), statistics.stdev(each) / len(each) ** 0.5)
+    return Difference(
+        statistics.fmean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+    )
 
 
 class Band(NamedTuple):

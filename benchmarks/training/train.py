@@ -75,7 +75,7 @@ class Plan:
                 for config in grid:
                     yield Job("tune", name, method, config, seed, task.tuning, self.quick)
 
-    def chosen(self, name: str, done: dict[str, Record]) -> dict[str, Config]:
+    def best_settings(self, name: str, done: dict[str, Record]) -> dict[str, Config]:
         """Return each method's best settings, by the median over the tuning seeds."""
         scores: dict[str, list[tuple[float, Config]]] = {}
         task = self.about(name)
@@ -86,17 +86,17 @@ class Plan:
                     Job("tune", name, method, config, seed, task.tuning, self.quick)
                     for seed in seeds
                 )
-                found = statistics.median(score(done[job.key], task) for job in jobs)
-                scores.setdefault(method, []).append((found, config))
-        best = {method: min(found, key=lambda pair: pair[0])[1] for method, found in scores.items()}
+                middle = statistics.median(score(done[job.key], task) for job in jobs)
+                scores.setdefault(method, []).append((middle, config))
+        best = {method: min(pairs, key=lambda pair: pair[0])[1] for method, pairs in scores.items()}
         return {method: best.get(method, {}) for method in self.grids(name)}
 
-    def reported(self, name: str, chosen: dict[str, Config]) -> Iterator[Job]:
+    def reported(self, name: str, settings: dict[str, Config]) -> Iterator[Job]:
         """Yield the runs that are reported, seed by seed."""
         task = self.about(name)
         budgets = task.budgets or (0.0,)
         for seed in SEEDS[: task.seeds]:
-            for method, config in chosen.items():
+            for method, config in settings.items():
                 for seconds in budgets if method in BY_BUDGET else budgets[-1:]:
                     yield Job("report", name, method, config, seed, seconds, self.quick)
 
@@ -158,6 +158,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", nargs="+", choices=METHODS, help="some methods only")
     parser.add_argument("--out", type=Path, help="folder of runs, tables and figures")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 2)
+    # What depends on other options.
     options = parser.parse_args(words)
     options.task = options.task or list(QUICK if options.quick else TASKS)
     if options.out is None:
@@ -170,6 +171,7 @@ def main() -> None:
     """Run the plan, task by task, and write the report after each of them."""
     options = arguments()
     logging.basicConfig(format="%(message)s")
+    # What is to be run, and how long it takes.
     plan = Plan(options)
     for name, (runs, minutes) in plan.minutes(options.workers).items():
         say(f"{name:13} {runs:4} runs, about {minutes:5.1f} minutes")
@@ -177,16 +179,18 @@ def main() -> None:
     say(f"{'all':13} about {total:.0f} minutes with {options.workers} workers")
     if options.plan:
         return
+    # Workers of their own, which import torch after the environment is set.
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "runs.jsonl"
     os.environ.update(ENVIRONMENT)
     context = multiprocessing.get_context("spawn")
     new = 0
     with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+        # Task by task: tune, then report with the best settings.
         for name in () if options.report else options.task:
             new += run_all(plan.tuning(name), pool, path)
-            chosen = plan.chosen(name, read(path))
-            new += run_all(plan.reported(name, chosen), pool, path)
+            settings = plan.best_settings(name, read(path))
+            new += run_all(plan.reported(name, settings), pool, path)
             if not options.quick:
                 training_tables.write(options.out, read(path))
     training_tables.write(options.out, read(path))

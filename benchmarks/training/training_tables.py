@@ -49,9 +49,9 @@ def percent(value: float) -> str:
     return "failed" if math.isinf(value) else f"{100 * value:.1f} %"
 
 
-def cell(found: Spread, form: object = number) -> str:
+def cell(values: Spread, form: object = number) -> str:
     """Return the median and the extremes."""
-    return f"{form(found.median)} ({form(found.low)}–{form(found.high)})"
+    return f"{form(values.median)} ({form(values.low)}–{form(values.high)})"
 
 
 def settings(runs: list[Record]) -> str:
@@ -155,15 +155,19 @@ def machine() -> str:
 
 def write(folder: Path, records: dict[str, Record]) -> None:
     """Write ``training.md`` and the figures of what has been run."""
-    found = reported(records.values())
+    tasks = reported(records.values())
     lines = ["# Training", "", machine(), "", EXPLANATION]
-    lines += ["## What was to be reached", "", *answers(found), ""]
-    for name, methods in found.items():
+    lines += ["## What was to be reached", "", *answers(tasks), ""]
+    for name, methods in tasks.items():
         lines += section(name, methods)
-    for group in dict.fromkeys(TASKS[name].group for name in found):
-        tasks = {name: own for name, own in found.items() if TASKS[name].group == group}
-        path = figures.write(folder, group, tasks)
+    # A figure for each group of tasks.
+    for group in dict.fromkeys(TASKS[name].group for name in tasks):
+        drawn = {name: tasks[name] for name in tasks if TASKS[name].group == group}
+        path = figures.write(folder, group, drawn)
         lines += [f"![{group}]({path.name})", ""]
     (folder / "training.md").write_text("\n".join(lines), encoding="utf-8")
-    chosen = {n: {m: runs[0]["config"] for m, runs in own.items()} for n, own in found.items()}
-    (folder / "settings.json").write_text(json.dumps(chosen, indent=1) + "\n", encoding="utf-8")
+    configs = {
+        name: {method: runs[0]["config"] for method, runs in methods.items()}
+        for name, methods in tasks.items()
+    }
+    (folder / "settings.json").write_text(json.dumps(configs, indent=1) + "\n", encoding="utf-8")
