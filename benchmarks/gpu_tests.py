@@ -47,7 +47,13 @@ def run_tests(
     command += ["-p", "no:cacheprovider", "--junitxml", str(report), *files]
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            # What a shell starts in the background cannot be interrupted by itself.
+            preexec_fn=interruptible,  # noqa: PLW1509 - this process has one thread
         )
         in_time = waited(process, limit)
     if not in_time and not report.exists():
@@ -56,6 +62,11 @@ def run_tests(
         tail = log.read_text(encoding="utf-8").strip().splitlines()[-12:]
         return {"words": f"no report; pytest ended with {process.returncode}", "tail": tail}
     return read(report) | ({} if in_time else {"cut off": "then the time was up"})
+
+
+def interruptible() -> None:
+    """Take an interruption as every process does by default."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def waited(process: subprocess.Popen[bytes], limit: float) -> bool:
