@@ -11,7 +11,7 @@ F = TypeVar("F", bound=Callable[..., object])
 
 def check_shapes(function: F) -> F:
     """Check the annotations of a function that name a tensor's axes."""
-    from beartype import beartype  # here, so that the measures of the house need no package
+    from beartype import beartype  # here, as tests/house.py runs without what tests install
 
     shapes = {name: hint for name, hint in function.__annotations__.items() if is_shape(hint)}
     function.__annotations__ = shapes
