@@ -1,4 +1,4 @@
-"""What the public functions raise: where, the rule, what was got, what to do."""
+"""The errors of the public functions; a message says where, the rule, what was got, what to do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class BadType(TypeError):
 
 
 SHOWN_CHARACTERS = 300
-"""How many characters of what was got a message shows."""
+"""A message shows the value that was got up to this length."""
 
 
 def sentence(rule: str, got: object, remedy: str) -> str:

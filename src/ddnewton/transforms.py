@@ -1,4 +1,4 @@
-"""Where torch.func's transforms show: looking inside ``vmap``, and mapping what it cannot."""
+"""Work with the transforms of torch.func: look inside ``vmap``, replace it where it fails."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ logger = logging.getLogger(__name__)
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
-    """Return the plain tensor below every ``vmap`` and ``grad``: an ensemble's members at once."""
+    """Return the plain tensor below every ``vmap`` and ``grad``.
+
+    Under ``vmap`` over an ensemble, it has all members along one axis.
+    """
     while not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor.detach()
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Return whether values cannot steer: a ``vmap`` around maps over them, or all is compiled."""
+    """Return whether no branch may depend on the values: under ``vmap``, or while compiling."""
     if torch.compiler.is_compiling():
         return True
     while _functorch.is_functorch_wrapped_tensor(tensor):
@@ -37,7 +40,7 @@ def is_batched(tensor: Tensor) -> bool:
 
 
 def first_member(tensor: Tensor) -> Tensor:
-    """Return the plain tensor of an ensemble's first member."""
+    """Return the plain tensor, of the first member where ``vmap`` maps over an ensemble."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         batched = _functorch.is_batchedtensor(tensor)
         axis = _functorch.maybe_get_bdim(tensor) if batched else None
@@ -47,30 +50,31 @@ def first_member(tensor: Tensor) -> Tensor:
 
 
 def any_possible(mask: Tensor) -> bool:
-    """Return whether an entry is true, or may be: under ``vmap`` nobody can tell."""
+    """Return whether an entry is true, or cannot be known to be false, as under ``vmap``."""
     return is_batched(mask) or bool(mask.any())
 
 
-def scaled(own: Tensor, factor: Tensor) -> Tensor:
-    """Return a product in the place of its first factor, one's own, where that may be written to.
+def scaled(matrix: Tensor, factor: Tensor) -> Tensor:
+    """Return ``matrix * factor``, in the memory of the matrix where possible.
 
-    What large matrices cost is new memory; ``vmap`` refuses to write what it maps over elsewhere.
+    The caller must not use the matrix again. For large matrices new memory is what costs time.
+    ``vmap`` refuses to write a mapped factor into a matrix that may not be mapped.
     """
-    return own * factor if is_batched(factor) else own.mul_(factor)
+    return matrix * factor if is_batched(factor) else matrix.mul_(factor)
 
 
-def summed(own: Tensor, other: Tensor) -> Tensor:
-    """Return a sum in the place of its first term, one's own, where that may be written to."""
-    return own + other if is_batched(other) else own.add_(other)
+def summed(matrix: Tensor, addend: Tensor) -> Tensor:
+    """Return ``matrix + addend``, in the memory of the matrix where possible, as `scaled`."""
+    return matrix + addend if is_batched(addend) else matrix.add_(addend)
 
 
 def any_known(mask: Tensor) -> bool:
-    """Return whether an entry is known to be true, of any member; what is compiled is not known."""
+    """Return whether an entry is true, of any member under ``vmap``; False while compiling."""
     return not torch.compiler.is_compiling() and bool(unwrapped(mask).any())
 
 
 def untransformed() -> AbstractContextManager[object]:
-    """Return a context outside of every transform, where random numbers are drawn once for all."""
+    """Return a context outside every transform, to draw the same random numbers for all members."""
     if torch.compiler.is_compiling():
         return nullcontext()
     cleared: AbstractContextManager[object] = temporarily_clear_interpreter_stack()
@@ -80,41 +84,44 @@ def untransformed() -> AbstractContextManager[object]:
 def linear_map(
     function: Callable[..., tuple[Tensor, PyTree]], *primals: Tensor
 ) -> tuple[Tensor, Callable[[Tensor], list[Tensor]], PyTree]:
-    """Return a function's value, its pullback of several cotangents at once, and what it adds.
+    """Return a function's value, its pullback, and its auxiliary outputs.
 
-    This is `torch.func.vjp` under ``vmap``, which autograd alone does in half the time where it
-    may: with no transform around, and no inference mode.
+    The pullback takes several cotangents, stacked on axis 0. This is `torch.func.vjp` under
+    ``vmap``. Plain autograd takes half the time, and is used outside transforms and inference mode.
     """
-    if not _is_plain():
-        value, pull, added = vjp(function, *primals, has_aux=True)  # type: ignore[misc]
-        return value, lambda cotangents: list(vmap(pull)(cotangents)), added
+    if not _autograd_records():
+        value, pull, auxiliary = vjp(function, *primals, has_aux=True)  # type: ignore[misc]
+        return value, lambda cotangents: list(vmap(pull)(cotangents)), auxiliary
+    # The forward pass, with the primals as leaves of a graph of their own.
     with torch.enable_grad():
         inputs = [primal.detach().requires_grad_() for primal in primals]
-        value, added = function(*inputs)
+        value, auxiliary = function(*inputs)
 
     def pullback(cotangents: Tensor) -> list[Tensor]:
+        """Return Jᵀu for every cotangent u; zeros where the value does not depend on a primal."""
+
         def zeros(primal: Tensor) -> Tensor:
             return primal.new_zeros(cotangents.shape[0], *primal.shape)
 
         if not value.requires_grad:
             return list(map(zeros, primals))
-        alone = cotangents.shape[0] == 1  # cheaper without a batch of one
+        single = cotangents.shape[0] == 1  # cheaper without a batch of one
         pulled = torch.autograd.grad(
             value,
             inputs,
-            cotangents[0] if alone else cotangents,
+            cotangents[0] if single else cotangents,
             retain_graph=True,
-            is_grads_batched=not alone,
+            is_grads_batched=not single,
             allow_unused=True,
         )
-        found = (p[None] if alone and p is not None else p for p in pulled)
-        return [zeros(x) if p is None else p for x, p in zip(primals, found, strict=True)]
+        batched = (p[None] if single and p is not None else p for p in pulled)
+        return [zeros(x) if p is None else p for x, p in zip(primals, batched, strict=True)]
 
-    return value.detach(), pullback, tree_map(torch.detach, added)
+    return value.detach(), pullback, tree_map(torch.detach, auxiliary)
 
 
-def _is_plain() -> bool:
-    """Return whether autograd records what is computed, and nothing else is around."""
+def _autograd_records() -> bool:
+    """Return whether autograd can record: no transform, no compilation, no inference mode."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return False
     return _functorch.peek_interpreter_stack() is None

@@ -1,4 +1,4 @@
-"""Pytrees of parameters and of samples: the only file that knows which library they are of."""
+"""Pytrees of parameters and of samples; the only file that imports a library of pytrees."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ __all__ = [
 
 
 def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
-    """Return every leaf with its key path, ``"['layer']['weight']"``; a lone leaf has none."""
+    """Return the leaves with their key paths, ``"['layer']['weight']"``, "" for one tensor."""
     leaves, _ = tree_flatten_with_path(tree)
     return [(keystr(path), leaf) for path, leaf in leaves]
 
@@ -58,92 +58,102 @@ def leaf_paths(tree: PyTree) -> list[str]:
 
 def _key(entry: Any) -> str:
     """Return the key of a dict, the index of a sequence, or the name of a field."""
-    found = (getattr(entry, kind) for kind in ("key", "idx", "name") if hasattr(entry, kind))
-    return str(next(found, entry))
+    keys = (getattr(entry, kind) for kind in ("key", "idx", "name") if hasattr(entry, kind))
+    return str(next(keys, entry))
 
 
 def sample_count(X: PyTree) -> int:
-    """Return the length of axis 0 of the first leaf."""
+    """Return the number of samples: the length of axis 0 of the first leaf."""
     return int(tree_leaves(X)[0].shape[0])
 
 
 def parameter_count(params: PyTree) -> int:
-    """Return the number of entries of all leaves together."""
+    """Return the number of parameters: the entries of all leaves."""
     return sum(leaf.numel() for leaf in tree_leaves(params))
 
 
 def take(X: PyTree, samples: slice | Tensor) -> PyTree:
-    """Return the samples of a batch."""
+    """Return the batch of some of the samples of a batch."""
     return tree_map(lambda x: x[samples], X)
 
 
 def chunks(n: int, size: int) -> list[slice]:
-    """Return which of n things come together, at most ``size`` at a time."""
+    """Cut range(n) into slices of at most ``size``."""
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def batches(X: PyTree, size: int | None) -> list[PyTree]:
-    """Return a batch in pieces of at most ``size`` samples, but of two where ``size`` is one."""
+    """Cut a batch into batches of at most ``size`` samples; a size of one is taken as two."""
     n = sample_count(X)
     size = max(2, size or n)
     return [take(X, slice(start, start + size)) for start in range(0, n, size)]
 
 
 def on_copies(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a function that may write to its arguments without the caller's tensors changing."""
+    """Return a function called on copies, so that it may write to its arguments."""
 
-    def harmless(*args: PyTree) -> Tensor:
+    def with_copies(*args: PyTree) -> Tensor:
         return function(*tree_map(torch.clone, args))
 
-    return harmless
+    return with_copies
 
 
 def as_batch(x: PyTree) -> PyTree:
-    """Return a batch that holds one sample."""
+    """Return one sample as a batch of one."""
     return tree_map(lambda leaf: leaf[None], x)
 
 
 def joined(
     flat: Sequence[Float[Tensor, "*k _"]], blocks: Sequence[Sequence[int]], sizes: Sequence[int]
 ) -> Float[Tensor, "*k d"]:
-    """Return the vectors of blocks of leaves as those of all leaves, zero in no block."""
-    parts = _by_leaf(flat, blocks, sizes)
+    """Return one vector of all leaves from a vector of every block of leaves.
+
+    Leaves in no block are zero. ``blocks`` are the numbers of the leaves in each block, and
+    ``sizes`` the lengths of all leaves. There may be several vectors, along axes in front.
+    """
+    parts = _split_into_leaves(flat, blocks, sizes)
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
-def _by_leaf(
+def _split_into_leaves(
     flat: Sequence[Float[Tensor, "*k _"]], blocks: Sequence[Sequence[int]], sizes: Sequence[int]
 ) -> list[Float[Tensor, "*k _"]]:
-    found: dict[int, Tensor] = {}
+    """Return the part of every leaf in the vectors of the blocks, zeros for a leaf in no block."""
+    in_blocks: dict[int, Tensor] = {}
     for vector, block in zip(flat, blocks, strict=True):
-        found |= dict(zip(block, vector.split([sizes[leaf] for leaf in block], -1), strict=True))
-    none = flat[0].new_zeros
+        parts = vector.split([sizes[leaf] for leaf in block], -1)
+        in_blocks |= dict(zip(block, parts, strict=True))
+    zeros = flat[0].new_zeros
     return [
-        found[leaf] if leaf in found else none((*flat[0].shape[:-1], size))
+        in_blocks[leaf] if leaf in in_blocks else zeros((*flat[0].shape[:-1], size))
         for leaf, size in enumerate(sizes)
     ]
 
 
 def flattened(tree: PyTree) -> Float[Tensor, " d"]:
-    """Return the leaves of a tree in one vector, in float64."""
+    """Return the leaves of a tree as one vector, in float64."""
     return torch.cat([leaf.double().reshape(-1) for leaf in tree_leaves(tree)])
 
 
 def unflattened(vector: Float[Tensor, " d"], like: PyTree) -> PyTree:
-    """Return a vector of all leaves as a tree: back from `flattened`."""
+    """Return a vector of all leaves as a tree like ``like``: the inverse of `flattened`.
+
+    `unflatten` does the same for vectors of blocks of leaves.
+    """
     return unflatten([vector], [range(len(tree_leaves(like)))], like)
 
 
 def unflatten(
     flat: Sequence[Float[Tensor, "*k _"]], blocks: Sequence[Sequence[int]], like: PyTree
 ) -> PyTree:
-    """Cut vectors into the leaves of a tree, each with the leaf's shape, dtype and device.
+    """Return the vectors of blocks of leaves as a tree like ``like``.
 
-    A block of leaves has a vector, or several of them along axes in front; leaves in no block are
-    zero.
+    Every leaf gets the shape, dtype and device that it has in ``like``; leaves in no block are
+    zero. There may be several vectors of every block, along axes in front. `unflattened` does the
+    same for one vector of all leaves.
     """
     leaves, spec = tree_flatten(like)
-    parts = _by_leaf(flat, blocks, [leaf.numel() for leaf in leaves])
+    parts = _split_into_leaves(flat, blocks, [leaf.numel() for leaf in leaves])
     cast = [
         part.reshape((*part.shape[:-1], *leaf.shape)).to(dtype=leaf.dtype, device=leaf.device)
         for part, leaf in zip(parts, leaves, strict=True)

@@ -1,4 +1,4 @@
-"""Names for what travels through the package; shapes stand in the signatures."""
+"""Types of the arguments that a user passes; shapes stand in the signatures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DampingRule: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """``damping(evals [K], evecs [NM, K], gammas [N, K], lambdas [N, K]) -> [K]``."""
 
 Select: TypeAlias = Callable[[Tensor], Tensor | Sequence[int]]
-"""``select(evals)``: which of the ascending eigenvalues, as indices or as a mask."""
+"""``select(evals)``: the eigenvalues to keep, as indices into the ascending ones or as a mask."""
 
 GramWay: TypeAlias = Literal["auto", "structured", "dense"]
-"""How the Gram matrix is formed."""
+"""How the Gram matrix is formed: from the layers, from dense columns, or the better of both."""

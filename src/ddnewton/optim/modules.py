@@ -1,4 +1,4 @@
-"""A module as a function of its parameters, for as long as the rest of it stays as it is."""
+"""A module as a pure function of its trained parameters, traced anew when the module changes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Forward = Callable[[Any, Any], Tensor]
 
 
 class Called(nn.Module):
-    """A module that is called in another way than by its inputs alone."""
+    """A module that is called by a function of the user, ``forward(module, X)``."""
 
     def __init__(self, module: nn.Module, way: Forward) -> None:
         super().__init__()
@@ -35,14 +35,14 @@ class Called(nn.Module):
 
 
 def as_function(module: nn.Module, forward: Forward | None) -> ModelFn:
-    """Return a module as a function of parameters, by their names, and a batch."""
+    """Return a module as a function of named parameters and a batch."""
     if forward is None:
         return lambda params, X: functional_call(module, params, (X,))
     called = Called(module, forward)
 
     def model_fn(params: PyTree, X: PyTree) -> Tensor:
-        inside = {f"module.{name}": p for name, p in params.items()}
-        outputs: Tensor = functional_call(called, inside, (X,))
+        prefixed = {f"module.{name}": p for name, p in params.items()}
+        outputs: Tensor = functional_call(called, prefixed, (X,))
         return outputs
 
     return model_fn
@@ -59,87 +59,100 @@ COMPARED_BY_VALUE = (
     torch.Size,
     TreeSpec,
 )
-"""What is compared by value; everything else a module holds is compared by identity."""
+"""Types compared by value; everything else in a module is compared by identity."""
 
 
-class Known(NamedTuple):
-    """A function with its layers found, and what it holds for."""
+class TracedModule(NamedTuple):
+    """A module as a function with known layers, and what the module was when it was traced."""
 
     model_fn: ModelFn
-    likeness: list[object]
-    frozen: list[Tensor]  # copies: what is written through .data leaves no other trace
+    fingerprint: list[object]
+    untrained: list[Tensor]  # copies: writing through .data leaves no other trace
 
 
-def known(
-    before: Known | None, model_fn: ModelFn, module: nn.Module, params: PyTree, X: PyTree
-) -> Known:
-    """Return the function with its layers found: what was found before, where that still holds.
+def traced_module(
+    before: TracedModule | None, model_fn: ModelFn, module: nn.Module, params: PyTree, X: PyTree
+) -> TracedModule:
+    """Return a module as a function with known layers: the one before, while it is still right.
 
-    It does not where samples have another shape, or where the module is no longer what it was: has
-    other buffers, frozen parameters, parts, attributes, hooks or modes. A module that cannot be
-    traced is its own function.
+    It is not where samples have another shape, or where the module has changed: other buffers,
+    untrained parameters, submodules, attributes, hooks or modes. For a module that cannot be traced
+    the function is ``model_fn``, without layers.
     """
+    # The trace before holds as long as nothing has changed but the trained parameters.
     trained = {id(p) for p in params.values()}
     tensors = (*module.parameters(), *module.buffers())
-    frozen = [tensor for tensor in tensors if id(tensor) not in trained]
+    untrained = [tensor for tensor in tensors if id(tensor) not in trained]
     if (
         before is not None
-        and _all(equal, before.frozen, frozen)
-        and _all(_same, before.likeness, list(_likeness(module, trained, params, X)))
+        and _all_alike(equal, before.untrained, untrained)
+        and _all_alike(_is_same, before.fingerprint, list(_fingerprint(module, trained, params, X)))
     ):
         return before
+    # Trace the module, or call it as it is where that fails.
     try:
-        found: ModelFn = prepare(model_fn, params, X)
+        traced: ModelFn = prepare(model_fn, params, X)
     except Untraceable as reason:
         logger.info("the layers of the module are not found: %s", reason)
-        found = model_fn
-    # Looked at after its calls, which it may count, or keep something of.
-    likeness = list(_likeness(module, trained, params, X))
-    return Known(found, likeness, [tensor.detach().clone() for tensor in frozen])
+        traced = model_fn
+    # The fingerprint is taken after the calls of the trace: the module may count them, or store
+    # something.
+    fingerprint = list(_fingerprint(module, trained, params, X))
+    return TracedModule(traced, fingerprint, [tensor.detach().clone() for tensor in untrained])
 
 
-def _likeness(module: nn.Module, trained: set[int], params: PyTree, X: PyTree) -> Iterator[object]:
-    """Yield what a trace depends on, besides the values of buffers and frozen parameters."""
+def _fingerprint(
+    module: nn.Module, trained: set[int], params: PyTree, X: PyTree
+) -> Iterator[object]:
+    """Yield all that a trace depends on, except the values of the module's tensors."""
+    # One sample of the batch: structure, shapes, dtypes and devices.
     leaves, structure = tree_flatten(X)
     yield structure
     for leaf in leaves:
         yield from (leaf.shape[1:], leaf.dtype, leaf.device)
+    # The trained parameters, without their values.
     for name, p in params.items():
         yield from (name, p.shape, p.dtype, p.device)
+    # Whether torch rounds on purpose.
     device = leaves[0].device.type
     yield from (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-    for part in module.modules():
-        for name, value in vars(part).items():
+    # The attributes of all submodules.
+    for submodule in module.modules():
+        for name, value in vars(submodule).items():
             if name.startswith("_flat_weight"):  # a recurrent layer's parameters once more
                 continue
             yield name
-            # Names alone of what is compared by value, or is passed.
+            # Of parameters and buffers the names alone: their values are passed to the trace, or
+            # compared by `traced_module`.
             of_tensors = name in {"_parameters", "_buffers"}
-            yield from _parts([*value] if of_tensors else value, trained)
+            yield from _comparable_parts([*value] if of_tensors else value, trained)
 
 
-def _parts(value: object, trained: set[int]) -> Iterator[object]:
-    """Yield what an attribute consists of."""
+def _comparable_parts(value: object, trained: set[int]) -> Iterator[object]:
+    """Yield the objects in an attribute, with the containers taken apart."""
     if isinstance(value, (list, tuple)):
         yield len(value)
-        for each in value:
-            yield from _parts(each, trained)
+        for item in value:
+            yield from _comparable_parts(item, trained)
     elif isinstance(value, dict):
         yield from value
-        yield from _parts(list(value.values()), trained)
+        yield from _comparable_parts(list(value.values()), trained)
     else:
         yield value
+        # A tensor that is written to in place stays the same object, but counts the writes.
         if isinstance(value, Tensor) and id(value) not in trained:
             yield writes(value)
 
 
-def _all(
-    alike: Callable[[Any, Any], bool], some: Sequence[object], others: Sequence[object]
+def _all_alike(
+    alike: Callable[[Any, Any], bool], before: Sequence[object], now: Sequence[object]
 ) -> bool:
-    return len(some) == len(others) and all(map(alike, some, others))
+    """Return whether two sequences are equally long, and alike item by item."""
+    return len(before) == len(now) and all(map(alike, before, now))
 
 
-def _same(one: object, other: object) -> bool:
-    return one is other or (
-        type(one) is type(other) and isinstance(one, COMPARED_BY_VALUE) and one == other
+def _is_same(before: object, now: object) -> bool:
+    """Return whether two objects are one, or equal where values are compared."""
+    return before is now or (
+        type(before) is type(now) and isinstance(before, COMPARED_BY_VALUE) and before == now
     )

@@ -12,17 +12,16 @@ from torch.optim import Optimizer
 
 from ddnewton.criteria import AnyCriterion, MonteCarlo
 from ddnewton.errors import BadType, BadValue, sentence
-from ddnewton.inputs.checks import check_batch, check_damping, check_nonnegative, check_select
-from ddnewton.inputs.groups import Group
+from ddnewton.inputs.checks import check_batch, check_nonnegative
 from ddnewton.optim.adaptation import Adaptation, as_adaptation, levenberg_marquardt
+from ddnewton.optim.closures import batch_of_step
 from ddnewton.optim.functional import FunctionalOptimizer, directional_newton
-from ddnewton.optim.modules import Forward, Known, as_function, known
+from ddnewton.optim.modules import Forward, TracedModule, as_function, traced_module
+from ddnewton.optim.parameter_groups import as_blocks, group_rates, without_options
 from ddnewton.optim.settings import Complement
-from ddnewton.optim.state import State, UpdateInfo
+from ddnewton.optim.state import UpdateInfo
+from ddnewton.optim.stored_state import from_stored, to_stored
 from ddnewton.types import DampingRule, GramWay, ModelFn, PyTree, Select
-
-GROUP_OPTIONS = ("select", "damping")
-"""What a group has of its own; functions among it are not part of the state."""
 
 
 class DirectionalNewton(Optimizer):
@@ -39,8 +38,8 @@ class DirectionalNewton(Optimizer):
     returns the batch, ``(X, y)``. Parameter groups are blocks of the Gauss-Newton matrix, with
     ``"lr"``, ``"damping"`` and ``"select"`` of their own. Buffers, and parameters that are in no
     group or require no gradient, are used as they are at every step; layers that mix samples have
-    to be in eval mode. The layers are found once, and again when shapes of samples change, or
-    anything that the module holds besides what is trained.
+    to be in eval mode. The layers of the module are found in the first step, and again when the
+    shape of a sample changes, or anything in the module other than the trained parameters.
 
     Parameters
     ----------
@@ -52,14 +51,15 @@ class DirectionalNewton(Optimizer):
         Parameters of the module, or groups of them as in `torch.optim`; None is one group of all
         that require gradients.
     lr
-        Learning rate, for schedulers to change. None is 1, times what goes with the damping.
+        Learning rate, for schedulers to change. None is 1, times the learning rate of the damping,
+        such as the falling one of `ddnewton.held_out`.
     forward
-        ``forward(module, X) -> outputs``, where that is not ``module(X)``.
+        ``forward(module, X) -> outputs``, where the outputs are not ``module(X)``.
 
     Attributes
     ----------
     info
-        What the last step did, a `ddnewton.UpdateInfo`; None before the first.
+        The `ddnewton.UpdateInfo` of the last step; None before the first.
 
     Raises
     ------
@@ -97,16 +97,19 @@ class DirectionalNewton(Optimizer):
         gram: GramWay = "auto",
         chunk_size: int | None = None,
     ) -> None:
+        # Check the arguments that only this class has.
         if not isinstance(module, nn.Module):
             rule, remedy = "DirectionalNewton: module must be an nn.Module", "Pass the net itself."
             raise BadType(sentence(rule, type(module).__name__, remedy))
         if lr is not None:
             check_nonnegative("DirectionalNewton: lr", lr)
+        # Keep the options: the functional optimizer is made anew in every step, for the groups that
+        # there are then.
         adaptation = as_adaptation(levenberg_marquardt() if damping is None else damping)
         self._module = module
         self._forward = forward
         self._criterion = criterion
-        self._base = adaptation.learning_rate if lr is None else 1.0
+        self._base_rate = adaptation.learning_rate if lr is None else 1.0
         self._options: dict[str, Any] = {
             "damping": adaptation,
             "momentum": adaptation.momentum if momentum is None else momentum,
@@ -117,34 +120,25 @@ class DirectionalNewton(Optimizer):
             "gram": gram,
             "chunk_size": chunk_size,
         }
-        self._rules: list[dict[str, Any]] = []
-        self._known: Known | None = None
+        self._group_options: list[dict[str, Any]] = []
+        self._traced: TracedModule | None = None
         self.info = None
+        # Make the groups, and check the other options, by making an optimizer of them.
         if params is None:
             params = [p for p in module.parameters() if p.requires_grad]
         super().__init__(params, {"lr": 1.0 if lr is None else float(lr)})
-        self._optimizer(as_function(module, forward))  # raises where an option breaks a rule
+        self._optimizer(as_function(module, forward))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the module, as a block of the Gauss-Newton matrix."""
-        group = dict(param_group)
-        unknown = set(group) - {"params", "lr", "initial_lr", *GROUP_OPTIONS}
-        if unknown:
-            rule = "DirectionalNewton: a group has params, lr, damping and select of its own"
-            raise BadValue(sentence(rule, ", ".join(sorted(unknown)), "Pass it for all groups."))
-        rules = {key: group.pop(key, None) for key in GROUP_OPTIONS}
-        if rules["damping"] is not None:
-            check_damping("damping", rules["damping"])
-        check_select("select", rules["select"])
-        if "lr" in group:
-            check_nonnegative("DirectionalNewton: lr of a group", group["lr"])
+        group, options = without_options(param_group)
         super().add_param_group(group)
-        names = {id(p) for p in self._module.parameters()}
-        if any(id(p) not in names for p in self.param_groups[-1]["params"]):
+        of_module = {id(p) for p in self._module.parameters()}
+        if any(id(p) not in of_module for p in self.param_groups[-1]["params"]):
             self.param_groups.pop()
             rule = "DirectionalNewton: params must be parameters of the module"
             raise BadValue(sentence(rule, "others", "Pass some of module.parameters()."))
-        self._rules.append(rules)
+        self._group_options.append(options)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -159,50 +153,61 @@ class DirectionalNewton(Optimizer):
         Parameters
         ----------
         X, y
-            Inputs and targets; or one function that returns both, as ``closure``.
+            Inputs and targets; or one function in place of X that returns both, as ``closure``.
         closure
-            Function that returns the batch, ``(X, y)``; where X is given as well, it is called
-            before the step, and what it returns is not used.
+            Function that returns the batch, ``(X, y)``. Where X is given as well, it is called
+            before the step, and its result is not used.
         """
-        X, y = _batch(X, y, closure)
-        params = self._params()
+        # Read the batch, and the parameters as they are now.
+        X, y = batch_of_step(X, y, closure)
+        params = self._trained()
+        # Find the layers of the module, unless they are those of the last step.
         model_fn = as_function(self._module, self._forward)
         if self._options["gram"] != "dense":
             check_batch(X=X)
-            self._known = known(self._known, model_fn, self._module, params, X)
-            model_fn = self._known.model_fn
+            self._traced = traced_module(self._traced, model_fn, self._module, params, X)
+            model_fn = self._traced.model_fn
+        # Make the step as a pure function of parameters and state.
         optimizer = self._optimizer(model_fn)
-        state = self._state(optimizer.init(params))
-        with self._drawing():
-            moved, state, info = optimizer.update(params, state, X, y)
+        first = self._grouped()[0]
+        state = from_stored(self.state, optimizer.init(params), params, first)
+        with self._restoring_draws():
+            updated, state, info = optimizer.update(params, state, X, y)
+        # Write the parameters in place, and store the state.
         for name, p in params.items():
-            p.copy_(moved[name])
-        self._keep(state)
+            p.copy_(updated[name])
+        # Its dicts are new ones: what state_dict returned before stays what it was.
+        self.state.clear()
+        self.state.update(to_stored(state, params, first))
         self.info = info
         return info.loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, with that of the random numbers of `ddnewton.monte_carlo`."""
-        found = super().state_dict()
+        """Return the state, including that of the random numbers of `ddnewton.monte_carlo`."""
+        state = super().state_dict()
         if isinstance(self._criterion, MonteCarlo):
-            found["generator"] = self._criterion.generator.get_state()
-        return found
+            state["generator"] = self._criterion.generator.get_state()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state as if nothing had come between."""
+        """Load a state, to go on from where it was saved."""
         super().load_state_dict(state_dict)
         if isinstance(self._criterion, MonteCarlo) and "generator" in state_dict:
             self._criterion.generator.set_state(state_dict["generator"].cpu())
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied or pickled: all but hooks, as in torch, and what can be found."""
-        own = ("_module", "_forward", "_criterion", "_base", "_options", "_rules", "info")
-        found: dict[str, Any] = super().__getstate__()
-        return found | {name: getattr(self, name) for name in own} | {"_known": None}
+        """Return the attributes to copy or pickle: no hooks, as in torch, and no traced layers.
+
+        The layers are found again in the next step.
+        """
+        names = ("_module", "_forward", "_criterion", "_base_rate", "_options", "_group_options")
+        attributes: dict[str, Any] = super().__getstate__()
+        attributes |= {name: getattr(self, name) for name in (*names, "info")}
+        return attributes | {"_traced": None}
 
     @contextmanager
-    def _drawing(self) -> Iterator[None]:
-        """Take back the random numbers that were drawn for a step which is refused."""
+    def _restoring_draws(self) -> Iterator[None]:
+        """Restore the state of the random numbers if a step inside is refused."""
         generator = self._criterion.generator if isinstance(self._criterion, MonteCarlo) else None
         before = None if generator is None else generator.get_state()
         try:
@@ -212,91 +217,34 @@ class DirectionalNewton(Optimizer):
                 generator.set_state(before)
             raise
 
-    def _all_params(self) -> list[Tensor]:
-        """Return the parameters of all groups, in their order."""
+    def _grouped(self) -> list[Tensor]:
+        """Return the parameters of all groups, in the order of the groups."""
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _params(self) -> dict[str, Tensor]:
-        """Return those that require gradients, by their names, in the module's order."""
-        mine = {id(p) for p in self._all_params()}
+    def _trained(self) -> dict[str, Tensor]:
+        """Return the parameters in groups that require gradients, in the module's order."""
+        grouped = {id(p) for p in self._grouped()}
         named = dict(self._module.named_parameters())
-        if not mine <= {id(p) for p in named.values()}:
+        if not grouped <= {id(p) for p in named.values()}:
             rule = "step: the parameters of all groups must still be those of the module"
             remedy = "Load with assign=False, or make the optimizer after changing the module."
             raise BadValue(sentence(rule, "others in their place", remedy))
-        return {name: p for name, p in named.items() if id(p) in mine and p.requires_grad}
+        return {name: p for name, p in named.items() if id(p) in grouped and p.requires_grad}
 
     def _optimizer(self, model_fn: ModelFn) -> FunctionalOptimizer:
-        """Return the optimizer as functions, as the groups are now."""
-        groups = None
-        if len(self.param_groups) > 1 or any(rule is not None for rule in self._rules[0].values()):
-            names = {id(p): name for name, p in self._params().items()}
-            groups = [
-                Group([names[id(p)] for p in group["params"] if id(p) in names], **rules)
-                for group, rules in zip(self.param_groups, self._rules, strict=True)
-            ]
-            groups = [group for group in groups if group.params]
+        """Return the optimizer as pure functions, with the groups as they are now."""
         return directional_newton(
             model_fn,
             self._criterion,
-            learning_rate="exact" if self._base == "exact" else self._rate,
-            groups=groups,
+            learning_rate="exact" if self._base_rate == "exact" else self._rate,
+            groups=as_blocks(self.param_groups, self._group_options, self._trained()),
             **self._options,
         )
 
     def _rate(self, updates: Tensor) -> float | Tensor:
-        """Return the learning rate, or one for every parameter where groups have their own."""
-        base = self._base(updates) if callable(self._base) else self._base
-        rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
-        if len(set(rates.values())) == 1:
-            rate: float | Tensor = base * next(iter(rates.values()))
-            return rate
-        each = [
-            torch.full((p.numel(),), float(rates[id(p)]), dtype=torch.float64)
-            for p in self._params().values()
-        ]
-        return torch.as_tensor(base * torch.cat(each).to(updates.device))
-
-    def _state(self, first: State) -> State:
-        """Return the state of the optimizer as functions."""
-        kept = self.state.get(self._all_params()[0], {})
-        if not kept:
-            return first
-        return State(
-            updates=first.updates + kept["step"],
-            control=torch.full_like(first.control, kept["control"]),
-            damping=torch.full_like(first.damping, kept["damping"]),
-            previous=first.previous
-            and {
-                name: self.state.get(p, {}).get("previous", first.previous[name])
-                for name, p in self._params().items()
-            },
+        """Return the learning rate: that of the damping, times those of the groups."""
+        base = self._base_rate(updates) if callable(self._base_rate) else self._base_rate
+        rate: float | Tensor = base * group_rates(
+            self.param_groups, self._trained().values(), updates.device
         )
-
-    def _keep(self, state: State) -> None:
-        """Keep a state: plain numbers, which loading leaves as they are, and the step before."""
-        params = self._params() if state.previous else {}
-        kept = {p: {"previous": state.previous[name]} for name, p in params.items()}
-        first = self._all_params()[0]
-        numbers = {"control": state.control.item(), "damping": state.damping.item()}
-        kept[first] = kept.get(first, {}) | {"step": int(state.updates), **numbers}
-        self.state.clear()  # and written to no more: what state_dict returned stays what it was
-        self.state.update(kept)
-
-
-def _batch(X: PyTree, y: PyTree, closure: Callable[[], Any] | None) -> tuple[PyTree, PyTree]:
-    """Return the batch, given as such or by a function."""
-    if callable(X) and y is None and closure is None:
-        X, closure = None, X
-    if closure is not None:
-        given = closure()
-        if X is None:
-            if not (isinstance(given, (tuple, list)) and len(given) == 2):
-                rule = "step: closure must return the batch, (X, y)"
-                remedy = "There is no backward: pass X and y, or a function that returns them."
-                raise BadType(sentence(rule, type(given).__name__, remedy))
-            X, y = given
-    if X is None or y is None:
-        rule, remedy = "step: a step needs a batch", "Pass step(X, y), or a closure returning both."
-        raise BadType(sentence(rule, "none" if X is None else "X without y", remedy))
-    return X, y
+        return rate

@@ -1,8 +1,9 @@
-"""The damping that makes a step as long as it may be."""
+"""The least damping whose step is no longer than a trust radius."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,75 +13,98 @@ from ddnewton.optim.adaptation import RADIUS_SLACK
 from ddnewton.transforms import any_known
 
 BRACKET_TRIALS, BRACKET_FACTOR = 16, 16.0
-"""How many dampings are tried for a bracket, and within it; and how far apart the former are."""
+"""How many dampings are tried for a bracket, and as many within it; the factor between the first."""
+
+
+class Point(NamedTuple):
+    """A damping δ that was tried, and 1/‖s(δ)‖ of its step."""
+
+    damping: Float[Tensor, ""]
+    inverse_length: Float[Tensor, ""]
 
 
 def least_damping(
     length: Callable[[Float[Tensor, ""]], Float[Tensor, ""]],
     guess: Float[Tensor, ""],
     least: Float[Tensor, ""],
-    enough: Float[Tensor, ""],
+    sufficient: Float[Tensor, ""],
     radius: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
     """Return the least damping, from ``least`` upwards, with a step no longer than the radius.
 
-    The step is then the radius long, to a tenth, or ``least`` will do. About ``enough`` is enough.
-    The reciprocal of a step's length is nearly linear in the damping, so the root is looked for
-    along chords (Moré, Sorensen, "Computing a trust region step", 1983), between dampings of which
-    one makes a longer step.
+    Its step is at most a tenth shorter than the radius, unless the step of ``least`` is short
+    enough. The search starts at ``guess``; ``sufficient`` is a damping that about shortens a step
+    enough. The reciprocal of a step's length is nearly linear in the damping, so the root of
+    1/‖s(δ)‖ = 1/radius is looked for along chords (Moré, Sorensen, "Computing a trust region step",
+    1983), between two dampings of which the smaller makes too long a step.
     """
 
-    def inverse(delta: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        return 1 / length(delta).nan_to_num(nan=torch.inf)
+    def point(delta: Float[Tensor, ""]) -> Point:
+        return Point(delta, 1 / length(delta).nan_to_num(nan=torch.inf))
 
+    # Find two dampings with the root between them.
     goal = 1 / radius
-    low = high = guess
-    at_low = at_high = inverse(guess)
+    low, high = _bracket(point, guess, least, sufficient, goal)
+    short_enough = low.inverse_length >= goal  # the step of ``least``: there is no root above it
     for _ in range(BRACKET_TRIALS):
-        up, down = at_high < goal, (at_low >= goal) & (low > least)
-        if not any_known(up | down):
-            break
-        further = torch.where(high > 0, BRACKET_FACTOR * high, enough)
-        new = torch.where(up, further, torch.maximum(low / BRACKET_FACTOR, least))
-        at_new = inverse(new)
-        bracket = ((low, at_low), (high, at_high), (new, at_new))
-        (low, at_low), (high, at_high) = _moved(bracket, up, down)
-    free = at_low >= goal
-    for _ in range(BRACKET_TRIALS):
-        active = ~free & (at_high * RADIUS_SLACK > goal)
+        # End where the step of the larger damping is as long as the radius, to a tenth.
+        active = ~short_enough & (high.inverse_length * RADIUS_SLACK > goal)
         if not any_known(active):
             break
-        chord = low + (goal / RADIUS_SLACK**0.5 - at_low) / (at_high - at_low) * (high - low)
-        new = torch.where((chord > low) & (chord < high), chord, (low + high) / 2)
-        at_new = inverse(new)
-        bracket = ((low, at_low), (high, at_high), (new, at_new))
-        (low, at_low), (high, at_high) = _narrowed(bracket, active, at_new >= goal)
-    return torch.where(free, low, high)
+        # Aim along the chord at a step in the middle of that tenth; bisect where it leads outside.
+        width, rise = high.damping - low.damping, high.inverse_length - low.inverse_length
+        missing = goal / RADIUS_SLACK**0.5 - low.inverse_length
+        chord = low.damping + missing / rise * width
+        inside = (chord > low.damping) & (chord < high.damping)
+        new = point(torch.where(inside, chord, (low.damping + high.damping) / 2))
+        # The new damping replaces the end that lies on its side of the root.
+        low, high = _narrowed((low, high, new), active, new.inverse_length >= goal)
+    return torch.where(short_enough, low.damping, high.damping)
 
 
-Point = tuple[Tensor, Tensor]
+def _bracket(
+    point: Callable[[Float[Tensor, ""]], Point],
+    guess: Float[Tensor, ""],
+    least: Float[Tensor, ""],
+    sufficient: Float[Tensor, ""],
+    goal: Float[Tensor, ""],
+) -> tuple[Point, Point]:
+    """Return two dampings, one with too long a step, or ``least``, and one with a short enough."""
+    low = high = point(guess)
+    for _ in range(BRACKET_TRIALS):
+        up = high.inverse_length < goal
+        down = (low.inverse_length >= goal) & (low.damping > least)
+        if not any_known(up | down):
+            break
+        larger = torch.where(high.damping > 0, BRACKET_FACTOR * high.damping, sufficient)
+        smaller = torch.maximum(low.damping / BRACKET_FACTOR, least)
+        low, high = _extended((low, high, point(torch.where(up, larger, smaller))), up, down)
+    return low, high
 
 
-def _moved(
+def _extended(
     bracket: tuple[Point, Point, Point], up: Bool[Tensor, ""], down: Bool[Tensor, ""]
 ) -> tuple[Point, Point]:
     """Return the ends of a bracket that a new point extends upwards, downwards or not at all."""
 
-    def chosen(if_up: Point, if_down: Point, if_not: Point) -> Point:
-        pairs = zip(if_up, if_down, if_not, strict=True)
-        x, y = (torch.where(up, a, torch.where(down, b, c)) for a, b, c in pairs)
-        return x, y
+    def where(if_up: Point, if_down: Point, if_neither: Point) -> Point:
+        pairs = zip(if_up, if_down, if_neither, strict=True)
+        return Point(*(torch.where(up, a, torch.where(down, b, c)) for a, b, c in pairs))
 
     low, high, new = bracket
-    return chosen(high, new, low), chosen(new, low, high)
+    return where(high, new, low), where(new, low, high)
 
 
 def _narrowed(
     bracket: tuple[Point, Point, Point], active: Bool[Tensor, ""], short: Bool[Tensor, ""]
 ) -> tuple[Point, Point]:
-    """Return the ends of a bracket with one of them, where it is active, at a point inside."""
+    """Return the ends of a bracket, one of them moved inside, where the search is active.
+
+    That is the upper end where the step of the new point is short enough, and else the lower one.
+    """
     low, high, new = bracket
     raised, lowered = active & ~short, active & short
-    x, at_x = (torch.where(raised, a, b) for a, b in zip(new, low, strict=True))
-    y, at_y = (torch.where(lowered, a, b) for a, b in zip(new, high, strict=True))
-    return (x, at_x), (y, at_y)
+    return (
+        Point(*(torch.where(raised, a, b) for a, b in zip(new, low, strict=True))),
+        Point(*(torch.where(lowered, a, b) for a, b in zip(new, high, strict=True))),
+    )

@@ -1,4 +1,4 @@
-"""Figures of what steps found, and of training with them; each function draws on given Axes.
+"""Figures of one step, and of training with many; each function draws on given Axes.
 
 Directions are numbered from the leading one, k = 1. They have unit length, so a slope is a loss
 per length in parameter space, and a curvature a loss per length squared.

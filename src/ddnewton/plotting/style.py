@@ -24,7 +24,7 @@ POINT_MARKS: dict[str, Any] = {
     "markersize": 3,
     "markevery": None,
 }
-"""For what jumps from one to the next."""
+"""Points in place of a line, for values that jump from one to the next."""
 
 
 @contextmanager
@@ -68,25 +68,27 @@ def panels(rows: int, columns: int) -> Iterator[tuple[Figure, list[Axes]]]:
         yield figure, axes
 
 
-def curve(
+def curve_with_gaps(
     ax: Axes, x: Shaped[Tensor, " x"], y: Shaped[Tensor, " x"], color: str = COLORS[0], **look: Any
 ) -> None:
-    """Draw what is finite, gaps for the rest, and a point where both neighbours are missing."""
-    known = y.isfinite()
-    if known.any():
-        beside = torch.nn.functional.pad(known, (1, 1))
-        alone = known & ~beside[:-2] & ~beside[2:]
-        if alone.any():
-            look = {"marker": ".", "markersize": 4, "markevery": alone.tolist()} | look
-        ax.plot(x, y.where(known, torch.nan), color=color, **look)
+    """Draw a line with gaps where y is not finite; a value between two gaps is a point."""
+    finite = y.isfinite()
+    if finite.any():
+        padded = torch.nn.functional.pad(finite, (1, 1))
+        isolated = finite & ~padded[:-2] & ~padded[2:]
+        if isolated.any():
+            look = {"marker": ".", "markersize": 4, "markevery": isolated.tolist()} | look
+        ax.plot(x, y.where(finite, torch.nan), color=color, **look)
 
 
-def rug(ax: Axes, x: Shaped[Tensor, " x"], chosen: Bool[Tensor, " x"], label: str) -> None:
-    """Mark some places along the lower edge, and say how many."""
-    count = int(chosen.sum())
+def marks_along_edge(
+    ax: Axes, x: Shaped[Tensor, " x"], marked: Bool[Tensor, " x"], label: str
+) -> None:
+    """Mark places along the lower edge, and say in the legend how many there are."""
+    count = int(marked.sum())
     if count:
         ax.plot(
-            x[chosen],
+            x[marked],
             torch.full((count,), 0.02),
             "|",
             transform=ax.get_xaxis_transform(),
@@ -96,8 +98,8 @@ def rug(ax: Axes, x: Shaped[Tensor, " x"], chosen: Bool[Tensor, " x"], label: st
         )
 
 
-def finish(ax: Axes, empty: str, **legend: Any) -> None:
-    """Add the legend, if something has a label; say why the panel is empty, if it is."""
+def finish_panel(ax: Axes, empty: str, **legend: Any) -> None:
+    """Add a legend if something has a label, or the text ``empty`` if nothing is drawn."""
     if ax.get_legend_handles_labels()[0]:
         ax.legend(**legend)
     if not ax.has_data():

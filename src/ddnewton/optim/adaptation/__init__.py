@@ -1,4 +1,4 @@
-"""How damping follows what steps do."""
+"""Adaptations: how the damping of the next step follows from the outcome of the last one."""
 
 from ddnewton.optim.adaptation.adaptation import (
     Adaptation,

@@ -1,8 +1,9 @@
-"""How damping follows what steps do: the part of δ that all directions share.
+"""The record of an adaptation: how the damping δ that all directions share follows the steps.
 
-An `Adaptation` is a record of functions. In every update its control, δ itself or what δ follows
-from, leads to a trial step, and ``judge`` says whether to take that and which control comes next:
-for the next batch, or, where the step is not taken, for the next trial on the same one.
+An `Adaptation` is a record of functions. It keeps one number, the control: δ itself, or a number
+that δ is calculated from. In every update the control leads to a trial step, and ``judge`` says
+whether to take that step, and which control comes next: for the next batch, or, where the step is
+not taken, for the next trial on the same batch.
 """
 
 from __future__ import annotations
@@ -16,30 +17,30 @@ from torch import Tensor
 from ddnewton.types import DampingRule
 
 LearningRate: TypeAlias = float | Callable[[Tensor], float | Tensor] | Literal["exact"]
-"""A number, a function of the number of updates so far, or the minimum of the quadratic model."""
+"""A number, a function of the number of updates so far, or the best one for the quadratic model."""
 
 
 class Curvature(NamedTuple):
     """How large the eigenvalues of the Gauss-Newton matrix of a batch are."""
 
     trace: Float[Tensor, ""]
-    mean: Float[Tensor, ""]  # of as many as can be positive
+    mean: Float[Tensor, ""]  # the trace over how many eigenvalues can be positive
 
 
 class Outcome(NamedTuple):
-    """What a trial step did to the loss of the samples it was made of."""
+    """The loss before and after a trial step, on the samples that the step was made of."""
 
     before: Float[Tensor, ""]
     after: Float[Tensor, ""]
-    predicted: Float[Tensor, ""]  # decrease
+    predicted: Float[Tensor, ""]  # decrease, of the quadratic model
     ratio: Float[Tensor, ""]  # actual decrease / predicted
     length: Float[Tensor, ""]  # of the step
-    attempts: Int[Tensor, ""]  # trials before this one
+    attempts: Int[Tensor, ""]  # trials on this batch before this one
     curvature: Curvature
 
 
 class Choice(NamedTuple):
-    """How often a control is chosen from a grid, and on which share of the batch."""
+    """A search for the control on held-out samples: how often, on which share, over which grid."""
 
     every: int
     fraction: float
@@ -47,11 +48,14 @@ class Choice(NamedTuple):
 
 
 class Adaptation(NamedTuple):
-    """How the damping of all directions follows what steps do.
+    """How the damping of all directions follows the outcomes of steps.
 
-    ``rule`` is what directions are damped by besides. ``start`` gives the first control, and
-    ``damping`` the δ of a control; where it is a length, the longest step that is trusted, both are
-    dampings from which that follows.
+    ``rule`` is a damping that is added to δ, a number or a rule of `ddnewton.damping`. ``start``
+    returns the first control, ``damping`` the δ of a control, and ``judge`` whether to take a step
+    and the next control. With ``by_length`` the control is the radius of a trust region, the
+    longest step that is allowed: ``start`` then returns a δ, whose step is as long as the first
+    radius, and ``damping`` the least δ to try. ``choice`` is None, or a search for the control on
+    held-out samples. ``learning_rate`` and ``momentum`` are used where the user passes none.
     """
 
     rule: float | Tensor | DampingRule

@@ -1,4 +1,4 @@
-"""Damping for losses without noise: by how much of what a step promises comes true."""
+"""Damping for losses without noise, by the ratio of the actual to the predicted decrease."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from torch import Tensor
 from ddnewton.errors import public
 from ddnewton.inputs.checks import check_positive
 from ddnewton.optim.adaptation.adaptation import Adaptation, Curvature, Outcome
-from ddnewton.optim.adaptation.fixed import SMALLEST_DAMPING, bounded, fixed_damping
+from ddnewton.optim.adaptation.fixed import SMALLEST_DAMPING, fixed_damping, within_damping_bounds
 from ddnewton.types import DampingRule
 
 GOOD_RATIO, POOR_RATIO, LEAST_RATIO = 0.75, 0.25, 1e-4
-"""Ratios of the actual to the predicted decrease: trust more above, less below, do not step."""
+"""Ratios of the actual to the predicted decrease: above the first trust more, below the second
+less, and below the last do not take the step."""
 
 RADIUS_SLACK = 0.9
-"""How much shorter than the radius a step may be that is as long as it can be."""
+"""A step of this share of the radius counts as being as long as the radius."""
 
 
 @public
 def levenberg_marquardt(
     start: float = 1e-3, *, rule: float | Tensor | DampingRule = 0.0
 ) -> Adaptation:
-    r"""Return damping for losses without noise, that sees to it that they never rise.
+    r"""Return damping for losses without noise, which never rise.
 
     A step is taken where the loss falls. With ρ for the actual over the predicted decrease, the
     next δ is then
@@ -33,9 +34,9 @@ def levenberg_marquardt(
     .. math:: \delta \max(\tfrac13, 1 - (2 \rho - 1)^3),
 
     less where the quadratic model holds, more where it does not. A step that is not taken doubles
-    δ, the next one on the same batch takes it fourfold, then eightfold, with nothing decomposed
-    anew where eigenpairs are at hand. The first δ is ``start`` times the trace of the Gauss-Newton
-    matrix, which is of the size of its largest eigenvalue.
+    δ; if the next one on the same batch is not taken either, δ is multiplied by 4, then by 8.
+    Where the eigenpairs are known, all trials on a batch share them. The first δ is ``start`` times
+    the trace of the Gauss-Newton matrix, which is of the size of its largest eigenvalue.
 
     Source: Marquardt, "An algorithm for least-squares estimation of nonlinear parameters", SIAM
     J. Appl. Math. 11, 1963; the rule is Nielsen's: Madsen, Nielsen, Tingleff, *Methods for
@@ -49,23 +50,23 @@ def levenberg_marquardt(
     check_positive("start", start)
 
     def judge(delta: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
-        taken = _falls(outcome)
-        less = (1 - (2 * outcome.ratio - 1) ** 3).clamp(min=1 / 3)
-        following = delta * torch.where(taken, less, 2.0 ** (outcome.attempts + 1))
-        return taken, bounded(following, outcome)
+        taken = _loss_falls(outcome)
+        by_ratio = (1 - (2 * outcome.ratio - 1) ** 3).clamp(min=1 / 3)
+        next_delta = delta * torch.where(taken, by_ratio, 2.0 ** (outcome.attempts + 1))
+        return taken, within_damping_bounds(next_delta, outcome)
 
-    return fixed_damping("rule", rule)._replace(start=_share(start), judge=judge)
+    return fixed_damping("rule", rule)._replace(start=_multiple_of_trace(start), judge=judge)
 
 
 @public
 def trust_region(start: float = 1e-3, *, rule: float | Tensor | DampingRule = 0.0) -> Adaptation:
-    """Return damping for losses without noise, by the longest step that is trusted.
+    """Return damping for losses without noise, by a radius that no step may exceed.
 
     δ is the smallest for which the step is no longer than the radius, to a tenth. The radius
-    becomes a quarter of the step where the loss fell by less than ¼ of what the quadratic model
-    predicts, and doubles where it fell by more than ¾ and the step was as long as it could be. The
-    first radius is the length of the step whose δ is ``start`` times the trace of the Gauss-Newton
-    matrix.
+    becomes a quarter of the step's length where the loss fell by less than ¼ of the decrease that
+    the quadratic model predicts. It doubles where the loss fell by more than ¾ of that, and the
+    step was as long as the radius. The first radius is the length of the step whose δ is ``start``
+    times the trace of the Gauss-Newton matrix.
 
     Source: Moré, "The Levenberg-Marquardt algorithm: implementation and theory", 1978; Nocedal,
     Wright, *Numerical Optimization*, algorithm 4.1.
@@ -78,26 +79,26 @@ def trust_region(start: float = 1e-3, *, rule: float | Tensor | DampingRule = 0.
     check_positive("start", start)
 
     def judge(radius: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
-        taken = _falls(outcome)
+        taken = _loss_falls(outcome)
         poor = ~taken | ~(outcome.ratio >= POOR_RATIO)
-        long = outcome.length >= radius * RADIUS_SLACK
-        following = torch.where((outcome.ratio > GOOD_RATIO) & long, 2 * radius, radius)
-        following = torch.where(poor, torch.fmin(outcome.length, radius) / 4, following)
-        return taken, torch.where(outcome.length > 0, following, torch.nan)  # to start anew
+        at_radius = outcome.length >= radius * RADIUS_SLACK
+        next_radius = torch.where((outcome.ratio > GOOD_RATIO) & at_radius, 2 * radius, radius)
+        next_radius = torch.where(poor, torch.fmin(outcome.length, radius) / 4, next_radius)
+        return taken, torch.where(outcome.length > 0, next_radius, torch.nan)  # nan: start anew
 
     return fixed_damping("rule", rule)._replace(
-        start=_share(start),
+        start=_multiple_of_trace(start),
         damping=lambda control, curvature: SMALLEST_DAMPING * curvature.trace,
         judge=judge,
         by_length=True,
     )
 
 
-def _share(start: float) -> Callable[[Curvature], Tensor]:
-    """Return what makes a share of the trace the first damping."""
+def _multiple_of_trace(start: float) -> Callable[[Curvature], Tensor]:
+    """Return a function: the first damping, ``start`` times the trace."""
     return lambda curvature: start * curvature.trace
 
 
-def _falls(outcome: Outcome) -> Bool[Tensor, ""]:
-    """Return whether a step lowers the loss as it should."""
+def _loss_falls(outcome: Outcome) -> Bool[Tensor, ""]:
+    """Return whether a step lowers the loss, by some share of the predicted decrease."""
     return (outcome.after <= outcome.before) & (outcome.ratio > LEAST_RATIO)

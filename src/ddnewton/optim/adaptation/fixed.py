@@ -1,4 +1,4 @@
-"""Damping that stays what it is."""
+"""Damping that does not adapt, except to rescue steps to where no loss is finite."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from ddnewton.optim.adaptation.adaptation import Adaptation, Outcome
 from ddnewton.types import DampingRule
 
 SMALLEST_DAMPING, LARGEST_DAMPING = 1e-15, 1e6
-"""Between which a damping stays, relative to the trace: what rounding adds anyway, and what makes
-so short a gradient step that it takes but tens of updates to come back from it."""
+"""Bounds of an adapted damping, relative to the trace of the Gauss-Newton matrix: below the lower
+one rounding adds more, and from the upper one, a very short gradient step, it takes tens of updates
+to come back."""
 
 RESCUE_DAMPING = 1e-3
-"""What a damping that led to no finite loss is raised to at least, relative to the curvature."""
+"""Least damping after a step to where the loss is not finite, relative to the trace."""
 
 
 @public
 def fixed(damping: float | Tensor | DampingRule) -> Adaptation:
-    """Return damping that stays what it is, a number or a rule of `ddnewton.damping`.
+    """Return damping that does not adapt: a number, or a rule of `ddnewton.damping`.
 
-    Only where a step would lead to no finite loss is more added to it, which halves with every
-    step that does.
+    Only where a step would lead to a loss that is not finite, an extra damping is added. It halves
+    with every step to a finite loss.
 
     Examples
     --------
@@ -34,14 +35,16 @@ def fixed(damping: float | Tensor | DampingRule) -> Adaptation:
 
 
 def fixed_damping(name: str, damping: float | Tensor | DampingRule) -> Adaptation:
-    """Return `fixed` for those that call the damping by another name."""
+    """Return `fixed` damping; the message of an error calls it ``name``."""
     check_damping(name, damping)
+
+    # The control is the extra damping, 0 at first.
 
     def judge(control: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
         finite = outcome.after.isfinite()
         rescue = torch.maximum(10 * control, RESCUE_DAMPING * outcome.curvature.trace)
         relaxed = torch.where(control > SMALLEST_DAMPING * outcome.curvature.trace, control / 2, 0)
-        return finite, torch.where(finite, relaxed, bounded(rescue, outcome))
+        return finite, torch.where(finite, relaxed, within_damping_bounds(rescue, outcome))
 
     return Adaptation(
         rule=damping,
@@ -56,11 +59,11 @@ def fixed_damping(name: str, damping: float | Tensor | DampingRule) -> Adaptatio
 
 
 def as_adaptation(damping: float | Tensor | DampingRule | Adaptation) -> Adaptation:
-    """Return a number or a rule as damping that stays what it is."""
+    """Return an adaptation as it is, and a number or a rule as `fixed` damping."""
     return damping if isinstance(damping, Adaptation) else fixed_damping("damping", damping)
 
 
-def bounded(delta: Tensor, outcome: Outcome) -> Tensor:
-    """Return a damping between the least and the largest."""
+def within_damping_bounds(delta: Tensor, outcome: Outcome) -> Tensor:
+    """Return a damping, clamped to the bounds relative to the trace."""
     trace = outcome.curvature.trace
     return torch.minimum(torch.maximum(delta, SMALLEST_DAMPING * trace), LARGEST_DAMPING * trace)

@@ -1,4 +1,4 @@
-"""Damping for mini-batches: by what a step does to samples that it is not made of."""
+"""Damping for mini-batches, chosen by the loss of samples that the step is not made of."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ def held_out(
     start: float = 1.0,
     rule: float | Tensor | DampingRule = 0.0,
 ) -> Adaptation:
-    """Return damping for mini-batches, chosen on a part of some that the step is not made of.
+    """Return damping for mini-batches, chosen on a held-out part of some of them.
 
-    δ is a multiple of the mean eigenvalue of the batch's Gauss-Newton matrix, tr G over how many of
-    them can be positive: what is right for one net and loss is so, about, for others. In the first
-    and every so-many-th update steps are made of the first part of the batch, and of a ``grid`` of
-    multiples the one is found whose whole step, without momentum, leads to the lowest loss on the
-    other part, a ``fraction`` of the batch: the multiple, ``start`` before, moves half the way
-    there, in its logarithm. So batches should come shuffled. A step that lowers the loss of its own
-    samples by less than half of what their quadratic model promises is not taken: δ rises fourfold.
+    δ is a multiple of the mean eigenvalue of the batch's Gauss-Newton matrix, tr G over the number
+    of eigenvalues that can be positive. A multiple that is right for one net and loss is about
+    right for others. It starts at ``start``. In the first update, and in every ``every``-th after
+    it, the batch is split: steps are made of its first part, and the last part, a ``fraction`` of
+    the batch, is held out. The best multiple in ``grid`` is the one whose whole step, without
+    momentum, leads to the lowest loss on the held-out part. The multiple moves half the way there,
+    in its logarithm. So batches should be shuffled. A step that lowers the loss of its own samples
+    by less than half of the predicted decrease is not taken, and δ rises fourfold.
 
-    The learning rate falls from 0.2 as 1/√(1 + t/20) with the number t of updates, and momentum is
-    0.9, both unless told otherwise.
+    Unless others are passed, the learning rate falls from 0.2 as 1/√(1 + t/20) with the number t of
+    updates, and momentum is 0.9.
 
     Examples
     --------
@@ -42,6 +43,7 @@ def held_out(
     >>> held_out().learning_rate(torch.tensor(60))
     tensor(0.1000, dtype=torch.float64)
     """
+    # The options: start and fraction, how often, and the multiples.
     check_positive("start", start)
     check_positive("fraction", fraction)
     if fraction >= 1:
@@ -56,28 +58,30 @@ def held_out(
         raise BadType(sentence(rule_, repr(grid), "Pass some multiples, such as (0.1, 1.0, 10.0)."))
     for multiple in grid:
         check_positive("grid", multiple)
+    # The control is the multiple of the mean eigenvalue.
     return fixed_damping("rule", rule)._replace(
         start=lambda curvature: start + 0 * curvature.trace,
         damping=lambda control, curvature: control * curvature.mean,
-        judge=_follow,
+        judge=_judge_on_own_samples,
         choice=Choice(every, fraction, tuple(map(float, grid))),
-        learning_rate=_falling,
+        learning_rate=_falling_rate,
         momentum=0.9,
     )
 
 
-def _falling(updates: Tensor) -> Tensor:
-    """Return the learning rate of mini-batches: averaging over them takes ever shorter steps."""
+def _falling_rate(updates: Tensor) -> Tensor:
+    """Return the learning rate, which falls so that the noise of mini-batches averages out."""
     return 0.2 / (1 + updates.double() / 20).sqrt()
 
 
-def _follow(control: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
-    """Take a step that keeps half of what it promises; damp more where it does not.
+def _judge_on_own_samples(control: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
+    """Take a step whose loss is near the predicted one; multiply the damping by 4 where it is not.
 
-    Momentum may promise a rise of the loss. Without this a net whose curvature has nearly gone,
-    fitted to all but a few samples, is thrown far away by those.
+    Near is within half of the predicted decrease, or rise, which momentum may lead to. Without this
+    a net that is fitted to all but a few samples, with hardly any curvature left, is thrown far
+    away by these.
     """
-    promised = outcome.predicted
-    kept = promised * (1 - outcome.ratio) <= promised.abs() / 2
-    taken = outcome.after.isfinite() & kept
+    # What is missing of the decrease: predicted − actual = predicted (1 − ratio).
+    missing = outcome.predicted * (1 - outcome.ratio)
+    taken = outcome.after.isfinite() & (missing <= outcome.predicted.abs() / 2)
     return taken, torch.where(taken, control, 4 * control)

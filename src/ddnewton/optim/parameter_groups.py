@@ -1,0 +1,66 @@
+"""The parameter groups of `torch.optim`: as blocks of the Gauss-Newton matrix, with own options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddnewton.errors import BadValue, sentence
+from ddnewton.inputs.checks import check_damping, check_nonnegative, check_select
+from ddnewton.inputs.groups import Group
+
+GROUP_OPTIONS = ("select", "damping")
+"""Options of a group besides its learning rate; they may be functions, and are not in the state."""
+
+
+def without_options(param_group: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a group as `torch.optim` takes it, and its `GROUP_OPTIONS`, None where not given."""
+    group = dict(param_group)
+    unknown = set(group) - {"params", "lr", "initial_lr", *GROUP_OPTIONS}
+    if unknown:
+        rule = "DirectionalNewton: a group has params, lr, damping and select of its own"
+        raise BadValue(sentence(rule, ", ".join(sorted(unknown)), "Pass it for all groups."))
+    options = {key: group.pop(key, None) for key in GROUP_OPTIONS}
+    if options["damping"] is not None:
+        check_damping("damping", options["damping"])
+    check_select("select", options["select"])
+    if "lr" in group:
+        check_nonnegative("DirectionalNewton: lr of a group", group["lr"])
+    return group, options
+
+
+def as_blocks(
+    param_groups: Sequence[Mapping[str, Any]],
+    group_options: Sequence[Mapping[str, Any]],
+    params: Mapping[str, Tensor],
+) -> list[Group] | None:
+    """Return a block for every group with trained parameters; None if all is one plain block.
+
+    ``params`` are the trained parameters by their names.
+    """
+    if len(param_groups) == 1 and all(option is None for option in group_options[0].values()):
+        return None
+    names = {id(p): name for name, p in params.items()}
+    blocks = [
+        Group([names[id(p)] for p in group["params"] if id(p) in names], **options)
+        for group, options in zip(param_groups, group_options, strict=True)
+    ]
+    return [block for block in blocks if block.params]
+
+
+def group_rates(
+    param_groups: Sequence[Mapping[str, Any]], params: Iterable[Tensor], device: torch.device
+) -> float | Tensor:
+    """Return the learning rate of all groups, or one for every parameter where they differ.
+
+    Then it is a vector of float64, in the order of ``params``.
+    """
+    rates = {id(p): group["lr"] for group in param_groups for p in group["params"]}
+    if len(set(rates.values())) == 1:
+        shared: float | Tensor = next(iter(rates.values()))
+        return shared
+    entries = [torch.full((p.numel(),), float(rates[id(p)]), dtype=torch.float64) for p in params]
+    return torch.cat(entries).to(device)

@@ -1,0 +1,50 @@
+"""The state between steps as `torch.optim` stores it: plain numbers, and the step before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ddnewton.optim.state import State
+
+Stored: TypeAlias = Mapping[Tensor, Mapping[str, Any]]
+"""What is stored, by parameter. What belongs to none of them is with the first of all groups."""
+
+
+def to_stored(state: State, params: Mapping[str, Tensor], first: Tensor) -> dict[Tensor, Any]:
+    """Return a state as `torch.optim` stores it.
+
+    Numbers are plain, because loading casts tensors to the dtype of their parameter, and leaves
+    numbers as they are. ``params`` are the trained parameters by their names, and ``first`` is the
+    first parameter of all groups.
+    """
+    stored = {p: {"previous": state.previous[name]} for name, p in params.items() if state.previous}
+    numbers = {"control": state.control.item(), "damping": state.damping.item()}
+    return stored | {first: stored.get(first, {}) | {"step": int(state.updates), **numbers}}
+
+
+def from_stored(
+    stored: Stored, initial: State, params: Mapping[str, Tensor], first: Tensor
+) -> State:
+    """Return the state that was stored by `to_stored`, or the initial one where nothing was.
+
+    A parameter that has no step before, being new among the trained ones, gets the initial one.
+    """
+    numbers = stored.get(first)
+    if not numbers:
+        return initial
+    previous = initial.previous
+    if previous:  # there is momentum
+        previous = {
+            name: stored.get(p, {}).get("previous", initial.previous[name])
+            for name, p in params.items()
+        }
+    return State(
+        updates=initial.updates + numbers["step"],
+        control=torch.full_like(initial.control, numbers["control"]),
+        damping=torch.full_like(initial.damping, numbers["damping"]),
+        previous=previous,
+    )
