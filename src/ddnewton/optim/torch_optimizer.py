@@ -243,8 +243,9 @@ class DirectionalNewton(Optimizer):
 
     def _rate(self, updates: Tensor) -> float | Tensor:
         """Return the learning rate: that of the damping, times those of the groups."""
-        base = self._base_rate(updates) if callable(self._base_rate) else self._base_rate
-        rate: float | Tensor = base * group_rates(
-            self.param_groups, self._trained().values(), updates.device
-        )
+        base: Any = self._base_rate  # not "exact", which `_optimizer` passes on
+        if callable(base):
+            base = base(updates)
+        trained = self._trained().values()
+        rate: float | Tensor = base * group_rates(self.param_groups, trained, updates.device)
         return rate

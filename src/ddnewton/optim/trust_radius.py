@@ -13,7 +13,7 @@ from ddnewton.optim.adaptation import RADIUS_SLACK
 from ddnewton.transforms import any_known
 
 BRACKET_TRIALS, BRACKET_FACTOR = 16, 16.0
-"""How many dampings are tried for a bracket, and as many within it; the factor between the first."""
+"""How many dampings are tried for a bracket, and again within it; the factor between the first."""
 
 
 class Point(NamedTuple):

@@ -74,11 +74,8 @@ def history(axes: Sequence[Axes], lines: Lines) -> None:
     one.
     """
     steps = _steps(lines)
-    for ax, draw in zip(
-        axes,
-        (_draw_loss, _draw_damping, _draw_ratio, _draw_rank, _draw_share, _draw_lengths),
-        strict=False,
-    ):
+    drawings = (_draw_loss, _draw_damping, _draw_ratio, _draw_rank, _draw_share, _draw_lengths)
+    for ax, draw in zip(axes, drawings, strict=False):
         draw(ax, steps, lines)
         ax.set_xlabel("step")
         ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
