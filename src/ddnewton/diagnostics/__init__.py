@@ -1,4 +1,4 @@
-"""What steps were made of, as plain numbers: directions summed up, runs logged as JSON lines."""
+"""Records of steps as plain numbers: a summary of every direction, a log of JSON lines."""
 
 from ddnewton.diagnostics.direction_summary import Info, Summary, summary
 from ddnewton.diagnostics.json_records import plain, summaries

@@ -1,4 +1,4 @@
-"""What the samples say of every direction, in a few numbers each."""
+"""Every direction in a few numbers: means and variances of the samples' slopes and curvatures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ddnewton.quadratic.info import NewtonInfo
 
 
 class Summary(NamedTuple):
-    """What is known of every direction, without the [N, K] matrices of a `NewtonInfo`.
+    """A `NewtonInfo` with means and variances in place of its [N, K] matrices.
 
     Numbers are float64: the square of a slope may be too small for float32.
     """
@@ -25,7 +25,7 @@ class Summary(NamedTuple):
     slope_variance: Float[Tensor, " k"]
     """Variance of γ_nk between samples, unbiased; nan if there is only one."""
     curvature: Float[Tensor, " k"]
-    """λ_k, the mean of λ_nk over the samples: other ones with ``subsampling_curvature``."""
+    """λ_k, the mean of λ_nk over the samples; with ``subsampling_curvature`` over those samples."""
     curvature_variance: Float[Tensor, " k"]
     """Variance of λ_nk between samples, unbiased; nan if there is only one."""
     dampings: Float[Tensor, " k"]
@@ -35,9 +35,9 @@ class Summary(NamedTuple):
     gradient_share: Float[Tensor, ""]
     rank: Int[Tensor, ""]
     samples: Int[Tensor, ""]
-    """How many samples the slopes are of."""
+    """Number of samples of the slopes."""
     curvature_samples: Int[Tensor, ""]
-    """How many samples the curvatures are of."""
+    """Number of samples of the curvatures."""
 
 
 Info: TypeAlias = NewtonInfo | Summary
@@ -45,14 +45,14 @@ Info: TypeAlias = NewtonInfo | Summary
 
 @public
 def summary(info: Info) -> Summary:
-    """Return what a record says of every direction; a summary is returned as it is.
+    """Return the summary of a step's record; a summary is returned as it is.
 
     Raises
     ------
     TypeError
-        If this is no record. With groups there are several, to be summed up one by one.
+        If ``info`` is not a record, but a list of them, as with groups: pass these one by one.
     ValueError
-        If this is the record of an ensemble, whose members are to be summed up one by one.
+        If ``info`` is the record of an ensemble: pass its members one by one.
 
     Examples
     --------
@@ -61,10 +61,11 @@ def summary(info: Info) -> Summary:
     >>> x, line = torch.tensor([[0.0], [1.0], [2.0]]), lambda p, x: p * x
     >>> problem = (line, torch.zeros(1), x, 3 * x + 1, torch.nn.MSELoss())
     >>> _, info = newton_step_and_info(*problem, damping=0.0)
-    >>> found = summary(info)
-    >>> found.curvature.item(), found.curvature_variance.item(), found.samples.item()
+    >>> directions = summary(info)
+    >>> directions.curvature.item(), directions.curvature_variance.item(), directions.samples.item()
     (3.3333, 17.3333, 3)
     """
+    # One record, of one model.
     if isinstance(info, Summary):
         return info
     if not isinstance(info, NewtonInfo):
@@ -73,6 +74,7 @@ def summary(info: Info) -> Summary:
     if info.evals.ndim != 1:
         rule, got = "info must be one record", f"evals of shape {list(info.evals.shape)}"
         raise BadValue(sentence(rule, got, "Take a member: tree_map(lambda x: x[0], info)."))
+    # The moments over the samples stand for γ_nk and λ_nk; the fields without samples stay.
     slope, slope_variance = _moments(info.gammas)
     curvature, curvature_variance = _moments(info.lambdas)
     return Summary(
@@ -94,6 +96,6 @@ def summary(info: Info) -> Summary:
 
 
 def _moments(values: Float[Tensor, "n k"]) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
-    """Return the mean and the unbiased variance over samples; torch's warns if there is one."""
+    """Return the mean and the unbiased variance over samples; nan, without a warning, for one."""
     mean = values.double().mean(0)
     return mean, (values - mean).square().sum(0) / (values.shape[0] - 1)

@@ -1,4 +1,4 @@
-"""Records as JSON has them, and back: what it has no word for is nan and the infinities."""
+"""Records as values that JSON can hold, and back; it has no nan and no infinities."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ COUNT_FIELDS = ("rank", "samples", "curvature_samples")
 
 @public
 def plain(info: tuple[Any, ...]) -> dict[str, Any]:
-    """Return a NamedTuple of tensors as what JSON takes: numbers, booleans, and lists of them.
+    """Return a NamedTuple of tensors as a dict of numbers, booleans, and lists of them, for JSON.
 
     nan becomes None, ∞ becomes ``"inf"``, and −∞ ``"-inf"``.
 
     Raises
     ------
     TypeError
-        If this is no NamedTuple, or holds what is no real number.
+        If ``info`` is not a NamedTuple, or a field of it is not a real number.
 
     Examples
     --------
@@ -43,12 +43,12 @@ def plain(info: tuple[Any, ...]) -> dict[str, Any]:
 
 @public
 def summaries(line: Mapping[str, Any]) -> list[Summary]:
-    """Return the summaries in a line of a run: one for each group, or none if there are none.
+    """Return the summaries in a line of a run, one for each group; [] where none were logged.
 
     Raises
     ------
     ValueError
-        If they are not as `append` writes them.
+        If they were not written by `append`.
     """
     try:
         return [_restored(fields) for fields in line.get("directions", [])]
@@ -58,41 +58,45 @@ def summaries(line: Mapping[str, Any]) -> list[Summary]:
 
 
 def as_plain(info: object) -> dict[str, Any]:
-    """Return what `plain` does, for the functions that write it."""
+    """Return `plain` of a record; errors are named after the public function that called this."""
     if not isinstance(info, tuple) or not hasattr(info, "_asdict"):
         rule, got = "info must be a NamedTuple of tensors", type(info).__name__
         raise BadType(sentence(rule, got, "Pass what a step or an update returned."))
-    return {name: written(name, value) for name, value in info._asdict().items()}
+    return {name: to_json(name, value) for name, value in info._asdict().items()}
 
 
-def written(name: str, value: object) -> Any:
-    """Return numbers as JSON has them."""
+def to_json(name: str, value: object) -> Any:
+    """Return a number, a tensor, or a list of them, as JSON can hold it; ``name`` is for errors."""
+    # Tensors are nested lists, or one number.
     if isinstance(value, Tensor):
         value = value.tolist()
     if isinstance(value, list):
-        return [written(name, each) for each in value]
+        return [to_json(name, item) for item in value]
+    # Booleans before integers, which they are too.
     if isinstance(value, bool):
         return value
     if isinstance(value, Integral):
         return int(value)
     if not isinstance(value, Real):
         raise BadType(sentence(f"{name} must be a number", repr(value), "Pass a real number."))
+    # nan as None, ∞ as "inf".
     number = float(value)
     return None if math.isnan(number) else number if math.isfinite(number) else str(number)
 
 
-def unwritten(value: Any) -> Any:
-    """Return what was written, with the numbers that JSON has no word for."""
+def from_json(value: Any) -> Any:
+    """Return a value that was read from JSON, with nan and the infinities as numbers again."""
     if isinstance(value, list):
-        return [unwritten(each) for each in value]
+        return [from_json(item) for item in value]
     if isinstance(value, dict):
-        return {name: unwritten(each) for name, each in value.items()}
+        return {name: from_json(item) for name, item in value.items()}
     return math.nan if value is None else float(value) if value in {"inf", "-inf"} else value
 
 
 def _restored(fields: Mapping[str, Any]) -> Summary:
-    known = {name: unwritten(fields[name]) for name in Summary._fields}
-    kinds = {name: torch.int64 if name in COUNT_FIELDS else torch.float64 for name in known}
+    """Return the summary whose fields were written as `plain` numbers."""
+    values = {name: from_json(fields[name]) for name in Summary._fields}
+    dtypes = {name: torch.int64 if name in COUNT_FIELDS else torch.float64 for name in values}
     return Summary(
-        **{name: torch.tensor(value, dtype=kinds[name]) for name, value in known.items()}
+        **{name: torch.tensor(value, dtype=dtypes[name]) for name, value in values.items()}
     )

@@ -1,9 +1,9 @@
-"""The log of a run: a JSON object for every step, a line each.
+"""The log of a run: a file with a line for every step, each a JSON object.
 
     {"loss": 0.71, "damping": 0.1, "ratio": null, "accepted": true, "epoch": 3}
 
-Numbers are exact. JSON has no word for nan, written as ``null``, nor for the infinite damping of a
-skipped direction, written as ``"inf"``; `read` turns both back into numbers.
+Numbers are exact. JSON has no nan, which is written as ``null``, and no infinity, such as the
+damping of a skipped direction, which is written as ``"inf"``; `read` turns both back into numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ddnewton.diagnostics.direction_summary import Info, Summary, summary
-from ddnewton.diagnostics.json_records import as_plain, unwritten, written
+from ddnewton.diagnostics.json_records import as_plain, from_json, to_json
 from ddnewton.errors import BadType, BadValue, public, sentence
 from ddnewton.quadratic.info import NewtonInfo
 
@@ -33,29 +33,29 @@ def append(
     directions: Info | Sequence[Info] | None = None,
     **more: float | Tensor,
 ) -> None:
-    """Write a line for a step at the end of a run.
+    """Append a line for a step to the log of a run.
 
     Parameters
     ----------
     path
         A file whose name ends in ``.jsonl``, or a folder for the file ``run.jsonl``; made if
-        missing. A last line that a crash has cut off is taken out.
+        missing. A last line that was cut off by a crash is removed.
     info
-        What an optimizer's ``update`` returned, or any NamedTuple of scalars. Or what
-        `newton_step_and_info` returned, for its loss, predicted decrease (of the full step),
-        gradient norm, gradient share and rank: those of all groups together, the share that of
-        the group with the least.
+        The info of an optimizer's ``update``, or any NamedTuple of scalars. Or the info of
+        `newton_step_and_info`, of which the loss, the predicted decrease (of the full step),
+        gradient norm, gradient share and rank are written: those of all groups together, and the
+        smallest share of a group.
     directions
-        What `newton_step_and_info` returned, for a line with the `summary` of every direction.
+        The info of `newton_step_and_info`, to write the `summary` of every direction as well.
     more
-        Further numbers by their names, such as ``epoch=3, test_loss=0.2``.
+        Further numbers by name, such as ``epoch=3, test_loss=0.2``.
 
     Raises
     ------
     TypeError
-        If something is no number, or no record where a record is asked for.
+        If a value is not a number, or an info not a record.
     ValueError
-        If something is several numbers, or a further number has the name of another.
+        If a value is several numbers, or a further number has the name of another.
 
     Examples
     --------
@@ -70,26 +70,29 @@ def append(
     ...     read(folder)[1]
     {'loss': 0.25, 'accepted': False, 'epoch': 2}
     """
+    # One number a name: those of the step, and the further ones.
     line = _scalars(info)
     if taken := more.keys() & {*line, "directions"}:
         rule, remedy = "a further number must have a name of its own", "Choose another name."
         raise BadValue(sentence(rule, ", ".join(sorted(taken)), remedy))
-    line |= {name: written(name, value) for name, value in more.items()}
+    line |= {name: to_json(name, value) for name, value in more.items()}
     for name, value in line.items():
         if isinstance(value, list):
             rule, remedy = f"{name} must be one number", "Write a line for each member or entry."
             raise BadValue(sentence(rule, f"{len(value)} of them", remedy))
+    # The directions of every block.
     if directions is not None:
         blocks = _blocks(directions)
         if not blocks:
             rule = "directions must be what newton_step_and_info returned, or None"
             raise BadType(sentence(rule, type(directions).__name__, "Pass its second value."))
         line["directions"] = [as_plain(summary(block)) for block in blocks]
+    # A whole line at the end of the file, below whole lines.
     text = json.dumps(line, allow_nan=False)
     file = run_file(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab+") as stream:
-        _mend(stream, file)
+        _mend_last_line(stream, file)
         stream.write(f"{text}\n".encode())
 
 
@@ -97,19 +100,21 @@ def append(
 def read(path: str | Path) -> list[dict[str, Any]]:
     """Return the lines of a run, from the path that `append` was given.
 
-    A last line that a crash has cut off is left out, and said so in a warning of ``logging``.
+    A last line that was cut off by a crash is left out, with a warning of ``logging``.
 
     Raises
     ------
     ValueError
-        If there is no such file, or one of its lines is no JSON object.
+        If there is no such file, or one of its lines is not a JSON object.
     """
+    # Every whole line ends in a newline; after the last one there is nothing, or a line cut off.
     file = run_file(path)
     try:
-        *whole, rest = file.read_bytes().split(b"\n")
+        *whole, unfinished = file.read_bytes().split(b"\n")
     except OSError as error:
         rule, got = "path must name a run, a .jsonl file or its folder", f"{file}: {error.strerror}"
         raise BadValue(sentence(rule, got, "Pass what append was given.")) from error
+    # Whole lines must be objects.
     lines = []
     for number, text in enumerate(whole, 1):
         try:
@@ -117,9 +122,10 @@ def read(path: str | Path) -> list[dict[str, Any]]:
         except ValueError as error:
             rule, got = f"line {number} of {file} must be a JSON object", f"{text[:40]!r} ({error})"
             raise BadValue(sentence(rule, got, "Mend it, or take it out.")) from error
-    if rest:
+    # The last one may be one too, without its newline.
+    if unfinished:
         try:
-            lines.append(_parsed(rest))
+            lines.append(_parsed(unfinished))
         except ValueError:
             logger.warning("%s: line %d was cut off, and is left out", file, len(whole) + 1)
     return lines
@@ -138,7 +144,7 @@ def run_file(path: str | Path) -> Path:
 
 
 def _scalars(info: object) -> dict[str, Any]:
-    """Return the scalars of a step; where it was made in blocks, of all of them together."""
+    """Return the scalars of a step; of a step in blocks, those of all blocks together."""
     blocks = _blocks(info)
     if not blocks:
         return as_plain(info)
@@ -151,11 +157,11 @@ def _scalars(info: object) -> dict[str, Any]:
         "gradient_share": torch.stack([block.gradient_share for block in blocks]).amin(0),
         "rank": torch.stack([block.rank for block in blocks]).sum(0),
     }
-    return {name: written(name, value) for name, value in totals.items()}
+    return {name: to_json(name, value) for name, value in totals.items()}
 
 
 def _blocks(info: object) -> list[Info]:
-    """Return the records that `newton_step_and_info` returned; none if it did not."""
+    """Return the records of the blocks of a step; [] if this is not from a Newton step."""
     if isinstance(info, NewtonInfo | Summary):
         return [info]
     if isinstance(info, list | tuple) and all(isinstance(x, NewtonInfo | Summary) for x in info):
@@ -164,24 +170,27 @@ def _blocks(info: object) -> list[Info]:
 
 
 def _parsed(text: bytes) -> dict[str, Any]:
-    line = unwritten(json.loads(text))
+    """Return a line as a dict; a ValueError if it is not a JSON object."""
+    line = from_json(json.loads(text))
     if not isinstance(line, dict):
         raise ValueError("no object")  # noqa: TRY004 - like all that is wrong with a line
     return line
 
 
-def _mend(stream: BinaryIO, name: Path) -> None:
-    """End the last line of a file, or take it out if it was cut off: the next must not join it."""
+def _mend_last_line(stream: BinaryIO, name: Path) -> None:
+    """Give the last line of a file the newline that it lacks, or remove it if it was cut off."""
+    # Nothing to do where the file is empty or ends in a newline.
     end = stream.seek(0, SEEK_END)
     stream.seek(max(0, end - 1))
     if stream.read() in {b"", b"\n"}:
         return
+    # A line that lacks but the newline is whole.
     stream.seek(0)
-    rest = stream.read().rpartition(b"\n")[2]
+    unfinished = stream.read().rpartition(b"\n")[2]
     try:
-        _parsed(rest)
+        _parsed(unfinished)
     except ValueError:
         logger.warning("%s: its last line was cut off, and is taken out", name)
-        stream.truncate(end - len(rest))
+        stream.truncate(end - len(unfinished))
     else:
         stream.write(b"\n")
