@@ -1,7 +1,7 @@
-"""Train a transformer of Hugging Face: what it is called with, and what its output is.
+"""Train a transformer of Hugging Face: how to pass its arguments, and take its logits.
 
-``python examples/hugging_face.py`` trains a small GPT-2 to say which of two words a sentence has
-more of. Its weights are random, and nothing is downloaded.
+``python examples/hugging_face.py`` trains a small GPT-2 to say which of two words is more frequent
+in a sentence. Its first weights are random, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from ddnewton import held_out, monte_carlo
 from ddnewton.optim import DirectionalNewton
 
 WORDS, LENGTH = 12, 10
-PADDING, ONE, OTHER = 0, 1, 2
+PADDING, FIRST_WORD, SECOND_WORD = 0, 1, 2
 
 
 def sentences(count: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
-    """Return sentences of several lengths, and whether they have more of one word or the other."""
-    ids = torch.randint(ONE, WORDS, (count, LENGTH), generator=generator)
+    """Return sentences of several lengths and labels: 1 if the first word is more frequent."""
+    # Random words, and padding at the end.
+    ids = torch.randint(FIRST_WORD, WORDS, (count, LENGTH), generator=generator)
     lengths = torch.randint(LENGTH // 2, LENGTH + 1, (count, 1), generator=generator)
     mask = torch.arange(LENGTH) < lengths
     ids = torch.where(mask, ids, PADDING)
-    # The first word decides where there are as many of both.
-    ids[:, 0] = torch.randint(ONE, OTHER + 1, (count,), generator=generator)
-    more = (ids == ONE).sum(1) - (ids == OTHER).sum(1)
-    labels = torch.where(more == 0, ids[:, 0] == ONE, more > 0)
+    # The sentence begins with one of the two words, which decides where both are as frequent.
+    ids[:, 0] = torch.randint(FIRST_WORD, SECOND_WORD + 1, (count,), generator=generator)
+    difference = (ids == FIRST_WORD).sum(1) - (ids == SECOND_WORD).sum(1)
+    labels = torch.where(difference == 0, ids[:, 0] == FIRST_WORD, difference > 0)
     # Everything that depends on the sample is an argument, with the samples on axis 0.
     positions = torch.arange(LENGTH).expand(count, -1)
     return {
@@ -37,7 +38,7 @@ def sentences(count: int, generator: torch.Generator) -> tuple[dict[str, Tensor]
 
 
 def net() -> nn.Module:
-    """Return a small GPT-2 for two classes, from random weights."""
+    """Return a small GPT-2 for two classes, with random weights."""
     config = GPT2Config(
         vocab_size=WORDS,
         n_positions=LENGTH,
@@ -55,18 +56,20 @@ def net() -> nn.Module:
 
 
 def logits(module: nn.Module, X: dict[str, Tensor]) -> Tensor:
-    """Return the outputs of a net: one tensor, of the arguments that it takes."""
+    """Call the net with its keyword arguments, and return one tensor of its outputs."""
     outputs: Tensor = module(**X).logits
     return outputs
 
 
 def main(steps: int = 60, batch: int = 64) -> dict[str, list[float]]:
     """Train the net, and return its losses and its accuracies on sentences it has not seen."""
+    # The net, and an optimizer that samples labels for the curvature.
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     module = net()
     criterion = monte_carlo(nn.CrossEntropyLoss(), 1, generator)
     optimizer = DirectionalNewton(module, criterion, held_out(), forward=logits)
+    # Every step draws new sentences; the accuracy is that on 500 which no step is made of.
     X, y = sentences(500, generator)
     losses, accuracies = [], []
     for step in range(1, steps + 1):

@@ -1,4 +1,4 @@
-"""Train a LightningModule: manual optimisation, and a scheduler for the learning rate.
+"""Train a LightningModule, with manual optimisation and a scheduler for the learning rate.
 
 ``python examples/lightning_module.py`` trains a small net on scikit-learn's digits.
 """
@@ -34,11 +34,11 @@ class Digits(lightning.LightningModule):
         return outputs
 
     def on_train_start(self) -> None:
-        """Put layers that mix samples in eval mode, or drop at random."""
+        """Put the net in eval mode, in which no layer mixes samples or drops units at random."""
         self.eval()
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        """Take a step on a batch, and one of the scheduler."""
+        """Take a step on a batch, and a step of the scheduler."""
         X, y = batch
         loss = self.optimizers().step(X=X, y=y)
         self.losses.append(float(loss))
@@ -51,7 +51,7 @@ class Digits(lightning.LightningModule):
         self.log("accuracy", (self(X).argmax(1) == y).float().mean())
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return the optimizer, of the net alone, and a scheduler of its learning rate."""
+        """Return the optimizer of the net, and a scheduler of its learning rate."""
         optimizer = DirectionalNewton(self.net, self.criterion, held_out(), lr=0.3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             optimizer, self.trainer.estimated_stepping_batches
@@ -60,7 +60,7 @@ class Digits(lightning.LightningModule):
 
 
 def digits() -> tuple[Dataset, Dataset]:
-    """Return images to train on, and others."""
+    """Return the training and the test images of scikit-learn's digits."""
     X, y = load_digits(return_X_y=True)
     data = TensorDataset(torch.tensor(X / 16, dtype=torch.float32), torch.tensor(y))
     train, test = random_split(data, [0.8, 0.2], torch.Generator().manual_seed(0))
@@ -68,7 +68,8 @@ def digits() -> tuple[Dataset, Dataset]:
 
 
 def main(steps: int = 60, batch: int = 128) -> dict[str, float | list[float]]:
-    """Train for some steps, and return the losses and the accuracy on images not seen."""
+    """Train the net, and return its losses and its accuracy on the test images."""
+    # The net, and a trainer that does nothing but train.
     torch.manual_seed(0)
     train, test = digits()
     module = Digits()
@@ -80,11 +81,12 @@ def main(steps: int = 60, batch: int = 128) -> dict[str, float | list[float]]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    # Train, and test.
     trainer.fit(module, DataLoader(train, batch, shuffle=True, drop_last=True))
-    (found,) = trainer.test(module, DataLoader(test, batch), verbose=False)
+    (results,) = trainer.test(module, DataLoader(test, batch), verbose=False)
     print(f"loss {module.losses[0]:.3f} -> {module.losses[-1]:.3f}")
-    print(f"accuracy {found['accuracy']:.1%}")
-    return {"loss": module.losses, "accuracy": found["accuracy"]}
+    print(f"accuracy {results['accuracy']:.1%}")
+    return {"loss": module.losses, "accuracy": results["accuracy"]}
 
 
 if __name__ == "__main__":

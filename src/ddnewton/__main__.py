@@ -11,7 +11,8 @@ import torch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo, or draw a run; return 0, or 1 if the reference example does not match."""
+    """Run the demo or a command; return 0, or 1 if the reference example does not match."""
+    # The demo is what runs without a command.
     parser = argparse.ArgumentParser(
         prog="python -m ddnewton",
         description=__doc__,
@@ -20,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=positive, default=10, help="epochs of each training")
     parser.add_argument("--seed", type=int, default=0, help="of data, start and mini-batches")
     parser.add_argument("--out", type=Path, default="ddnewton-demo", help="folder for the figure")
+    # The command: plot.
     parser.set_defaults(run=None)
     commands = parser.add_subparsers(title="instead of the demo", metavar="")
     text = "draw the log of a run"
@@ -27,15 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plot.add_argument("run", type=Path, help="a .jsonl file, or the folder of run.jsonl")
     kinds = "history.png in the folder, or the file's name with .png"
     plot.add_argument("--out", type=Path, dest="figure", help=f"the figure (default: {kinds})")
-    chosen = parser.parse_args(arguments)
-    if chosen.run is not None:
-        return draw(chosen.run, chosen.figure)
-    return demo(chosen.epochs, chosen.seed, chosen.out)
+    # Only the command sets a run.
+    options = parser.parse_args(arguments)
+    if options.run is not None:
+        return draw(options.run, options.figure)
+    return demo(options.epochs, options.seed, options.out)
 
 
 def demo(epochs: int, seed: int, folder: Path) -> int:
-    """Run both examples."""
-    try:  # the packages that it needs are not those of the other commands
+    """Run both examples, and save the figure in a folder."""
+    try:  # here, because other commands do not need the packages of the demo
         from ddnewton.demo import digits_example, reference_example  # noqa: PLC0415
     except ImportError as missing:
         sys.exit(str(missing))
@@ -47,7 +50,7 @@ def demo(epochs: int, seed: int, folder: Path) -> int:
 
 
 def draw(run: Path, figure: Path | None) -> int:
-    """Save a figure of a run."""
+    """Save a figure of a run, beside its file or in its folder if no other place is given."""
     try:
         from ddnewton import plotting  # noqa: PLC0415 - as above
         from ddnewton.diagnostics import read  # noqa: PLC0415
@@ -65,7 +68,7 @@ def draw(run: Path, figure: Path | None) -> int:
 
 
 def positive(text: str) -> int:
-    """Return a count of at least 1 from the command line."""
+    """Return an argument of the command line as an integer of at least 1."""
     count = int(text)
     if count < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1; got {count}")

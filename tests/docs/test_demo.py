@@ -7,8 +7,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from ddnewton import demo
 from ddnewton.__main__ import main
+from ddnewton.demo import vivit_example
 from ddnewton.diagnostics import append
 
 
@@ -29,7 +29,7 @@ def test_one_epoch(tmp_path, capsys):
 
 
 def test_a_mismatch_is_no_success(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(demo, "dense_step", lambda *problem: torch.zeros(88))
+    monkeypatch.setattr(vivit_example, "dense_step", lambda *problem: torch.zeros(88))
     assert main(["--out", str(tmp_path)]) == 1
     assert "NO" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())

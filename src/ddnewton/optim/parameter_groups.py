@@ -1,4 +1,4 @@
-"""The parameter groups of `torch.optim`: as blocks of the Gauss-Newton matrix, with own options."""
+"""The parameter groups of a `torch.optim` optimizer, as blocks of the Gauss-Newton matrix."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ GROUP_OPTIONS = ("select", "damping")
 
 def without_options(param_group: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a group as `torch.optim` takes it, and its `GROUP_OPTIONS`, None where not given."""
+    # All other options are the same for all groups.
     group = dict(param_group)
     unknown = set(group) - {"params", "lr", "initial_lr", *GROUP_OPTIONS}
     if unknown:
         rule = "DirectionalNewton: a group has params, lr, damping and select of its own"
         raise BadValue(sentence(rule, ", ".join(sorted(unknown)), "Pass it for all groups."))
+    # Take these options out of a copy of the group, and check them and the learning rate.
     options = {key: group.pop(key, None) for key in GROUP_OPTIONS}
     if options["damping"] is not None:
         check_damping("damping", options["damping"])

@@ -1,4 +1,4 @@
-"""What ``python -m ddnewton`` shows: the reference example, a network trained, a figure."""
+"""Train a net on handwritten digits with damped Newton steps, SGD and Adam, and draw a figure."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call
 from torch.optim import SGD, Adam, Optimizer
 
 from ddnewton import plotting
-from ddnewton.newton import newton_step, newton_step_and_info
+from ddnewton.newton import newton_step_and_info
 from ddnewton.quadratic.info import NewtonInfo
 from ddnewton.trees import tree_map
 from ddnewton.types import ModelFn, PyTree
@@ -30,15 +29,13 @@ except ImportError as missing:
     _message = f"the demo needs {missing.name}: python -m pip install 'ddnewton[demo]'"
     raise ImportError(_message, name=missing.name) from missing
 
-DAMPING = 1.0  # of the reference example
-
-BATCH, BATCHES = 64, 22
-TRAIN = BATCH * BATCHES  # 1,408 of the 1,797 images; the other 389 are for testing
-DELTA, RATE, SGD_RATE, ADAM_RATE = 0.03, 0.5, 0.3, 0.03
+BATCH_SIZE, BATCH_COUNT = 64, 22
+TRAINING_SIZE = BATCH_SIZE * BATCH_COUNT  # of 1,797 images; the other 389 are for testing
+NEWTON_DAMPING, NEWTON_RATE, SGD_RATE, ADAM_RATE = 0.03, 0.5, 0.3, 0.03
 SETTINGS = f"""\
-2. Handwritten digits: 64-32-10 tanh network, cross-entropy, mini-batches of {BATCH} images
+2. Handwritten digits: 64-32-10 tanh network, cross-entropy, mini-batches of {BATCH_SIZE} images
 
-   damped Newton  all directions, damping {DELTA}, learning rate {RATE}
+   damped Newton  all directions, damping {NEWTON_DAMPING}, learning rate {NEWTON_RATE}
    SGD            learning rate {SGD_RATE}, momentum 0.9
    Adam           learning rate {ADAM_RATE}
 
@@ -47,70 +44,27 @@ SETTINGS = f"""\
    Loss on all training images, accuracy on the test images; the rest are means over the epoch's
    mini-batches: leading eigenvalue, rank, and the decrease of the mini-batch's own loss.
 """
-TITLES = (
+PANEL_TITLES = (
     *("Gauss-Newton spectrum", "slopes, last mini-batch", "curvatures, last mini-batch"),
     *("1,408 training images", "389 test images", "each mini-batch's own loss"),
 )
 
 
-def select_top_k(evals: Tensor, k: int = 4) -> list[int]:
-    """Select the top k eigenvalues, as the reference example does."""
-    return [evals.numel() - k + idx for idx in range(k)]
-
-
-def constant_damping(evals: Tensor, evecs: Tensor, gammas: Tensor, lambdas: Tensor) -> Tensor:
-    """Damp all directions alike, as the reference example does."""
-    return DAMPING * torch.ones_like(evals)
-
-
-def reference_example() -> bool:
-    """Print and return whether the reference example's step is the one from its dense matrix."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        X, y = torch.rand(4, 7), torch.rand(4, 3)
-        layers = (nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3))
-    problem = (*functional(nn.Sequential(*layers)), X, y, nn.MSELoss())
-    step = newton_step(*problem, constant_damping, select=select_top_k)
-    ours, dense = torch.cat([leaf.flatten() for leaf in step.values()]), dense_step(*problem)
-    match = torch.allclose(ours, dense, rtol=1e-5, atol=1e-7)
-    print("1. ViViT's example: N = 4, MLP 7-5-5-3 (88 parameters), MSE, top 4, damping 1\n")
-    print(f"   step's norm, ddnewton        {ours.norm():.7f}  from a Gram matrix, 12 by 12")
-    print(f"   step's norm, torch.autograd  {dense.norm():.7f}  from the dense GGN, 88 by 88")
-    print(f"   relative difference          {(ours - dense).norm() / dense.norm():.1e}")
-    print(f"   match at rtol 1e-5, atol 1e-7: {'yes' if match else 'NO'}\n")
-    return match
-
-
-def dense_step(
-    model_fn: ModelFn, params: PyTree, X: Tensor, y: Tensor, criterion: nn.Module
-) -> Float[Tensor, " d"]:
-    """Return the example's step by torch.autograd alone, from the dense G = JᵀHJ and its eigh."""
-    leaves, f = tuple(params.values()), model_fn(params, X)
-    parts = jacobian(lambda *leaves: model_fn(dict(zip(params, leaves, strict=True)), X), leaves)
-    J = torch.cat([part.flatten(2) for part in parts], 2).flatten(0, 1)
-    H = hessian(lambda f: criterion(f, y), f).view(len(J), len(J))
-    g = J.T @ jacobian(lambda f: criterion(f, y), f).flatten()
-    evals, evecs = torch.linalg.eigh(J.T @ H @ J)
-    keep = select_top_k(evals)
-    step: Tensor = -evecs[:, keep] @ (evecs[:, keep].T @ g / (evals[keep] + DAMPING))
-    return step
-
-
-def functional(model: nn.Module) -> tuple[ModelFn, dict[str, Tensor]]:
+def function_and_params(model: nn.Module) -> tuple[ModelFn, dict[str, Tensor]]:
     """Return a module as a function of parameters and a batch, and a copy of its parameters."""
     params = {name: p.detach().clone() for name, p in model.named_parameters()}
     return lambda params, X: functional_call(model, params, (X,), strict=True), params
 
 
 class Images(NamedTuple):
-    """Images of 8 × 8 = 64 pixels from 0 to 1, and which digit each one is."""
+    """Images of 8 × 8 = 64 pixels from 0 to 1, and their digits."""
 
     X: Float[Tensor, "n 64"]
     y: Int[Tensor, " n"]
 
 
 class Task(NamedTuple):
-    """What every method is given: the function to train, the data, how long, in which order."""
+    """What is the same for all methods: the net, the data, the epochs, the seed of the batches."""
 
     model_fn: ModelFn
     images: Images
@@ -124,18 +78,21 @@ def digits(seed: int) -> tuple[Images, Images]:
     pixels, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     X, y = torch.tensor(pixels, dtype=torch.float32)[order] / 16, torch.tensor(labels)[order]
-    return Images(X[:TRAIN], y[:TRAIN]), Images(X[TRAIN:], y[TRAIN:])
+    return Images(X[:TRAINING_SIZE], y[:TRAINING_SIZE]), Images(
+        X[TRAINING_SIZE:], y[TRAINING_SIZE:]
+    )
 
 
 Update: TypeAlias = Callable[[PyTree, Images], tuple[PyTree, NewtonInfo | None]]
+"""``update(params, batch) -> params, info``; the info is None but for Newton steps."""
 
 
 def damped_newton(model_fn: ModelFn) -> Update:
-    """Return the update by directionally damped Newton steps."""
+    """Return the update by a damped Newton step, θ + η s with the learning rate η."""
 
     def update(params: PyTree, batch: Images) -> tuple[PyTree, NewtonInfo]:
-        step, info = newton_step_and_info(model_fn, params, *batch, F.cross_entropy, DELTA)
-        return tree_map(lambda p, s: p + RATE * s, params, step), info
+        step, info = newton_step_and_info(model_fn, params, *batch, F.cross_entropy, NEWTON_DAMPING)
+        return tree_map(lambda p, s: p + NEWTON_RATE * s, params, step), info
 
     return update
 
@@ -153,7 +110,7 @@ def first_order(model_fn: ModelFn, optimizer: Optimizer) -> Update:
 
 
 class Run(NamedTuple):
-    """The course of a training, a value for every step."""
+    """The course of a training, with a value for every step."""
 
     losses: list[float]  # of all training images, from before the first step
     accuracies: list[float]  # on the test images, likewise
@@ -164,18 +121,21 @@ class Run(NamedTuple):
 
 
 def train(name: str, update: Update, params: PyTree, task: Task) -> Run:
-    """Train from the given parameters, print a line per epoch, and return the course."""
+    """Train from the given parameters, print a line for every epoch, and return the course."""
+    # Every method draws the same mini-batches, from the seed.
     run = Run([], [], [], [], [], [])
     evaluate(run, params, task)
     generator = torch.Generator().manual_seed(task.seed)
     for epoch in range(1, task.epochs + 1):
-        order = torch.randperm(len(task.images.y), generator=generator).split(BATCH)
+        order = torch.randperm(len(task.images.y), generator=generator).split(BATCH_SIZE)
         for samples in tqdm(order, f"{name}, epoch {epoch}", leave=False, disable=None):
             batch = Images(task.images.X[samples], task.images.y[samples])
+            # The update alone is timed.
             begin = perf_counter()
             params, info = update(params, batch)
             run.seconds.append(perf_counter() - begin)
             evaluate(run, params, task)
+            # Of a Newton step also the decrease of its own mini-batch's loss.
             if info is not None:
                 after = F.cross_entropy(task.model_fn(params, batch.X), batch.y)
                 run.infos.append(info)
@@ -188,64 +148,71 @@ def train(name: str, update: Update, params: PyTree, task: Task) -> Run:
 
 @torch.no_grad()
 def evaluate(run: Run, params: PyTree, task: Task) -> None:
-    """Append the training loss and the test accuracy to a run."""
+    """Append the loss of the training images and the accuracy on the test images to a run."""
     run.losses.append(F.cross_entropy(task.model_fn(params, task.images.X), task.images.y).item())
     hits = task.model_fn(params, task.test.X).argmax(1) == task.test.y
     run.accuracies.append(hits.double().mean().item())
 
 
 def predicted_decrease(info: NewtonInfo) -> float:
-    """Return by how much the quadratic model falls along the step, shortened by the rate."""
-    c = RATE * info.coefficients
+    """Return the decrease of the quadratic model, −Σ_k (γ_k c_k + ½ λ_k c_k²).
+
+    ``info.coefficients`` are of the whole step; c_k are those of the step times the learning rate.
+    """
+    c = NEWTON_RATE * info.coefficients
     return -(info.gammas.mean(0) * c + info.evals * c**2 / 2).sum().item()
 
 
 def report(name: str, epoch: int, run: Run) -> None:
-    """Print a line for the last epoch, below a headline for the first."""
+    """Print a line for the last epoch; before the first one, a headline."""
     head = f"   {name:13s}  epoch    loss  accuracy"
     line = f"   {'':13s}  {epoch:5d} {run.losses[-1]:7.4f} {run.accuracies[-1]:9.1%}"
     if run.infos:
-        leading = fmean(info.evals.max().item() for info in run.infos[-BATCHES:])
-        rank = fmean(info.rank.item() for info in run.infos[-BATCHES:])
-        predicted, actual = fmean(run.predicted[-BATCHES:]), fmean(run.actual[-BATCHES:])
+        leading = fmean(info.evals.max().item() for info in run.infos[-BATCH_COUNT:])
+        rank = fmean(info.rank.item() for info in run.infos[-BATCH_COUNT:])
+        predicted, actual = fmean(run.predicted[-BATCH_COUNT:]), fmean(run.actual[-BATCH_COUNT:])
         head += "  eigenvalue  rank  predicted  actual"
         line += f"  {leading:10.2f} {rank:5.0f} {predicted:10.4f} {actual:7.4f}"
     print(line if epoch > 1 else f"{head}\n{line}")
 
 
 def draw(runs: dict[str, Run], path: Path) -> None:
-    """Save the figure: what the Newton steps found first and last, and all courses."""
+    """Save the figure: the directions of the first and last Newton step, and all courses."""
     newton = runs["damped Newton"]
     first, last = newton.infos[0], newton.infos[-1]
     named = {f"{name}, {sum(run.seconds):.1f} s": run for name, run in runs.items()}
     with plotting.panels(2, 3) as (figure, (a, b, c, d, e, f)):
+        # The upper row: eigenvalues, slopes and curvatures.
         plotting.spectrum(a, first, color="0.6", label=f"first mini-batch, rank {first.rank}")
         plotting.spectrum(a, last, label=f"last mini-batch, rank {last.rank}")
         plotting.slopes(b, last)
         plotting.curvatures(c, last)
+        # The lower row: losses, accuracies, and decreases of the loss.
         plotting.training(d, {key: run.losses for key, run in named.items()}, "training loss")
         plotting.training(e, {key: run.accuracies for key, run in runs.items()}, "test accuracy")
         plotting.decreases(f, newton.predicted, newton.actual)
         d.set(yscale="log")
         e.set(ylim=(0.7, 1.0))
-        for ax, title in zip((a, b, c, d, e, f), TITLES, strict=True):
+        for ax, title in zip((a, b, c, d, e, f), PANEL_TITLES, strict=True):
             ax.set_title(title)
         figure.savefig(path)
 
 
 def digits_example(epochs: int, seed: int, path: Path) -> None:
-    """Train on the digits with all three methods, and save the figure."""
+    """Train a net on the digits with all three methods, and save the figure."""
     print(SETTINGS)
+    # One net, and one order of the images, for all methods.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
-    model_fn, params = functional(model)
+    model_fn, params = function_and_params(model)
     task = Task(model_fn, *digits(seed), epochs, seed)
+    # Each method starts from a copy of the net's parameters.
     runs = {"damped Newton": train("damped Newton", damped_newton(model_fn), params, task)}
     sgd, adam = partial(SGD, lr=SGD_RATE, momentum=0.9), partial(Adam, lr=ADAM_RATE)
     optimizers: dict[str, Callable[..., Optimizer]] = {"SGD": sgd, "Adam": adam}
     for name, optimizer in optimizers.items():
-        params = {key: p.requires_grad_() for key, p in functional(model)[1].items()}
+        params = {key: p.requires_grad_() for key, p in function_and_params(model)[1].items()}
         runs[name] = train(name, first_order(model_fn, optimizer(params.values())), params, task)
     draw(runs, path)
     print(f"Figure: {path}")
