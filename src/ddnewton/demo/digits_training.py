@@ -78,13 +78,12 @@ def digits(seed: int) -> tuple[Images, Images]:
     pixels, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     X, y = torch.tensor(pixels, dtype=torch.float32)[order] / 16, torch.tensor(labels)[order]
-    return Images(X[:TRAINING_SIZE], y[:TRAINING_SIZE]), Images(
-        X[TRAINING_SIZE:], y[TRAINING_SIZE:]
-    )
+    training = Images(X[:TRAINING_SIZE], y[:TRAINING_SIZE])
+    return training, Images(X[TRAINING_SIZE:], y[TRAINING_SIZE:])
 
 
 Update: TypeAlias = Callable[[PyTree, Images], tuple[PyTree, NewtonInfo | None]]
-"""``update(params, batch) -> params, info``; the info is None but for Newton steps."""
+"""``update(params, batch) -> params, info``; the info is None except for Newton steps."""
 
 
 def damped_newton(model_fn: ModelFn) -> Update:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ddnewton.optim.state import State
 
 Stored: TypeAlias = Mapping[Tensor, Mapping[str, Any]]
-"""What is stored, by parameter. What belongs to none of them is with the first of all groups."""
+"""The entries of ``Optimizer.state`` by parameter; numbers for all stand at the first parameter."""
 
 
 def to_stored(state: State, params: Mapping[str, Tensor], first: Tensor) -> dict[Tensor, Any]:

@@ -19,14 +19,14 @@ GOOD_RATIO, POOR_RATIO, LEAST_RATIO = 0.75, 0.25, 1e-4
 less, and below the last do not take the step."""
 
 RADIUS_SLACK = 0.9
-"""A step of this share of the radius counts as being as long as the radius."""
+"""A step of this share of the radius, or longer, counts as being as long as the radius."""
 
 
 @public
 def levenberg_marquardt(
     start: float = 1e-3, *, rule: float | Tensor | DampingRule = 0.0
 ) -> Adaptation:
-    r"""Return damping for losses without noise, which never rise.
+    r"""Return damping for losses without noise, by which the loss never rises.
 
     A step is taken where the loss falls. With ρ for the actual over the predicted decrease, the
     next δ is then
