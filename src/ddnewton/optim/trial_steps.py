@@ -18,8 +18,9 @@ from ddnewton.columns.gram import rmatmat
 from ddnewton.damping import check_dampings
 from ddnewton.optim.adaptation import Curvature
 from ddnewton.optim.settings import Complement
-from ddnewton.quadratic.directions import BlockDirections, directions_of
+from ddnewton.quadratic.directions import directions_of
 from ddnewton.quadratic.gauss_newton import GaussNewton
+from ddnewton.quadratic.kept import BlockDirections
 from ddnewton.quadratic.proximal import (
     Centre,
     Proximal,
@@ -148,6 +149,7 @@ def damped_more(model: QuadraticModel, delta: Tensor) -> QuadraticModel:
     def raised(damping: float | Tensor | DampingRule) -> float | Tensor | DampingRule:
         if not callable(damping):
             return damping + delta
+        # Ask the rule, check its answer as where nothing is added, and add δ.
         rule = damping
 
         def raised_rule(*arguments: Tensor) -> Tensor:

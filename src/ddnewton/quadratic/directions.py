@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.inputs.groups import Block
 from ddnewton.quadratic.derivatives import Derivatives, first_derivatives, second_derivatives
 from ddnewton.quadratic.gauss_newton import GaussNewton
-from ddnewton.quadratic.kept import Directions, keep
+from ddnewton.quadratic.kept import BlockDirections, Directions, keep
 from ddnewton.quadratic.quadratic_model import QuadraticModel
-from ddnewton.quadratic.spectrum import Spectrum, decompose
+from ddnewton.quadratic.spectrum import decompose
 from ddnewton.quadratic.unseen_samples import unseen_column_slopes
 from ddnewton.select import Leading
-
-
-class BlockDirections(NamedTuple):
-    """A block with its spectrum, the directions that are kept, and the derivatives along them."""
-
-    block: Block
-    spectrum: Spectrum
-    kept: Directions
-    derivatives: Derivatives
 
 
 def directions_of(

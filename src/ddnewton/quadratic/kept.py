@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.inputs.checks import distinct
+from ddnewton.inputs.groups import Block
+from ddnewton.quadratic.derivatives import Derivatives
 from ddnewton.quadratic.spectrum import Spectrum
 from ddnewton.transforms import is_batched
 from ddnewton.types import Select
@@ -28,6 +30,15 @@ class Directions(NamedTuple):
     vectors: Float[Tensor, "j k"]  # e_k, in the coordinates of the spectrum
     live: Bool[Tensor, " k"]
     left_out: Bool[Tensor, " r"]
+
+
+class BlockDirections(NamedTuple):
+    """A block with its spectrum, the directions that are kept, and the derivatives along them."""
+
+    block: Block
+    spectrum: Spectrum
+    kept: Directions
+    derivatives: Derivatives
 
 
 def keep(spectrum: Spectrum, select: Select | None, dtype: torch.dtype) -> Directions:

@@ -18,9 +18,9 @@ from torch import Tensor
 from ddnewton.damping import as_rule, check_dampings
 from ddnewton.quadratic.cholesky import CHOLESKY_CONDITION, damped_step
 from ddnewton.quadratic.complement import outside, vanishing
-from ddnewton.quadratic.directions import BlockDirections
 from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.info import NewtonInfo
+from ddnewton.quadratic.kept import BlockDirections
 from ddnewton.quadratic.proximal import Centre, along_directions, centred_gradient_weights
 from ddnewton.quadratic.quadratic_model import QuadraticModel
 

@@ -94,9 +94,9 @@ def _of_columns(matrix: GaussNewton, leading: int | None) -> Spectrum:
         # Of unresolved columns all but their part along the directions; of the others the part
         # along faint directions.
         flat = torch.where(resolved, 0, z)
-        along = torch.where(faint, evecs.mT @ torch.where(curved, z[:i] / root, 0), 0)
+        faint_part = torch.where(faint, evecs.mT @ torch.where(curved, z[:i] / root, 0), 0)
         part: Tensor = flat - vectors @ (column_slopes.mT @ flat)
-        return part + F.pad(root * (evecs @ along), padding)
+        return part + F.pad(root * (evecs @ faint_part), padding)
 
     return Spectrum(
         evals=evals.clamp(min=0),
@@ -182,7 +182,7 @@ def _subset(
 
 
 def _resolved(diagonal: Float[Tensor, " i"]) -> Bool[Tensor, " i"]:
-    """Return which columns stand out from the rounding of the decomposition itself."""
+    """Return a mask of the columns that stand out from the rounding of the decomposition."""
     rounding = torch.finfo(diagonal.dtype).eps * diagonal.shape[0]
     return diagonal > rounding * diagonal.amax()
 
@@ -194,7 +194,7 @@ def _judge(
     columns: Columns,
     side: int,
 ) -> tuple[Bool[Tensor, " r"], Bool[Tensor, " r"], Float[Tensor, ""]]:
-    """Return which directions are live, which are faint, and the decomposition's rounding.
+    """Return masks of the live and the faint directions, and the decomposition's rounding.
 
     Columns are wrong by eps of their size, so an eigenvalue that ought to vanish comes out as
     eps² times the mean square of its columns, Σ_i u_i² K_ii; where their products are summed in
