@@ -1,6 +1,7 @@
 """The project's tasks: ``nox`` checks everything; ``nox -s demo`` shows the library."""
 
 import os
+from collections.abc import Sequence
 
 import nox
 
@@ -8,6 +9,8 @@ nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.sessions = ["lint", "tests", "notebooks"]
+
+PROJECT = nox.project.load_toml("pyproject.toml")
 
 # pip reads PIP_FIND_LINKS, separated by spaces; uv looks elsewhere, separated by commas.
 if links := os.environ.get("PIP_FIND_LINKS"):
@@ -17,18 +20,40 @@ if links := os.environ.get("PIP_FIND_LINKS"):
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
-def install(session: nox.Session, *groups: str) -> None:
+def install(
+    session: nox.Session, *groups: str, versions: Sequence[str] = ("torch==2.13.0",)
+) -> None:
     """Install torch, the package and the named dependency groups, resolved together."""
-    tools = nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), *groups)
-    session.install("torch==2.13.0", "-e", ".[demo]", *tools)
+    tools = nox.project.dependency_groups(PROJECT, *groups)
+    session.install(*versions, "-e", ".[demo]", *tools)
+
+
+def run_tests(session: nox.Session) -> None:
+    """Run pytest with the shapes checked; its first lines say which versions it runs on."""
+    checked = "--jaxtyping-packages=ddnewton,tests.shapes.check_shapes"
+    session.run("pytest", "--numprocesses=auto", checked, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests, the doctests and the notebooks; arguments go to pytest."""
     install(session, "tests")
-    checked = "--jaxtyping-packages=ddnewton,tests.shapes.check_shapes"
-    session.run("pytest", "--numprocesses=auto", checked, *session.posargs, env=ONE_THREAD)
+    run_tests(session)
+
+
+@nox.session(python="3.11")
+def oldest(session: nox.Session) -> None:
+    """Run the tests with the oldest versions that pyproject.toml promises; downloads gigabytes."""
+    promised = PROJECT["project"]["dependencies"]
+    install(session, "tests", versions=[lowest.replace(">=", "==") for lowest in promised])
+    run_tests(session)
+
+
+@nox.session(venv_backend="virtualenv")
+def newest(session: nox.Session) -> None:
+    """Run the tests with the newest torch that pip takes; downloads gigabytes."""
+    install(session, "tests", versions=["--upgrade", "torch"])
+    run_tests(session)
 
 
 @nox.session

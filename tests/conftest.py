@@ -1,5 +1,7 @@
 """What holds for every test: one thread, a fixed seed, Hypothesis's zeal, and who needs CUDA."""
 
+from importlib.metadata import version
+
 import hypothesis
 import pytest
 import torch
@@ -25,6 +27,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def device(pytestconfig: pytest.Config) -> torch.device:
     """Where the tests marked ``cuda`` run."""
     return torch.device(pytestconfig.getoption("--device"))
+
+
+def pytest_report_header() -> str:
+    """Say which versions are tested."""
+    packages = ("torch", "jaxtyping", "numpy", "opt_einsum")
+    return "versions: " + ", ".join(f"{package} {version(package)}" for package in packages)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,7 +13,8 @@ from ddnewton.inputs.checks import check_nonnegative
 from ddnewton.types import Select
 
 
-class Leading(NamedTuple):
+@dataclass(frozen=True)
+class Leading:
     """The rule of `top_k`: a class, for its k says how many eigenpairs must be computed at all."""
 
     k: int
