@@ -9,8 +9,18 @@ from torch import nn
 from torch.func import vmap
 from torch.nn.utils.parametrizations import weight_norm
 
-from tests.linearize.layer_cases import DTYPES, FLOAT32, FLOAT64, Case, Readout, check
+from ddnewton import newton_step, prepare
+from tests.linearize.layer_cases import (
+    DTYPES,
+    FLOAT32,
+    FLOAT64,
+    Case,
+    Readout,
+    check,
+    with_targets,
+)
 from tests.models import normal
+from tests.reference import error
 
 # --- products with a matrix -----------------------------------------------------------------
 
@@ -260,7 +270,6 @@ LAYERS = {
     "bilinear": lambda: Case(
         Called(lambda self, X: self.layer(*X), layer=nn.Bilinear(2, 3, 2)),
         (normal(3, 2), normal(3, 3)),
-        direct=("layer.weight",),
     ),
     "self-attention": lambda: Case(
         Called(attended, attend=nn.MultiheadAttention(4, 2, batch_first=True)), normal(2, 3, 4)
@@ -333,3 +342,16 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer(name, dtype):
     check(LAYERS[name](), dtype)
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 2), (1, 1, 1), (3, 1, 2)])
+@pytest.mark.parametrize("positions", [(), (2,)])
+def test_a_bilinear_layer_is_a_product_of_matrices(sizes, positions):
+    """Two of its operands are data, for which there is no rule: it is decomposed."""
+    i, j, o = sizes
+    layer = Called(lambda self, X: self.layer(*X).tanh(), layer=nn.Bilinear(i, j, o))
+    given = with_targets(Case(layer, (normal(4, *positions, i), normal(4, *positions, j))), FLOAT64)
+    prepared = prepare(*given[:3])
+    assert repr(prepared).split()[1:-1] == ["['layer.weight']:", "mm", "['layer.bias']:", "add"]
+    expected = newton_step(*given, 0.1, gram="dense")
+    assert error(newton_step(prepared, *given[1:], 0.1), expected) < 1e-12

@@ -6,8 +6,10 @@ positions t, of what goes in, a, and what is pulled back to what comes out, b:
     y_t = W a_t,        column = Σ_t b_t ⊗ a_t.
 
 A rule says, for one operation and one of its operands, how to read a and b off the tensors and
-which parameters the outer product belongs to. A further operation is one more function here.
-Groups g are products side by side, as in a grouped convolution.
+which parameters the outer product belongs to. A further operation is one more function here. It
+is a rule where a is one tensor; where a is made of two, as of a bilinear layer, it is a
+decomposition into operations that have rules. Groups g are products side by side, as in a grouped
+convolution.
 """
 
 from __future__ import annotations
@@ -48,12 +50,25 @@ entries are, to a use; None where the rule is no help."""
 
 RULES: dict[Any, Rule] = {}
 
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
+"""What operations are replaced by in the trace of a model, in torch's own terms."""
+
 
 def rule(target: Any) -> Callable[[Rule], Rule]:
     """Register a function as the rule of an operation."""
 
     def register(function: Rule) -> Rule:
         RULES[target] = function
+        return function
+
+    return register
+
+
+def decomposition(target: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function that computes what an operation does, by operations that have rules."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        DECOMPOSITIONS[target] = function
         return function
 
     return register
@@ -104,6 +119,14 @@ def matrices(node: Node, operand: int, index: Int[Tensor, "_ _ _"]) -> Use | Non
         lambda x: x.mT.flatten(1, 2)[:, None],
         lambda b: b.transpose(2, 3).flatten(3, 4)[:, :, None],
     )
+
+
+@decomposition(aten._trilinear.default)
+def bilinear(x: Tensor, W: Tensor, z: Tensor, *axes: Any) -> Any:
+    """Y_o = Σ_ij x_i W_oij z_j, of a bilinear layer: a product of W and the numbers x_i z_j."""
+    if axes[:4] != ([1, 3], [0], [1, 2], [2, 3]):  # one of its derivatives, which is no layer
+        return NotImplemented
+    return (x[:, :, None] * z[:, None, :]).flatten(1) @ W.flatten(1).T
 
 
 @rule(aten.mv.default)

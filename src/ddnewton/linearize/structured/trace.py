@@ -22,11 +22,10 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ddnewton.inputs.checks import check_sample_axis
+from ddnewton.linearize.structured.rules import DECOMPOSITIONS, aten
 from ddnewton.transforms import first_member
 from ddnewton.trees import as_batch, tree_flatten, tree_unflatten
 from ddnewton.types import ModelFn, PyTree
-
-aten = torch.ops.aten
 
 
 def trace(function: ModelFn, params: PyTree, x: PyTree) -> GraphModule:
@@ -45,7 +44,7 @@ def trace(function: ModelFn, params: PyTree, x: PyTree) -> GraphModule:
         return outputs[0]
 
     with _plain_kernels(), torch.no_grad():
-        graph = _tidy(make_fx(one)(*leaves))
+        graph = _tidy(make_fx(one, DECOMPOSITIONS)(*leaves))
         if any(map(_writes, graph.graph.nodes)):
             # Writing into a tensor that is the same for all samples does not survive vmap.
             graph = make_fx(functionalize(graph))(*leaves)
