@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call, hessian, jacrev, vmap
 
 from ddnewton import newton_step, newton_step_and_info
-from ddnewton.linearize.precision import Widen, in_float64
+from ddnewton.linearize.widening import Widen, in_float64
 from tests.models import Problem
 from tests.reference import dense, error, solve
 

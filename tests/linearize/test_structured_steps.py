@@ -56,7 +56,7 @@ def test_every_problem_in_float32_itself(name, monkeypatch):
 
     With λ up to 3 and δ = 0.1 the step is wrong by about thirty times that.
     """
-    monkeypatch.setattr("ddnewton.linearize.linearization.CHEAP_FLOPS", 0)
+    monkeypatch.setattr("ddnewton.linearize.precision.CHEAP_FLOPS", 0)
     prepared, given = prepared_problem(name, FLOAT32)
     result, info = newton_step_and_info(prepared, *given[1:], 0.1)
     assert error(result, solve(truth(name), 0.1)) < 1e-5

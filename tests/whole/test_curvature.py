@@ -321,7 +321,7 @@ def test_leading_eigenpairs_of_many_samples(samples, k, monkeypatch):
 @pytest.mark.parametrize("name", ["relu_mlp", "convolution", "many_points"])
 def test_large_models_in_float32_stay_in_float32(name, select, monkeypatch):
     """Their columns are rounded, the sums of products are not."""
-    monkeypatch.setattr("ddnewton.linearize.linearization.CHEAP_FLOPS", 0)
+    monkeypatch.setattr("ddnewton.linearize.precision.CHEAP_FLOPS", 0)
     given, options = problem(name, FLOAT32), {"select": select, "gram": "structured"}
     evals, evecs = ggn_eigh(*given, **options)
     assert error(evals, ggn_eigvalsh(*given)[-len(evals) :]) < 1e-5

@@ -219,7 +219,7 @@ def test_recurrent_nets_have_held_out_curvature(dtype, monkeypatch):
 @pytest.mark.parametrize("select", [top_k(1), top_k(4), None], ids=["1", "4", "all"])
 @pytest.mark.parametrize("name", ["relu_mlp", "many_points"])
 def test_large_models_in_float32_stay_in_float32(name, select, monkeypatch):
-    monkeypatch.setattr("ddnewton.linearize.linearization.CHEAP_FLOPS", 0)
+    monkeypatch.setattr("ddnewton.linearize.precision.CHEAP_FLOPS", 0)
     monkeypatch.setattr("ddnewton.quadratic.unseen_samples.PULLBACKS_PER_DIRECTION", 1)
     given, choice = problem(name, FLOAT32), Choice([3, 1], [0, 2, 1], [3, 0])
     options = {"select": select, "gram": "structured"}

@@ -11,7 +11,7 @@ from torch.func import grad, jacrev
 
 from ddnewton.criteria.loss import Expansion, Loss, spanned
 from ddnewton.errors import BadType, BadValue, sentence
-from ddnewton.linearize.precision import in_float64
+from ddnewton.linearize.precision import in_dtype_of
 from ddnewton.transforms import first_member, over_samples
 from ddnewton.trees import as_batch, on_copies, tree_map
 from ddnewton.types import Criterion, PyTree
@@ -41,7 +41,7 @@ def convex(criterion: Criterion) -> Loss:
     criterion = on_copies(criterion)
 
     def of_outputs(f: Float[Tensor, "..."], y: PyTree) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        function = _in_dtype(criterion, f)
+        function = in_dtype_of(f, criterion)
         return f.reshape(-1), lambda u: function(as_batch(u.reshape(f.shape)), as_batch(y))
 
     def sample_expansion(
@@ -74,17 +74,12 @@ def convex(criterion: Criterion) -> Loss:
 
     def denominator(outputs: Tensor, y: PyTree) -> float:
         outputs = first_member(outputs)
-        return _denominator(_in_dtype(criterion, outputs), outputs, tree_map(first_member, y))
+        return _denominator(in_dtype_of(outputs, criterion), outputs, tree_map(first_member, y))
 
     def check(outputs: Tensor, y: PyTree) -> None:
         _check_scalar(criterion(first_member(outputs), tree_map(first_member, y)))
 
     return Loss(expand, denominator, check, gradient=gradient)
-
-
-def _in_dtype(criterion: Criterion, outputs: Tensor) -> Criterion:
-    """Return the criterion in the outputs' dtype, constants included, where that is float64."""
-    return in_float64(criterion) if outputs.dtype == torch.float64 else criterion
 
 
 def _denominator(criterion: Criterion, outputs: Float[Tensor, "n ..."], y: PyTree) -> float:

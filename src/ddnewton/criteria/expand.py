@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.criteria.loss import Expansion, Loss, value_and_gradient
 from ddnewton.criteria.monte_carlo import MonteCarlo, sampled
 from ddnewton.criteria.torch_losses import record_of
-from ddnewton.errors import BadType, BadValue, sentence
+from ddnewton.errors import BadValue, sentence
+from ddnewton.linearize.precision import loss_in_float64
 from ddnewton.transforms import any_known, unwrapped
 from ddnewton.types import Criterion, PyTree
-
-T = TypeVar("T")
 
 AnyCriterion: TypeAlias = Criterion | Loss | MonteCarlo
 """What the public functions take as a criterion."""
@@ -41,7 +38,7 @@ def expand_batch(
     They are taken at the ``precise`` outputs in float64, or at ``outputs`` if the loss refuses.
     """
     loss.check(outputs, y)
-    expansion, denominator = _precisely(
+    expansion, denominator = loss_in_float64(
         lambda f: (loss.expand(f, y), loss.denominator(f, y)), precise, outputs
     )
     _check_expansion(expansion)
@@ -58,25 +55,15 @@ def expand_batch(
 
 def losses(loss: Loss, outputs: Float[Tensor, "n ..."], y: PyTree) -> Float[Tensor, " n"]:
     """Return every sample's loss, unscaled and unchecked: it may be infinite or nan."""
-    return _precisely(lambda f: value_and_gradient(loss, f, y)[0].double(), outputs, outputs)
+    return loss_in_float64(lambda f: value_and_gradient(loss, f, y)[0].double(), outputs, outputs)
 
 
 def weight(
     loss: Loss, outputs: Float[Tensor, "n ..."], precise: Float[Tensor, "n ..."], y: PyTree
 ) -> float | Tensor:
     """Return N / d: multiplied with it, the samples' losses have the batch's loss as their mean."""
-    denominator = _precisely(lambda f: loss.denominator(f, y), precise, outputs)
+    denominator = loss_in_float64(lambda f: loss.denominator(f, y), precise, outputs)
     return outputs.shape[0] / denominator
-
-
-def _precisely(function: Callable[[Tensor], T], precise: Tensor, outputs: Tensor) -> T:
-    """Apply a function to outputs in float64, or as they are where it cannot take these."""
-    try:
-        return function(precise.double())
-    except (torch.OutOfMemoryError, BadType, BadValue):
-        raise
-    except Exception:  # noqa: BLE001 - the loss was never asked to take float64
-        return function(outputs)
 
 
 def _check_expansion(expansion: Expansion) -> None:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ddnewton.errors import BadValue, sentence
 from ddnewton.inputs.checks import check_outputs
-from ddnewton.linearize.precision import Model
+from ddnewton.linearize.model import Model
 from ddnewton.transforms import unwrapped
 from ddnewton.trees import batches, on_copies, sample_count
 from ddnewton.types import ModelFn, PyTree

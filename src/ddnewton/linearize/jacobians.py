@@ -20,7 +20,7 @@ from torch.func import vjp
 from ddnewton.columns.factors import Jacobian
 from ddnewton.inputs.checks import check_derivatives, check_sample_axis
 from ddnewton.linearize.independence import SamplesMix, check_independent
-from ddnewton.linearize.precision import Model
+from ddnewton.linearize.model import Model, at_samples
 from ddnewton.transforms import one_by_one, over_samples
 from ddnewton.trees import as_batch, chunks, parameter_count, take, tree_leaves
 from ddnewton.types import ModelFn, PyTree
@@ -42,10 +42,7 @@ def jacobian(
     """
     errors: list[Exception] = []
     if samples is not None:
-        models = [
-            model._replace(X=take(model.X, samples), outputs=model.outputs[samples])
-            for model in models
-        ]
+        models = [at_samples(model, samples) for model in models]
     for model in models:
         for mapping in (over_samples, one_by_one):
             try:

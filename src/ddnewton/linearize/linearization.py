@@ -21,11 +21,13 @@ from ddnewton.inputs.checks import check_outputs
 from ddnewton.linearize.buffers import kept_buffers
 from ddnewton.linearize.independence import SamplesMix, evaluate
 from ddnewton.linearize.jacobians import jacobian, memory
-from ddnewton.linearize.precision import Model, widen_leaf, widened
+from ddnewton.linearize.model import Model, at_samples
+from ddnewton.linearize.precision import float64_throughout, widened
 from ddnewton.linearize.structured.prepare import TRACED_SAMPLES, Untraceable, prepared_model
 from ddnewton.linearize.structured.program import Program
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.linearize.structured.visit import Visit, run, visit
+from ddnewton.linearize.widening import widen_leaf
 from ddnewton.trees import batches, chunks, parameter_count, take, tree_flatten, tree_unflatten
 from ddnewton.types import ModelFn, PyTree
 
@@ -33,9 +35,6 @@ logger = logging.getLogger(__name__)
 
 TINY_FLOPS = 1e9
 """Up to how many flops dense products are cheaper than finding the layers."""
-
-CHEAP_FLOPS = 1e9
-"""Up to how many flops a model in float32 is taken in float64 from end to end."""
 
 
 class Linearization(NamedTuple):
@@ -71,10 +70,9 @@ def linearized(
 def _chosen(model: Model, gram: str, chunk_size: int | None) -> Linearization:
     """Return a model by its layers or by its Jacobians."""
     if gram == "structured" or (gram == "auto" and not _is_tiny(model)):
-        few = slice(0, TRACED_SAMPLES)
         try:
-            sample = model._replace(X=take(model.X, few), outputs=model.outputs[few])
-            return _structured(prepared_model(sample), model.params, model.X, chunk_size)
+            prepared = prepared_model(at_samples(model, slice(0, TRACED_SAMPLES)))
+            return _structured(prepared, model.params, model.X, chunk_size)
         except (Untraceable, SamplesMix) as reason:
             if gram == "structured":
                 raise
@@ -118,10 +116,7 @@ def _structured(
         wider, X = ([widen_leaf(x) for x in each] for each in (leaves, samples))
         return _by_layers(prepared, wide, wider, X, chunk_size)
 
-    if (
-        torch.compiler.is_compiling()
-        or _cost(narrow, samples[0].shape[0], prepared.width) <= CHEAP_FLOPS
-    ):
+    if float64_throughout(lambda: _cost(narrow, samples[0].shape[0], prepared.width)):
         return precise()
     return _by_layers(prepared, narrow, leaves, samples, chunk_size)._replace(in_float64=precise)
 

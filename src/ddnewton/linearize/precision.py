@@ -1,113 +1,146 @@
-"""The model in float64, whatever dtype it has.
+"""What is computed in float64: the one room that decides on it.
 
-In float32 a confident net's logits are wrong by 1e-6, and so, relatively, are all curvatures;
-its Jacobians are wrong by eps, and directions whose singular values differ by 1e4 turn that into
-1e-3 of the step. Both vanish when the same function is evaluated in float64. Buffers, constants
-and casts inside the model are in the way of that; a `TorchFunctionMode` widens every tensor that
-an operation takes or gives. What comes out, values and one pullback, is compared with the model
-itself, coarsely: the two differ by the rounding of the narrower one.
+In float32 a confident net's logits are wrong by 1e-6, and so, relatively, are all curvatures; its
+Jacobians are wrong by eps, and directions whose singular values differ by 1e4 turn that into 1e-3
+of the step. Both vanish when the same function is evaluated in float64. So, where parameters,
+inputs or outputs are narrower:
+
+- A model by its Jacobians is evaluated in float64 from end to end (`widened`).
+- A model by its layers is so where a step takes few flops, or is compiled (`float64_throughout`).
+  Where it takes many, it is evaluated in its own dtype, and once more in float64 if a damping
+  lets curvatures count that float32 does not resolve (`resolved_in_float32`).
+- Neither is where float64 makes another function of the model, or where it cannot be evaluated so:
+  a kernel has no float64, a tensor from outside is written to. Values and one pullback are
+  compared with the model itself, coarsely: the two differ by the rounding of the narrower one
+  (`if_same_function`).
+- The loss is in float64 always, at outputs from float64 where the model has them, unless it does
+  not take float64 (`loss_in_float64`); of a callable the constants inside too (`in_dtype_of`).
+
+How a function is widened is in widening.py.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import vjp
-from torch.overrides import TorchFunctionMode
 
-from ddnewton.transforms import unwrapped
+from ddnewton.errors import BadType, BadValue
+from ddnewton.linearize.model import Model
+from ddnewton.linearize.widening import Widen, in_float64, widen_leaf
+from ddnewton.transforms import any_known, unwrapped
 from ddnewton.trees import tree_leaves, tree_map
-from ddnewton.types import ModelFn, PyTree
+from ddnewton.types import Criterion, PyTree
 
 logger = logging.getLogger(__name__)
 
-CASTS = {"to", "type", "type_as", "float", "half", "bfloat16"}
+T = TypeVar("T")
+
+CHEAP_FLOPS = 1e9
+"""Up to how many flops of a step a model is taken in float64 from end to end."""
+
+FLOAT32_RESOLUTION = 1e4
+"""From the largest curvature down to which ratio float32 is enough."""
 
 VALUE_TOLERANCE, PULLBACK_TOLERANCE = 1 / 64, 1 / 8
-"""How far, relatively, float64 may lie from bfloat16 inside the model, and slopes from another
+"""How far, relatively, float64 may lie from bfloat16 inside the model, and pullbacks from another
 side of a kink: far less than from another function."""
 
-
-class Model(NamedTuple):
-    """A model at a point: the function, its arguments, and what it returns for them."""
-
-    function: ModelFn
-    params: PyTree
-    X: PyTree
-    outputs: Float[Tensor, "n ..."]
+CHANGED = "its outputs or derivatives change"
 
 
-class Widen(TorchFunctionMode):
-    """Give every operation float64 tensors in place of narrower ones, and pass on no others.
+def float64_throughout(flops: Callable[[], float]) -> bool:
+    """Return whether a model by its layers is in float64 from end to end, given a step's flops.
 
-    Results are widened as well, so that what is written into a new tensor is not lost in a copy
-    of it; a cast to a narrower dtype returns what it was given, or a copy of it, as the cast would
-    have in the model's own dtype. ``rounded`` tells whether there were casts below that, by hand
-    or by autocast.
+    What is compiled is: it could not come back for more digits.
     """
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.dtype = dtype
-        self.rounded = False
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        args = tuple(map(widen_leaf, args))
-        result = func(*args, **{k: widen_leaf(v) for k, v in (kwargs or {}).items()})
-        self.rounded |= any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
-        if getattr(func, "__name__", "") in CASTS and _narrower(result, args[0]):
-            self.rounded |= result.dtype.itemsize < self.dtype.itemsize
-            source = args[0].to(result.device)
-            return source if result.dtype == self.dtype else source.clone()
-        return widen_leaf(result)
+    return torch.compiler.is_compiling() or flops() <= CHEAP_FLOPS
 
 
-def in_float64(function: Callable[..., Tensor], mode: Widen | None = None) -> Callable[..., Tensor]:
-    """Return a function that computes in float64, whatever its arguments are."""
-    mode = mode or Widen()
+def resolved_in_float32(smallest: float | Tensor, largest: Float[Tensor, ""]) -> bool:
+    """Return whether float32 resolves the curvatures between two; true where they are not known."""
+    return not any_known(~torch.as_tensor(smallest * FLOAT32_RESOLUTION >= largest))
 
-    def wide(*args: PyTree) -> Tensor:
-        with mode:
-            return function(*args)
 
-    return wide
+def loss_in_float64(function: Callable[[Tensor], T], precise: Tensor, outputs: Tensor) -> T:
+    """Apply a function of the loss to outputs in float64, or as they are if it refuses these."""
+    try:
+        return function(precise.double())
+    except (torch.OutOfMemoryError, BadType, BadValue):
+        raise
+    except Exception:  # noqa: BLE001 - the loss was never asked to take float64
+        return function(outputs)
+
+
+def in_dtype_of(outputs: Tensor, criterion: Criterion) -> Criterion:
+    """Return the criterion in the outputs' dtype, constants included, where that is float64."""
+    return in_float64(criterion) if outputs.dtype == torch.float64 else criterion
+
+
+class Widened(NamedTuple, Generic[T]):
+    """A model that was evaluated in float64, to be compared with the model itself."""
+
+    model: T
+    outputs: Float[Tensor, "n ..."]
+    rounded: bool  # by what is narrower than the model's own dtype inside
+    pullback: Callable[[], Float[Tensor, " d"]]
+
+
+def if_same_function(
+    evaluate: Callable[[], Widened[T]],
+    outputs: Float[Tensor, "n ..."],
+    pullback: Callable[[], Float[Tensor, " d"] | None],
+    dtype: torch.dtype,
+) -> T | None:
+    """Return a model in float64 if its outputs and a pullback are the model's own, else None.
+
+    The model's own are those in ``dtype``; a pullback of None is not compared. Whatever the reason
+    for None, it shows in an error, in the values or in the pullback, and is logged.
+    """
+    try:
+        wide = evaluate()
+        tolerance = VALUE_TOLERANCE if wide.rounded else torch.finfo(dtype).eps ** 0.5
+        if wide.outputs.shape == outputs.shape and _near(wide.outputs, outputs, tolerance):
+            expected = pullback()
+            if expected is None or _near(wide.pullback(), expected, PULLBACK_TOLERANCE):
+                return wide.model
+        reason: object = CHANGED
+    except Exception as error:  # noqa: BLE001 - the model was never asked to run in float64
+        reason = error
+    logger.info("the model is not evaluated in float64: %s", reason)
+    return None
 
 
 def widened(model: Model, batches: Callable[[PyTree], Sequence[PyTree]]) -> Model:
-    """Return the model in float64 where it can be evaluated so, else the model as it is.
-
-    A model that calls a kernel that has no float64, or writes into a narrow tensor from outside,
-    cannot; whatever the reason, it shows in an error, in the values or in a pullback.
-    """
+    """Return the model in float64 where it is the same function, else the model as it is."""
     dtype = narrowest(tree_leaves((model.outputs, model.params, model.X)))
     if dtype == torch.float64:
         return model
     mode = Widen(dtype)
     function = in_float64(model.function, mode)
     params, X = tree_map(widen_leaf, model.params), tree_map(widen_leaf, model.X)
-    try:
+
+    def evaluate() -> Widened[Model]:
         outputs = torch.cat([function(params, batch) for batch in batches(X)])
+        if outputs.dtype != torch.float64:
+            raise BadType(CHANGED)
         wide = Model(function, params, X, outputs)
-        same = outputs.shape == model.outputs.shape and outputs.dtype == torch.float64
-        values = tolerance(dtype, mode.rounded)
-        if same and near(outputs, model.outputs, values) and _same_slopes(wide, model, batches):
-            return wide
-        reason: object = "its outputs or derivatives change"
-    except Exception as error:  # noqa: BLE001 - the model was never asked to run in float64
-        reason = error
-    logger.info("the model is not evaluated in float64: %s", reason)
-    return model
+        return Widened(wide, outputs, mode.rounded, lambda: pulled_back(wide, batches(X)[0]))
+
+    def pullback() -> Tensor | None:
+        try:
+            expected = pulled_back(model, batches(model.X)[0])
+        except RuntimeError:  # it has no derivative in its own dtype: nothing to compare with
+            return None
+        return expected if bool(unwrapped(expected).isfinite().all()) else None
+
+    wide = if_same_function(evaluate, model.outputs, pullback, dtype)
+    return model if wide is None else wide
 
 
 def narrowest(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -116,24 +149,8 @@ def narrowest(tensors: Sequence[Tensor]) -> torch.dtype:
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def tolerance(dtype: torch.dtype, rounded: bool) -> float:
-    """Return how far values in float64 may lie from those of a model that may round on purpose."""
-    return VALUE_TOLERANCE if rounded else torch.finfo(dtype).eps ** 0.5
-
-
-def _same_slopes(wide: Model, narrow: Model, batches: Callable[[PyTree], Sequence[PyTree]]) -> bool:
-    """Return whether a pullback of the first batch comes out alike."""
-    try:
-        expected = pulled_back(narrow, batches(narrow.X)[0])
-    except RuntimeError:  # the narrow model has no derivative; nothing stands against the wide
-        return True
-    return not _finite(expected) or near(
-        pulled_back(wide, batches(wide.X)[0]), expected, PULLBACK_TOLERANCE
-    )
-
-
 def pulled_back(model: Model, X: PyTree) -> Float[Tensor, " d"]:
-    """Return one pullback of a batch, to be compared with another's."""
+    """Return the pullback of the ramp over a batch, to be compared with another's."""
     outputs, pullback, *_ = vjp(lambda p: model.function(p, X), model.params)
     leaves = tree_leaves(pullback(ramp(outputs)))
     return torch.cat([leaf.double().reshape(-1) for leaf in leaves])
@@ -145,28 +162,7 @@ def ramp(outputs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return numbers.cos().reshape(outputs.shape)
 
 
-def near(wide: Tensor, narrow: Tensor, tolerance: float) -> bool:
+def _near(wide: Tensor, narrow: Tensor, tolerance: float) -> bool:
     """Return whether two tensors differ by no more than a share of the largest entry."""
     distance, size = unwrapped((wide - narrow).abs().amax()), unwrapped(narrow.abs().amax())
     return bool((distance <= tolerance * size).all())
-
-
-def _finite(tensor: Tensor) -> bool:
-    return bool(unwrapped(tensor).isfinite().all())
-
-
-def _narrower(result: Any, source: Any) -> bool:
-    """Return whether a cast lost digits."""
-    floats = all(isinstance(x, Tensor) and x.is_floating_point() for x in (result, source))
-    return floats and result.dtype.itemsize < source.dtype.itemsize
-
-
-def widen_leaf(leaf: Any) -> Any:
-    """Return a narrow floating-point tensor in float64, anything else as it is."""
-    # A second .double() would be a view, and inside functorch not the tensor that was written to.
-    if isinstance(leaf, Tensor):
-        narrow = leaf.is_floating_point() and leaf.dtype != torch.float64
-        return leaf.double() if narrow else leaf
-    if type(leaf) in (list, tuple):
-        return type(leaf)(map(widen_leaf, leaf))
-    return leaf

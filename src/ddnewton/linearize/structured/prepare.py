@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,26 +11,16 @@ from ddnewton.errors import BadValue, public, sentence
 from ddnewton.inputs.checks import check_batch, check_functions, check_params
 from ddnewton.linearize.buffers import kept_buffers
 from ddnewton.linearize.independence import SamplesMix, check_independent, evaluate
-from ddnewton.linearize.precision import (
-    PULLBACK_TOLERANCE,
-    Model,
-    in_float64,
-    narrowest,
-    near,
-    pulled_back,
-    ramp,
-    tolerance,
-    widen_leaf,
-)
+from ddnewton.linearize.model import Model
+from ddnewton.linearize.precision import Widened, if_same_function, narrowest, pulled_back, ramp
 from ddnewton.linearize.structured.program import Program, compile_program
-from ddnewton.linearize.structured.trace import trace, widen
+from ddnewton.linearize.structured.trace import trace
 from ddnewton.linearize.structured.traced_model import Prepared, signature
 from ddnewton.linearize.structured.visit import Visit, visit
+from ddnewton.linearize.widening import in_float64, widen_leaf, widened_graph
 from ddnewton.transforms import first_member
 from ddnewton.trees import take, tree_leaves, tree_map
 from ddnewton.types import ModelFn, PyTree
-
-logger = logging.getLogger(__name__)
 
 TRACED_SAMPLES = 4
 """On how many samples a trace is compared with its model."""
@@ -122,7 +110,7 @@ def prepared_model(model: Model) -> Prepared:
     return Prepared(
         sample=graph,
         narrow=narrow,
-        wide=_wide(narrow, leaves, samples, *agreed),
+        wide=_widened_program(narrow, leaves, samples, *agreed),
         params=signature("params", params, 0),
         X=signature("X", X, 1),
         width=outputs[0].numel(),
@@ -165,29 +153,25 @@ def _pulled_back(program: Program, visited: Visit) -> Float[Tensor, " d"]:
     return in_order(torch.cat(pieces), program.order)
 
 
-def _wide(
+def _widened_program(
     program: Program,
     leaves: list[Tensor],
     samples: list[Tensor],
     outputs: Float[Tensor, "n ..."],
-    slopes: Float[Tensor, " d"],
+    pullback: Float[Tensor, " d"],
 ) -> Program | None:
-    """Return the program in float64, if it is narrower and that makes no other function of it.
+    """Return a narrow program in float64, if that makes no other function of it.
 
-    Of the program as it is the outputs and a pullback are known.
+    Of the program as it is the outputs and the pullback of the ramp are known.
     """
     dtype = narrowest([*leaves, *samples])
     if dtype == torch.float64:
         return None
-    graph, rounded = widen(program.graph, dtype)
+    graph, rounded = widened_graph(program.graph, dtype)
     wide = program._replace(graph=graph)
-    try:
-        precise = visit(wide, *tree_map(widen_leaf, (leaves, samples)))
-        same = near(precise.outputs, outputs, tolerance(dtype, rounded))
-        if same and near(_pulled_back(wide, precise), slopes, PULLBACK_TOLERANCE):
-            return wide
-        reason: object = "its outputs or derivatives change"
-    except Exception as error:  # noqa: BLE001 - the model was never asked to run in float64
-        reason = error
-    logger.info("the model is not evaluated in float64: %s", reason)
-    return None
+
+    def evaluate() -> Widened[Program]:
+        visited = visit(wide, *tree_map(widen_leaf, (leaves, samples)))
+        return Widened(wide, visited.outputs, rounded, lambda: _pulled_back(wide, visited))
+
+    return if_same_function(evaluate, outputs, lambda: pullback, dtype)

@@ -7,22 +7,21 @@ its number of samples baked in, and a trace above dispatch loses what an inner `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.func import functionalize
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.node import map_aggregate
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ddnewton.inputs.checks import check_sample_axis
 from ddnewton.linearize.structured.rules import DECOMPOSITIONS, aten
+from ddnewton.linearize.widening import map_constants
 from ddnewton.transforms import first_member
 from ddnewton.trees import as_batch, tree_flatten, tree_unflatten
 from ddnewton.types import ModelFn, PyTree
@@ -50,42 +49,8 @@ def trace(function: ModelFn, params: PyTree, x: PyTree) -> GraphModule:
             graph = make_fx(functionalize(graph))(*leaves)
             ShapeProp(graph).propagate(*leaves)
         graph = _tidy(_differentiable(graph))
-    _map_constants(graph, lambda constant: constant.detach().clone())
+    map_constants(graph, lambda constant: constant.detach().clone())
     return graph
-
-
-def widen(graph: GraphModule, dtype: torch.dtype) -> tuple[GraphModule, bool]:
-    """Return a copy that computes in float64 what the graph computes in ``dtype`` or wider.
-
-    Also returns whether something narrower than ``dtype`` is left, and rounds.
-    """
-    rounded = False
-
-    def wide(leaf: Any) -> Any:
-        nonlocal rounded
-        if isinstance(leaf, torch.dtype) and leaf.is_floating_point:
-            rounded |= leaf.itemsize < dtype.itemsize
-            return leaf if leaf.itemsize < dtype.itemsize else torch.float64
-        return leaf
-
-    nodes = Graph()
-    nodes.output(nodes.graph_copy(graph.graph, {}))
-    copy = GraphModule(graph, nodes)
-    for node in copy.graph.nodes:
-        node.args, node.kwargs = map_aggregate(node.args, wide), map_aggregate(node.kwargs, wide)
-    _map_constants(copy, lambda x: x.double() if x.dtype == dtype else x)
-    copy.recompile()
-    return copy, rounded
-
-
-def _map_constants(graph: GraphModule, function: Callable[[Tensor], Tensor]) -> None:
-    """Replace the tensors that the model refers to, be they parameters, buffers or others."""
-    for name in {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}:
-        constant = getattr(graph, name)
-        if isinstance(constant, Tensor):
-            delattr(graph, name)
-            with torch.inference_mode(False):  # or autograd would refuse it
-                graph.register_buffer(name, function(constant))
 
 
 def _tidy(graph: GraphModule) -> GraphModule:
