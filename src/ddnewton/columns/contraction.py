@@ -2,9 +2,11 @@ r"""Inner products of columns that are sums of outer products, in the cheapest o
 
 Columns Σ_t b_t ⊗ a_t of a weight, for groups g side by side, have the inner products
 
-    Σ_g Σ_tt' (a_gt · a'_gt') (b_gt · b'_gt'),
+    Σ_g Σ_tt' (a_gt · a'_gt') (b_gt · b'_gt').
 
-which can be had from the columns themselves, or by contracting positions first, without them.
+The sums are taken in one of two orders, whichever takes fewer operations: form the columns, some
+outputs at a time, and multiply them; or multiply a with a' for all pairs of positions, which needs
+no columns. Columns of a single position need neither order: there it is (a · a') (b · b').
 """
 
 from __future__ import annotations
@@ -35,11 +37,11 @@ COLUMNS_FIRST, POSITIONS_FIRST = ((0, 1), (0, 1), (0, 1)), ((0, 2), (1, 2), (0, 
 """Two orders: each a with its b; and a with a', then b', then b."""
 
 SYMMETRIC_STRIPS, LONG_ROWS = 4, 1024
-"""Into how many strips of rows a symmetric product is cut, to leave out what lies below, and from
-which length of the rows on that pays."""
+"""The number of strips of rows into which a symmetric product is cut, to leave out what lies below
+the diagonal, and the length of the rows from which on that pays."""
 
-SAMPLES_ABREAST = 8
-"""Of how many samples at a time a is multiplied with a', at best: few columns are slow ones."""
+LEFT_SAMPLES_AT_ONCE = 8
+"""The number of samples whose a is multiplied with all a' in one product, memory permitting."""
 
 IRREGULAR_FLOP = 1.6
 """How much longer a flop takes in many small products than in one large one."""
@@ -48,31 +50,32 @@ IRREGULAR_FLOP = 1.6
 def inner(
     left: Factor, right: Factor, columns: tuple[int, int]
 ) -> Float[Tensor, "n {columns[0]} n2 {columns[1]}"]:
-    """Return all inner products of two sets of columns, in float64; half the work for one set.
+    """Return all inner products of two sets of columns, in float64.
 
-    ``columns`` are those of a sample. Products of one position lie in memory as columns are
+    Of a set with itself half of them are computed, and mirrored. ``columns`` are the numbers of
+    columns of a sample, on either side. Products of a single position lie in memory as columns are
     counted, all samples of the first column first.
     """
     if isinstance(left, Outer) and isinstance(right, Outer):
         if single_position(left) and single_position(right):
-            return _one_position(left, right)
-        way = _from_columns if _columns_pay(left, right) else _positions_first
-        matrix = way(left, right)
+            return _of_single_positions(left, right)
+        contract = _columns_first if _columns_are_cheaper(left, right) else _positions_first
+        matrix = contract(left, right)
     else:
-        matrix = _of_rows(dense_columns(left), dense_columns(right))
+        matrix = _of_dense(dense_columns(left), dense_columns(right))
     products: Tensor = matrix.unflatten(1, (-1, columns[1])).unflatten(0, (-1, columns[0]))
     return products
 
 
 def flops(outer: Outer) -> float:
-    """Return how many operations the inner products of columns with each other take."""
+    """Return the number of operations of the inner products of columns with each other."""
     if single_position(outer):
         count = outer.b.shape[0] * outer.b.shape[1]
         return float(count**2 * outer.b.shape[3])
     return min(_flops(outer, outer, order) for order in (COLUMNS_FIRST, POSITIONS_FIRST))
 
 
-def _columns_pay(left: Outer, right: Outer) -> bool:
+def _columns_are_cheaper(left: Outer, right: Outer) -> bool:
     """Return whether forming the columns is cheaper than contracting positions first."""
     if torch.compiler.is_compiling():  # opt_einsum cannot be compiled
         return True
@@ -89,32 +92,34 @@ def _flops(left: Outer, right: Outer, order: Sequence[tuple[int, int]]) -> float
     return float(path.opt_cost) / (2 if left is right else 1)
 
 
-def _one_position(left: Outer, right: Outer) -> Float[Tensor, "n m n2 m2"]:
-    """Return (a · a') (b · b'), all of one position."""
+def _of_single_positions(left: Outer, right: Outer) -> Float[Tensor, "n m n2 m2"]:
+    """Return (a · a') (b · b'), all of a single position."""
     n, n2 = left.b.shape[0], right.b.shape[0]
-    a = left.a[:, 0, 0] @ right.a[:, 0, 0].T
+    a_products = left.a[:, 0, 0] @ right.a[:, 0, 0].T
+    # b as rows m·n, in the order in which columns are counted.
     b = left.b.transpose(0, 1).flatten(0, 1).flatten(1)
-    other = b if left is right else right.b.transpose(0, 1).flatten(0, 1).flatten(1)
-    products = completed(product(b, other), left is right and b.shape[1] >= LONG_ROWS)
-    whole = scaled(products.unflatten(1, (-1, n2)).unflatten(0, (-1, n)), a[:, None])
+    b_right = b if left is right else right.b.transpose(0, 1).flatten(0, 1).flatten(1)
+    products = completed(product(b, b_right), left is right and b.shape[1] >= LONG_ROWS)
+    whole = scaled(products.unflatten(1, (-1, n2)).unflatten(0, (-1, n)), a_products[:, None])
     return whole.permute(1, 0, 3, 2).double()
 
 
-def _from_columns(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
+def _columns_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
     """Form the columns, some outputs at a time, and multiply them."""
     n, m, g, o, _ = left.b.shape
     total: Tensor | float = 0.0
     size = max(1, INTERMEDIATE_BYTES // (n * m * sum(left.widths) * left.b.element_size()))
     for group in range(g):
         for start in range(0, o, size):
-            some = slice(start, start + size)
-            mine = _some(left, group, some)
-            theirs = mine if left is right else _some(right, group, some)
-            total = total + product(mine, theirs).double()
+            outputs = slice(start, start + size)
+            rows = _columns_of_outputs(left, group, outputs)
+            rows_right = rows if left is right else _columns_of_outputs(right, group, outputs)
+            total = total + product(rows, rows_right).double()
     return completed(torch.as_tensor(total), left is right)
 
 
-def _some(outer: Outer, group: int, outputs: slice) -> Float[Tensor, "nm op"]:
+def _columns_of_outputs(outer: Outer, group: int, outputs: slice) -> Float[Tensor, "nm op"]:
+    """Return the dense columns along the weights of some outputs of a group."""
     b = outer.b[:, :, group, outputs]
     return (b.flatten(1, 2) @ rows_of(outer)[:, group]).reshape(b.shape[0] * b.shape[1], -1)
 
@@ -123,23 +128,26 @@ def _positions_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
     """Contract a with a', then with b', then with b, for one sample of the left at a time."""
     n, _, g, o, t = left.b.shape
     m = right.b.shape[1]
-    each = t * left.b.element_size()
-    size = max(1, INTERMEDIATE_BYTES // (4 * m * o * each))
-    abreast = max(
-        1, min(SAMPLES_ABREAST, INTERMEDIATE_BYTES // (each * right.b.shape[0] * right.b.shape[4]))
-    )
+    # So many samples of the right, and of the left, that a product of theirs is an intermediate.
+    position_bytes = t * left.b.element_size()
+    size = max(1, INTERMEDIATE_BYTES // (4 * m * o * position_bytes))
+    right_positions = right.b.shape[0] * right.b.shape[4]
+    left_size = INTERMEDIATE_BYTES // (position_bytes * right_positions)
+    left_size = max(1, min(LEFT_SAMPLES_AT_ONCE, left_size))
     total: Tensor | float = 0.0
     for group in range(g):
-        mine = left.b[:, :, group].flatten(2)  # [n m ot]
-        theirs = right.b[:, :, group].flatten(1, 2)  # [n mo t]
+        b_left = left.b[:, :, group].flatten(2)  # [n m ot]
+        b_right = right.b[:, :, group].flatten(1, 2)  # [n mo t]
         rows = []
-        for few in chunks(n, abreast):
-            first = few.start if left is right else 0
-            overlaps = _overlaps(left, right, group, few, slice(first, None))
-            for sample, overlap in zip(range(few.start, few.stop), overlaps, strict=True):
+        for chunk in chunks(n, left_size):
+            # Of columns with themselves, what lies left of the diagonal is left out.
+            first = chunk.start if left is right else 0
+            overlaps = _overlaps(left, right, group, chunk, slice(first, None))
+            for sample, overlap in zip(range(chunk.start, chunk.stop), overlaps, strict=True):
+                # Σ_t' b'_t' (a'_t' · a_t) [n mo t], and its product with b.
                 parts = [
-                    mine[sample] @ (b @ a).unflatten(1, (m, o)).flatten(0, 1).flatten(1).T
-                    for b, a in zip(theirs[first:].split(size), overlap.split(size), strict=True)
+                    b_left[sample] @ (b @ a).unflatten(1, (m, o)).flatten(0, 1).flatten(1).T
+                    for b, a in zip(b_right[first:].split(size), overlap.split(size), strict=True)
                 ]
                 rows.append(F.pad(torch.cat(parts, 1), (first * m, 0)))
         total = total + torch.cat(rows).double()
@@ -147,15 +155,16 @@ def _positions_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
 
 
 def _overlaps(
-    left: Outer, right: Outer, group: int, mine: slice, theirs: slice
+    left: Outer, right: Outer, group: int, left_samples: slice, right_samples: slice
 ) -> Float[Tensor, "n n2 t2 t"]:
     """Return a' · a for some samples on either side."""
-    a, others = left.a[mine, group], right.a[theirs, group]
+    a, a_right = left.a[left_samples, group], right.a[right_samples, group]
     if a.is_floating_point():
-        products = others.flatten(0, 1) @ a.flatten(0, 1).T
-        each: Tensor = products.unflatten(1, a.shape[:2]).unflatten(0, others.shape[:2])
-        return each.movedim(2, 0)
-    same = (others[None, :, :, None] == a[:, None, None, :]) & (a >= 0)[:, None, None, :]
+        products = a_right.flatten(0, 1) @ a.flatten(0, 1).T
+        overlaps: Tensor = products.unflatten(1, a.shape[:2]).unflatten(0, a_right.shape[:2])
+        return overlaps.movedim(2, 0)
+    # Rows with a single one have the inner product 1 where that is in the same place.
+    same = (a_right[None, :, :, None] == a[:, None, None, :]) & (a >= 0)[:, None, None, :]
     return same.to(left.b.dtype)
 
 
@@ -178,8 +187,10 @@ def completed(products: Float[Tensor, "i j"], symmetric: bool) -> Float[Tensor, 
     return products.triu() + products.triu(1).T if symmetric else products
 
 
-def _of_rows(left: Float[Tensor, "nm d"], right: Float[Tensor, "nm2 d"]) -> Float[Tensor, "nm nm2"]:
-    """Return the inner products of columns as they are, a few parameters at a time."""
+def _of_dense(
+    left: Float[Tensor, "nm d"], right: Float[Tensor, "nm2 d"]
+) -> Float[Tensor, "nm nm2"]:
+    """Return the inner products of dense columns, summed over some parameters at a time."""
     total: Tensor | float = 0.0
     width = min(entries_at_once(left), entries_at_once(right))
     for a, b in zip(left.split(width, 1), right.split(width, 1), strict=True):

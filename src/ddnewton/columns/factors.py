@@ -1,4 +1,4 @@
-"""Columns of the Jacobian by layers: as they are, or as sums of outer products Σ_t b_t ⊗ a_t."""
+"""Columns of the Jacobian, layer by layer: dense, or as sums of outer products Σ_t b_t ⊗ a_t."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ INTERMEDIATE_BYTES = 2**25
 class Outer(NamedTuple):
     """Columns of some samples as outer products.
 
-    Integers [n 1 t] in place of ``a`` are the positions of ones in rows of zeros; −1 is no one.
+    Integers [n 1 t] in place of ``a`` stand for rows of zeros with a single one: each is the place
+    of that one in its row, or −1 where there is none.
     """
 
     a: Num[Tensor, "n g t ..."]
@@ -27,15 +28,16 @@ class Outer(NamedTuple):
 
 
 Factor: TypeAlias = Tensor | Outer
-"""Columns of some samples along some parameters: as they are [n·m, d], or as outer products."""
+"""Columns of some samples along some parameters: dense [n·m, d], or as outer products."""
 
 
 class Jacobian(NamedTuple):
-    """The columns of a batch, to be had chunk by chunk, factors side by side.
+    """The columns of a batch, computed chunk by chunk, as factors that stand side by side.
 
-    ``pieces`` says of which leaf, and how many of its entries, every factor's pieces are;
-    ``order`` for every parameter where it is among the factors' entries, one past the last where
-    it is in none; None where they follow each other.
+    ``visit`` returns the factors of a chunk of samples. ``pieces`` says for every factor from which
+    leaves its pieces are, and how many entries of the leaf each has. ``order`` is the place of
+    every parameter among the entries of all factors, one past the last for a parameter that is in
+    none; None if the parameters follow each other as they are.
     """
 
     visit: Callable[[slice], Sequence[Factor]]
@@ -47,16 +49,16 @@ class Jacobian(NamedTuple):
     order: Int[Tensor, " d"] | None
     device: torch.device
     eps: float  # the rounding of a column
-    sums: float  # and of sums of their products, where those are not in float64
+    sums: float  # the rounding of sums of products of columns, 0 for that of float64
 
 
 def weighted_sums(factor: Factor, weights: Float[Tensor, "k n m"]) -> list[Float[Tensor, "k _"]]:
-    """Return weighted sums of columns in float64, in pieces."""
+    """Return the sums of columns with every row of weights, in float64, one tensor a piece."""
     if isinstance(factor, Outer):
-        few = max(1, INTERMEDIATE_BYTES // (factor.b[:, 0].numel() * factor.b.element_size()))
-        if len(weights) <= few:
+        count = _vectors_at_once(factor)
+        if len(weights) <= count:
             return _weighted_sums_outer(factor, weights)
-        sums = [_weighted_sums_outer(factor, some) for some in weights.split(few)]
+        sums = [_weighted_sums_outer(factor, rows) for rows in weights.split(count)]
         return [torch.cat(pieces) for pieces in zip(*sums, strict=True)]
     w = weights.flatten(1)
     return [w @ part.double() for part in factor.split(entries_at_once(factor), 1)]
@@ -65,36 +67,37 @@ def weighted_sums(factor: Factor, weights: Float[Tensor, "k n m"]) -> list[Float
 def inner_products(factor: Factor, vectors: Float[Tensor, "k _"]) -> Float[Tensor, "nm k"]:
     """Return the inner products of columns with vectors, in float64.
 
-    The transpose of `weighted_sums`: vectors hold the pieces that it returns, one after the other.
+    This is the transpose of `weighted_sums`: a vector holds the pieces that it returns, one after
+    the other.
     """
     if not isinstance(factor, Outer):
-        few = entries_at_once(factor)
-        parts = zip(factor.split(few, 1), vectors.split(few, 1), strict=True)
+        width = entries_at_once(factor)
+        parts = zip(factor.split(width, 1), vectors.split(width, 1), strict=True)
         return torch.as_tensor(sum(part.double() @ vector.double().T for part, vector in parts))
-    few = max(1, INTERMEDIATE_BYTES // (factor.b[:, 0].numel() * factor.b.element_size()))
-    return torch.cat([_inner_products_outer(factor, some) for some in vectors.split(few)], 1)
+    groups = vectors.split(_vectors_at_once(factor))
+    return torch.cat([_inner_products_outer(factor, group) for group in groups], 1)
 
 
 def entry_count(factor: Factor) -> int:
-    """Return along how many parameters the columns are."""
+    """Return the number of parameters along which the columns are."""
     if not isinstance(factor, Outer):
         return factor.shape[1]
     return math.prod(factor.b.shape[2:4]) * sum(factor.widths)
 
 
-def pieces(factor: Factor, which: Sequence[bool]) -> Factor | None:
-    """Return the columns along some of the pieces that a factor is made of, None for no piece."""
-    if all(which):
+def pieces(factor: Factor, wanted: Sequence[bool]) -> Factor | None:
+    """Return a factor cut to the wanted ones of its pieces, None if it has none of them."""
+    if all(wanted):
         return factor
-    if not (isinstance(factor, Outer) and any(which)):
+    if not (isinstance(factor, Outer) and any(wanted)):
         return None
-    widths = tuple(width for width, wanted in zip(factor.widths, which, strict=True) if wanted)
-    parts = zip(factor.a.split(factor.widths, -1), which, strict=True)
-    return Outer(torch.cat([part for part, wanted in parts if wanted], -1), factor.b, widths)
+    widths = tuple(width for width, keep in zip(factor.widths, wanted, strict=True) if keep)
+    parts = zip(factor.a.split(factor.widths, -1), wanted, strict=True)
+    return Outer(torch.cat([part for part, keep in parts if keep], -1), factor.b, widths)
 
 
 def dense_columns(factor: Factor) -> Float[Tensor, "nm _"]:
-    """Return the columns themselves."""
+    """Return columns as the rows of a matrix, outer products summed over positions."""
     if not isinstance(factor, Outer):
         return factor
     whole = torch.einsum("nmgot,ngtp->nmgop", factor.b, rows_of(factor))
@@ -104,14 +107,14 @@ def dense_columns(factor: Factor) -> Float[Tensor, "nm _"]:
 def in_order(
     entries: Float[Tensor, "*rows _"], order: Int[Tensor, " d"] | None
 ) -> Float[Tensor, "*rows d"]:
-    """Return the parameters, each by its number among the entries; the one past the last is 0."""
+    """Return the entries of all factors in the order of the parameters, 0 for those in none."""
     return entries if order is None else F.pad(entries, (0, 1))[..., order]
 
 
 def from_order(
     vectors: Float[Tensor, "*rows d"], order: Int[Tensor, " d"] | None, count: int
 ) -> Float[Tensor, "*rows _"]:
-    """Return entries from parameters: the transpose of `in_order`."""
+    """Return vectors over parameters as over the factors' entries: the transpose of `in_order`."""
     if order is None:
         return vectors
     entries: Tensor = vectors.new_zeros((*vectors.shape[:-1], count + 1))
@@ -121,49 +124,60 @@ def from_order(
 def _weighted_sums_outer(
     outer: Outer, weights: Float[Tensor, "k n m"]
 ) -> list[Float[Tensor, "k _"]]:
+    """Return Σ_nm w_nm Σ_t b_nmt ⊗ a_nt for every row w of the weights."""
     k, shape = weights.shape[0], outer.b.shape[2:]
     g, o, _ = shape
+    # First Σ_m w_nm b_nmt [n k g o t], then the sum over samples and positions with a.
     b = (weights.to(outer.b.dtype).transpose(0, 1) @ outer.b.flatten(2)).unflatten(2, shape)
     if single_position(outer):
         total = (b.flatten(1).T @ outer.a[:, 0, 0]).unflatten(0, (k, o))
     elif outer.a.is_floating_point():
         total = torch.einsum("nkgot,ngtp->kgop", b, outer.a)
     else:
+        # a is a one at a place: add b there, and what has no place in a row that is cut off.
         size = sum(outer.widths)
         rows = b.permute(0, 4, 1, 2, 3).flatten(0, 1).flatten(1)
         places = torch.where(outer.a < 0, size, outer.a).flatten()
         sums = rows.new_zeros(size + 1, k * g * o).index_add(0, places, rows)
         total = sums[:-1].T.unflatten(0, (k, g * o))
+    # The pieces, a weight and its bias, are summed at once and cut apart at the end.
     return [part.reshape(k, -1).double() for part in total.split(outer.widths, -1)]
 
 
 def _inner_products_outer(outer: Outer, vectors: Float[Tensor, "k _"]) -> Float[Tensor, "nm k"]:
+    """Return Σ_t b_nmtᵀ E_k a_nt, with every vector as a matrix E_k [g o p]."""
     _, _, g, o, _ = outer.b.shape
     parts = vectors.to(outer.b.dtype).split([g * o * width for width in outer.widths], 1)
     E = torch.cat([part.unflatten(1, (g, o, -1)) for part in parts], -1)
+    # First E a [n k g o t], which is a column of E where a is a one at a place.
     if outer.a.is_floating_point():
-        through = torch.einsum("kgop,ngtp->nkgot", E, outer.a)
+        Ea = torch.einsum("kgop,ngtp->nkgot", E, outer.a)
     else:
         size = sum(outer.widths)
         places = torch.where(outer.a < 0, size, outer.a)[:, 0]
-        through = F.pad(E, (0, 1))[..., places].movedim(3, 0)
-    slopes: Tensor = outer.b.flatten(2) @ through.flatten(2).mT
-    return slopes.flatten(0, 1).double()
+        Ea = F.pad(E, (0, 1))[..., places].movedim(3, 0)
+    products: Tensor = outer.b.flatten(2) @ Ea.flatten(2).mT
+    return products.flatten(0, 1).double()
 
 
 def single_position(outer: Outer) -> bool:
-    """Return whether there is but one position."""
+    """Return whether every column is one outer product: a single position, and one group."""
     _, _, g, _, t = outer.b.shape
     return g == t == 1 and outer.a.is_floating_point()
 
 
 def entries_at_once(rows: Tensor) -> int:
-    """Return how many entries of all rows to take at a time."""
+    """Return the number of entries of all rows that make an intermediate."""
     return max(1, INTERMEDIATE_BYTES // (2 * rows.shape[0]))
 
 
+def _vectors_at_once(outer: Outer) -> int:
+    """Return the number of vectors for which b, with m replaced by them, is an intermediate."""
+    return max(1, INTERMEDIATE_BYTES // (outer.b[:, 0].numel() * outer.b.element_size()))
+
+
 def rows_of(outer: Outer) -> Float[Tensor, "n g t p"]:
-    """Return a as numbers."""
+    """Return a, with the ones written out where it is given by their places."""
     if outer.a.is_floating_point():
         return outer.a
     numbers = torch.arange(sum(outer.widths), device=outer.a.device)

@@ -1,9 +1,10 @@
-"""One sample's output must not depend on another's, nor on chance, nor leave a trace.
+"""Checks that a sample's output depends on no other sample, nor on chance, nor on earlier calls.
 
-Per-sample derivatives are wrong without a sign where this fails, so it is checked twice. While
+Where it does, per-sample derivatives are wrong and nothing shows it, so it is checked twice. While
 the model runs for the first time, a `TorchFunctionMode` stops the calls that are known to break
-it, before they touch a buffer or the random state, and names the module. Whatever else mixes
-samples is found by comparing the batch with its samples taken alone, in value and in derivative.
+the rule, before they change a buffer or the random state, and names the module. Whatever else
+mixes samples is found by comparing the outputs and derivatives of the batch with those of its
+samples, each evaluated as a batch of one.
 """
 
 from __future__ import annotations
@@ -25,28 +26,31 @@ from ddnewton.transforms import unwrapped
 from ddnewton.trees import batches, on_copies, sample_count
 from ddnewton.types import ModelFn, PyTree
 
-RANDOM = {
+RANDOM_FUNCTIONS = {
     *("rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm"),
     *("normal", "bernoulli", "multinomial", "poisson", "gumbel_softmax"),
     *("normal_", "uniform_", "bernoulli_", "exponential_", "random_", "log_normal_"),
     *("cauchy_", "geometric_"),
 }
 
-Option: TypeAlias = tuple[int, str, object]
-_P, _TRAINING = (1, "p", 0.5), (2, "training", True)
+Argument: TypeAlias = tuple[int, str, object]
+_PROBABILITY, _TRAINING = (1, "p", 0.5), (2, "training", True)
 _RECURRENT = ((5, "dropout", 0.0), (6, "train", False))
-DROPOUTS: dict[str, tuple[Option, Option]] = {
-    **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), (_P, _TRAINING)),
-    **dict.fromkeys(("alpha_dropout", "feature_alpha_dropout"), (_P, (2, "training", False))),
+DROPOUTS: dict[str, tuple[Argument, Argument]] = {
+    **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), (_PROBABILITY, _TRAINING)),
+    **dict.fromkeys(
+        ("alpha_dropout", "feature_alpha_dropout"), (_PROBABILITY, (2, "training", False))
+    ),
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _RECURRENT),
     "rrelu": ((2, "upper", 1 / 3), (3, "training", False)),
     "scaled_dot_product_attention": ((4, "dropout_p", 0.0), (4, "dropout_p", 0.0)),
     "multi_head_attention_forward": ((10, "dropout_p", 0.0), (13, "training", True)),
 }
-"""Where a function takes its probability and its train flag: position, name, default."""
+"""The arguments of a function that hold its probability and its train flag: position, name and
+default of each. It is random where both are true."""
 
 CANCELLATION_ROUNDINGS = 1024.0
-"""How many roundings of what cancels may be left of a derivative that vanishes."""
+"""The error of a derivative that cancels to zero, in roundings of the terms that cancel."""
 
 BATCH_NORM = "batch normalisation (batch_norm) in train mode, which mixes the samples,"
 INDEPENDENCE_RULE = (
@@ -55,7 +59,7 @@ INDEPENDENCE_RULE = (
 
 
 class Watch(TorchFunctionMode):
-    """Refuse the calls inside a model that break the rule, before they run."""
+    """Refuse, inside a model, the calls that break the rule of independence, before they run."""
 
     def __torch_function__(
         self,
@@ -65,30 +69,32 @@ class Watch(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        got = _offence(func, args, kwargs)
+        got = _violation(func, args, kwargs)
         if got:
-            raise BadValue(
-                sentence(INDEPENDENCE_RULE, f"{got}{_place()}", "Call .eval() on the module first.")
-            )
+            got += _running_module()
+            raise BadValue(sentence(INDEPENDENCE_RULE, got, "Call .eval() on the module first."))
         return func(*args, **kwargs)
 
 
-def _offence(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Return what is wrong with a call, or nothing."""
+def _violation(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Describe how a call breaks the rule; the empty string if it does not."""
     name = getattr(func, "__name__", "")
 
-    def option(position: int, key: str, default: object = False) -> Any:
+    def argument(position: int, key: str, default: object = False) -> Any:
         return args[position] if len(args) > position else kwargs.get(key, default)
 
-    if name == "batch_norm" and option(5, "training"):
+    # Normalisation in train mode: over the batch, or with statistics that it updates.
+    if name == "batch_norm" and argument(5, "training"):
         return BATCH_NORM
-    running = option(1, "running_mean", None) is not None
-    if name == "instance_norm" and option(5, "use_input_stats") and running:
+    running = argument(1, "running_mean", None) is not None
+    if name == "instance_norm" and argument(5, "use_input_stats") and running:
         return "instance normalisation in train mode, which updates its running statistics,"
-    if name in DROPOUTS and all(option(*flag) for flag in DROPOUTS[name]):
+    # Chance: dropout in train mode, and random numbers without a generator of their own.
+    if name in DROPOUTS and all(argument(*flag) for flag in DROPOUTS[name]):
         return f"{name} in train mode, which is random,"
-    if name in RANDOM and kwargs.get("generator") is None:
+    if name in RANDOM_FUNCTIONS and kwargs.get("generator") is None:
         return f"the random function {name}"
+    # Writing in place to a buffer, by a method such as add_.
     if name.endswith("_") and not name.endswith("__") and args and _is_buffer(args[0]):
         # Batch normalisation counts its batches before it looks at them.
         counting = isinstance(_modules_on_the_stack()[0], nn.modules.batchnorm._BatchNorm)
@@ -98,14 +104,14 @@ def _offence(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 def _modules_on_the_stack() -> list[nn.Module]:
     """Return the modules whose methods are running, innermost first."""
-    found: list[nn.Module] = []
+    modules: list[nn.Module] = []
     frame = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and (not found or found[-1] is not owner):
-            found.append(owner)
+        if isinstance(owner, nn.Module) and (not modules or modules[-1] is not owner):
+            modules.append(owner)
         frame = frame.f_back  # type: ignore[assignment]
-    return found
+    return modules
 
 
 def _is_buffer(tensor: Any) -> bool:
@@ -114,8 +120,8 @@ def _is_buffer(tensor: Any) -> bool:
     return any(buffer is tensor for module in modules for buffer in module.buffers(recurse=False))
 
 
-def _place() -> str:
-    """Return the name of the module that is running, as its outermost parent knows it."""
+def _running_module() -> str:
+    """Return “ in” and the class and name of the running module, as in its outermost parent."""
     modules = _modules_on_the_stack()
     if not modules:
         return ""
@@ -125,7 +131,7 @@ def _place() -> str:
 
 
 def evaluate(model_fn: ModelFn, params: PyTree, X: PyTree, chunk_size: int | None) -> Model:
-    """Run the model on a batch, watched for what would make its outputs no use."""
+    """Run the model on a batch, some samples at a time; refuse calls that break the rule."""
     model_fn = on_copies(model_fn)
     outputs = []
     for batch in batches(X, chunk_size):
@@ -137,26 +143,27 @@ def evaluate(model_fn: ModelFn, params: PyTree, X: PyTree, chunk_size: int | Non
 
 
 class SamplesMix(BadValue):
-    """A batch is not what its samples are alone."""
+    """Outputs or derivatives of a batch are not those of its samples, each evaluated by itself."""
 
 
 def check_independent(
-    together: Float[Tensor, "..."],
-    alone: Float[Tensor, "..."],
+    of_batch: Float[Tensor, "..."],
+    of_samples: Float[Tensor, "..."],
     scale: Float[Tensor, ""],
     floor: Float[Tensor, ""],
-    what: str,
+    quantity: str,
 ) -> None:
-    """Require that a batch and its samples taken alone agree, up to rounding.
+    """Require a quantity of a batch to be that of its samples by themselves, up to rounding.
 
-    Rounding is √eps of their own scale, and eps of the floor: of what cancelled on the way.
+    Rounding is √eps of the quantity's scale, plus some eps of the floor: the scale of the terms
+    that may have cancelled in it.
     """
-    error = unwrapped((together - alone).abs().amax())
-    eps = _rounding(together)
+    error = unwrapped((of_batch - of_samples).abs().amax())
+    eps = _rounding(of_batch)
     if not (
         error <= unwrapped(math.sqrt(eps) * scale + CANCELLATION_ROUNDINGS * eps * floor)
     ).all():
-        got = f"{what} of the batch and of its samples alone, {float(error.max()):.2g} apart"
+        got = f"{quantity} of the batch and of its samples alone, {float(error.max()):.2g} apart"
         remedy = (
             "Something in model_fn mixes the samples: put normalisation layers in eval mode and "
             "compute nothing across axis 0."
@@ -165,7 +172,7 @@ def check_independent(
 
 
 def _rounding(tensor: Tensor) -> float:
-    """Return the eps that two ways of computing the same are subject to."""
+    """Return the relative error of one operation on numbers of this dtype and device."""
     # CUDA may compute float32 convolutions in TF32, with 10 bits.
     coarse = tensor.is_cuda and tensor.dtype == torch.float32
     return 2.0**-10 if coarse else torch.finfo(tensor.dtype).eps

@@ -1,6 +1,6 @@
-"""Jacobian columns of every sample, by torch.func, a chunk of samples at a time.
+"""Dense Jacobian columns of every sample, by torch.func, a chunk of samples at a time.
 
-A column a_i = J_nᵀ L_nm [d] is the pullback of one column of the loss's basis at one sample; all
+A column a_i = J_nᵀ L_nm [d] is the pullback of column m of the loss's basis at sample n; all
 of them make A [d, i].
 """
 
@@ -25,8 +25,8 @@ from ddnewton.transforms import one_by_one, over_samples
 from ddnewton.trees import as_batch, chunks, parameter_count, take, tree_leaves
 from ddnewton.types import ModelFn, PyTree
 
-Mapping: TypeAlias = Callable[..., PyTree]
-"""`over_samples`, or its slow twin `one_by_one`."""
+SampleMap: TypeAlias = Callable[..., PyTree]
+"""`over_samples`, by ``vmap``, or `one_by_one`, a loop."""
 
 
 def jacobian(
@@ -37,61 +37,65 @@ def jacobian(
 ) -> Jacobian:
     """Return the columns of some samples by the first of the models that can be differentiated.
 
-    ``vmap`` is tried first, and a loop over the samples where it fails, or is wrong: in torch 2.13
-    it mistakes an axis of PReLU's weight for one of the samples.
+    For every model ``vmap`` is tried first, then a loop over the samples where that fails or is
+    wrong: in torch 2.13 it mistakes an axis of PReLU's weight for one of the samples.
     """
     errors: list[Exception] = []
     if samples is not None:
         models = [at_samples(model, samples) for model in models]
     for model in models:
-        for mapping in (over_samples, one_by_one):
+        for sample_map in (over_samples, one_by_one):
             try:
-                return _of_model(model, basis.to(model.outputs.dtype), chunk_size, mapping)
+                return _jacobian_by(sample_map, model, basis.to(model.outputs.dtype), chunk_size)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # noqa: BLE001 - torch raises all kinds, and the last is raised
                 errors.append(error)
+    # Samples that mix are the user's to mend; any other error is the last one's.
     raise next((error for error in errors if isinstance(error, SamplesMix)), errors[-1])
 
 
-def _of_model(
-    model: Model, basis: Float[Tensor, "n c m"], chunk_size: int | None, mapping: Mapping
+def _jacobian_by(
+    sample_map: SampleMap, model: Model, basis: Float[Tensor, "n c m"], chunk_size: int | None
 ) -> Jacobian:
+    """Return the columns of all samples, those of the first and the last chunk checked."""
+    # The columns of the first chunk, of two samples at least: one cannot show that samples mix.
     n, _, m = basis.shape
-    size = chunk_size or _sensible_chunk(model, m)
+    size = chunk_size or _samples_at_once(model, m)
     parts = chunks(n, size)
-    trial = slice(0, min(max(2, size), n))
-    first = _visit(model, trial, basis, mapping)
-    _check_pullback(model, trial, basis, first)
+    first_chunk = slice(0, min(max(2, size), n))
+    columns = _columns(sample_map, model, first_chunk, basis)
+    _check_pullback(model, first_chunk, basis, columns)
+    # Every leaf is a factor of its own, in the order of the parameters.
     eps = max(torch.finfo(leaf.dtype).eps for leaf in (model.outputs, *tree_leaves(model.params)))
     sizes = [leaf.numel() for leaf in tree_leaves(model.params)]
     pieces = [[piece] for piece in enumerate(sizes)]
     record = partial(Jacobian, samples=n, columns=m, sizes=sizes, pieces=pieces, order=None)
     record = partial(record, device=basis.device, eps=eps, sums=0.0)
-    if trial.stop == n:  # one visit is all: keep it
-        return record(lambda _: first, [trial])
-    _check_pullback(model, parts[-1], basis, _visit(model, parts[-1], basis, mapping))
-    return record(lambda chunk: _visit(model, chunk, basis, mapping), parts)
+    if first_chunk.stop == n:  # all samples are in it: keep the columns
+        return record(lambda _: columns, [first_chunk])
+    _check_pullback(model, parts[-1], basis, _columns(sample_map, model, parts[-1], basis))
+    return record(lambda chunk: _columns(sample_map, model, chunk, basis), parts)
 
 
-def _visit(
-    model: Model, chunk: slice, basis: Float[Tensor, "n c m"], mapping: Mapping
-) -> list[Tensor]:
-    """Return the columns of some samples, every sample taken alone."""
+def _columns(
+    sample_map: SampleMap, model: Model, chunk: slice, basis: Float[Tensor, "n c m"]
+) -> list[Float[Tensor, "nm _"]]:
+    """Return the columns of some samples along every leaf, each sample evaluated by itself."""
 
-    def one(x: PyTree, columns: Float[Tensor, "c m"]) -> tuple[Tensor, list[Tensor]]:
-        f, pullback, *_ = vjp(lambda p: _alone(model.function, p, x), model.params)
-        return f, mapping(lambda g: tree_leaves(pullback(g.reshape(f.shape))), columns.mT)
+    def of_sample(x: PyTree, L: Float[Tensor, "c m"]) -> tuple[Tensor, list[Tensor]]:
+        f, pullback, *_ = vjp(lambda p: _sample_outputs(model.function, p, x), model.params)
+        return f, sample_map(lambda g: tree_leaves(pullback(g.reshape(f.shape))), L.mT)
 
-    alone, leaves = mapping(one, take(model.X, chunk), basis[chunk])
-    together = model.outputs[chunk]
-    size = together.abs().amax()
-    check_independent(together, alone, size, size, "outputs")
+    of_samples, leaves = sample_map(of_sample, take(model.X, chunk), basis[chunk])
+    of_batch = model.outputs[chunk]
+    size = of_batch.abs().amax()
+    check_independent(of_batch, of_samples, size, size, "outputs")
     rows = basis[chunk].shape[0] * basis.shape[2]
     return [leaf.reshape(rows, leaf.numel() // rows) for leaf in leaves]
 
 
-def _alone(function: ModelFn, params: PyTree, x: PyTree) -> Float[Tensor, "..."]:
+def _sample_outputs(function: ModelFn, params: PyTree, x: PyTree) -> Float[Tensor, "..."]:
     """Return the outputs of one sample, as a batch of one."""
     outputs = function(params, as_batch(x))
     check_sample_axis(outputs, 1)
@@ -101,36 +105,43 @@ def _alone(function: ModelFn, params: PyTree, x: PyTree) -> Float[Tensor, "..."]
 def _check_pullback(
     model: Model, chunk: slice, basis: Float[Tensor, "n c m"], columns: Sequence[Tensor]
 ) -> None:
-    """Compare a pullback of a batch with the sum of its samples' own.
+    """Compare a pullback of a batch with the sum of its samples' pullbacks.
 
-    Values alone may agree by chance: samples that mix through a weight that is zero, say.
+    Outputs may agree by chance: where samples mix through a weight that is zero, say.
     """
+    # Σ_i w_i a_i of the batch, as the pullback of Σ_m w_nm L_nm, with weights w of any sign.
     X, basis = take(model.X, chunk), basis[chunk]
     n, _, m = basis.shape
     weights = torch.arange(1, n * m + 1, device=basis.device, dtype=basis.dtype).cos()
     outputs, pullback, *_ = vjp(lambda p: model.function(p, X), model.params)
-    mixed = torch.einsum("ncm,nm->nc", basis, weights.reshape(n, m)).reshape(outputs.shape)
+    cotangent = torch.einsum("ncm,nm->nc", basis, weights.reshape(n, m)).reshape(outputs.shape)
+    # The scale of the sum, were all its terms as large as the largest: what may cancel.
     sizes = [
         n * m * torch.linalg.vector_norm(leaf, math.inf) if leaf.numel() else leaf.new_zeros(())
         for leaf in columns
     ]
     largest = torch.stack([outputs.abs().amax(), *(size.to(outputs) for size in sizes)]).amax()
-    for leaf, mine, size in zip(tree_leaves(pullback(mixed)), columns, sizes, strict=True):
+    # Compare it with the same sum of the samples' columns, leaf by leaf.
+    pulled_back = tree_leaves(pullback(cotangent))
+    for leaf, leaf_columns, size in zip(pulled_back, columns, sizes, strict=True):
         if leaf.numel():
             check_derivatives(leaf)
-            alone = weights.to(mine) @ mine
-            check_independent(leaf.reshape(-1), alone, size, largest.to(mine), "derivatives")
+            of_samples, floor = weights.to(leaf_columns) @ leaf_columns, largest.to(leaf_columns)
+            check_independent(leaf.reshape(-1), of_samples, size, floor, "derivatives")
 
 
-def _sensible_chunk(model: Model, m: int) -> int:
-    """Return how many samples' columns, and as many to pair them with, fill a quarter of memory."""
+def _samples_at_once(model: Model, m: int) -> int:
+    """Return so many samples that twice their columns fill a quarter of the memory.
+
+    Twice, as the columns of every chunk are multiplied with those of another.
+    """
     n, width = model.outputs.shape[0], model.outputs.element_size()
-    one = 2 * width * m * parameter_count(model.params) + 1
-    return max(1, min(n, memory(model.outputs.device) // 4 // one))
+    sample_bytes = 2 * width * m * parameter_count(model.params) + 1
+    return max(1, min(n, memory_bytes(model.outputs.device) // 4 // sample_bytes))
 
 
-def memory(device: torch.device) -> int:
-    """Return how many bytes a device has: free ones on a GPU, all of them else."""
+def memory_bytes(device: torch.device) -> int:
+    """Return the memory of a device in bytes: what is free on a GPU, all of it elsewhere."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free

@@ -1,7 +1,7 @@
-"""A model at a batch, linearized: what it returns there, and its columns, one way or the other.
+"""A model linearized at a batch: its outputs, and the columns of its Jacobian in one of two ways.
 
-A pullback of the columns of a basis makes a `Jacobian`; directions are pushed forward where there
-are fewer of them than columns.
+By layers, from a trace of the model, columns are sums of outer products; by Jacobians they are
+dense. Columns of layers are preferred where the products of dense ones take longer than a trace.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ddnewton.columns.factors import Factor, Jacobian, Outer
 from ddnewton.inputs.checks import check_outputs
 from ddnewton.linearize.buffers import kept_buffers
 from ddnewton.linearize.independence import SamplesMix, evaluate
-from ddnewton.linearize.jacobians import jacobian, memory
+from ddnewton.linearize.jacobians import jacobian, memory_bytes
 from ddnewton.linearize.model import Model, at_samples
 from ddnewton.linearize.precision import float64_throughout, widened
 from ddnewton.linearize.structured.prepare import TRACED_SAMPLES, Untraceable, prepared_model
@@ -34,19 +34,20 @@ from ddnewton.types import ModelFn, PyTree
 logger = logging.getLogger(__name__)
 
 TINY_FLOPS = 1e9
-"""Up to how many flops dense products are cheaper than finding the layers."""
+"""Up to how many flops products of dense columns take less time than finding the layers."""
 
 
 class Linearization(NamedTuple):
-    """A model at a batch: outputs in its dtype and as precise as they are known, and derivatives.
+    """A model at a batch: its outputs and the means to differentiate it.
 
-    ``jacobian`` pulls the columns of a basis back from some of the samples, None for all, and
-    ``function`` returns the outputs of some samples for parameters next to these. Where the model
-    is not in float64 but could be, at twice the cost, ``in_float64`` is.
+    ``jacobian`` pulls back a basis L_n of the outputs of some samples, None for all: the columns
+    J_nᵀ L_n. ``function`` returns the outputs of some samples at parameters other than ``leaves``.
+    ``in_float64`` returns the same in float64, at twice the cost; None if it is so already, or
+    cannot be.
     """
 
-    outputs: Float[Tensor, "n ..."]
-    precise: Float[Tensor, "n ..."]
+    outputs: Float[Tensor, "n ..."]  # in the model's own dtype
+    precise: Float[Tensor, "n ..."]  # in the dtype in which they are computed
     jacobian: Callable[[Float[Tensor, "n c m"], Int[Tensor, " n"] | None], Jacobian]
     function: Callable[[Sequence[Tensor], Int[Tensor, " n"]], Tensor]
     leaves: Sequence[Tensor]
@@ -57,36 +58,37 @@ class Linearization(NamedTuple):
 def linearized(
     model_fn: ModelFn, params: PyTree, X: PyTree, gram: str, chunk_size: int | None
 ) -> Iterator[Linearization]:
-    """Evaluate a model, and choose the way to its columns; keep its buffers meanwhile."""
+    """Linearize a model by its layers or by its Jacobians; its buffers are put back at the end."""
     if isinstance(model_fn, Prepared) and gram != "dense":
-        yield _structured(model_fn, params, X, chunk_size)
+        yield _by_layers(model_fn, params, X, chunk_size)
         return
     with kept_buffers(model_fn) as check_buffers:
         model = evaluate(model_fn, params, X, chunk_size)
         check_buffers()
-        yield _chosen(model, gram, chunk_size)
+        yield _linearized(model, gram, chunk_size)
 
 
-def _chosen(model: Model, gram: str, chunk_size: int | None) -> Linearization:
-    """Return a model by its layers or by its Jacobians."""
+def _linearized(model: Model, gram: str, chunk_size: int | None) -> Linearization:
+    """Linearize a model by its layers if asked to, or if that is faster and possible."""
     if gram == "structured" or (gram == "auto" and not _is_tiny(model)):
         try:
             prepared = prepared_model(at_samples(model, slice(0, TRACED_SAMPLES)))
-            return _structured(prepared, model.params, model.X, chunk_size)
+            return _by_layers(prepared, model.params, model.X, chunk_size)
         except (Untraceable, SamplesMix) as reason:
             if gram == "structured":
                 raise
             logger.info("the Gram matrix is formed from dense Jacobians: %s", reason)
-    return _dense(model, chunk_size)
+    return _by_jacobians(model, chunk_size)
 
 
 def _is_tiny(model: Model) -> bool:
-    """Return whether the products of dense columns take less time than a trace."""
+    """Return whether the products of dense columns take less time than finding the layers."""
     count, d = model.outputs.numel(), parameter_count(model.params)
     return 2 * count * d * min(count, d) <= TINY_FLOPS
 
 
-def _dense(model: Model, chunk_size: int | None) -> Linearization:
+def _by_jacobians(model: Model, chunk_size: int | None) -> Linearization:
+    """Linearize a model by dense columns, in float64 where it can be evaluated so."""
     wide = widened(model, lambda X: batches(X, chunk_size))
     models = [model] if wide is model else [wide, model]
     leaves, spec = tree_flatten(wide.params)
@@ -102,55 +104,61 @@ def _dense(model: Model, chunk_size: int | None) -> Linearization:
     )
 
 
-def _structured(
+def _by_layers(
     prepared: Prepared, params: PyTree, X: PyTree, chunk_size: int | None
 ) -> Linearization:
-    """Return the model by its layers, in float64 where that costs little, or on demand."""
+    """Linearize a model by its layers, in float64 where that costs little, or on demand."""
+    # In its own dtype, where that is float64 or the only one.
     leaves, samples = prepared.leaves(params, X)
     narrow, wide = prepared.narrow, prepared.wide
-
     if wide is None:
-        return _by_layers(prepared, narrow, leaves, samples, chunk_size)
+        return _by_program(prepared, narrow, leaves, samples, chunk_size)
 
-    def precise() -> Linearization:
-        wider, X = ([widen_leaf(x) for x in each] for each in (leaves, samples))
-        return _by_layers(prepared, wide, wider, X, chunk_size)
+    def in_float64() -> Linearization:
+        wide_leaves, wide_samples = ([*map(widen_leaf, tensors)] for tensors in (leaves, samples))
+        return _by_program(prepared, wide, wide_leaves, wide_samples, chunk_size)
 
+    # In float64 at once, or in its own dtype with float64 on demand.
     if float64_throughout(lambda: _cost(narrow, samples[0].shape[0], prepared.width)):
-        return precise()
-    return _by_layers(prepared, narrow, leaves, samples, chunk_size)._replace(in_float64=precise)
+        return in_float64()
+    in_own_dtype = _by_program(prepared, narrow, leaves, samples, chunk_size)
+    return in_own_dtype._replace(in_float64=in_float64)
 
 
-def _by_layers(
+def _by_program(
     prepared: Prepared,
     program: Program,
     leaves: Sequence[Tensor],
     samples: Sequence[Tensor],
     chunk_size: int | None,
 ) -> Linearization:
-    """Return a model by a program: run once, where all samples fit into memory at a time."""
-    size = chunk_size or _sensible_chunk(program, leaves, prepared.width)
+    """Linearize a model by a program; where all samples fit into memory it is run only once."""
+    size = chunk_size or _samples_at_once(program, leaves, prepared.width)
 
-    def at(which: Int[Tensor, " n"] | slice) -> Visit:
-        return visit(program, leaves, take(samples, which))
+    def visit_of(indices: Int[Tensor, " n"] | slice) -> Visit:
+        return visit(program, leaves, take(samples, indices))
 
+    # Run it on all samples for the outputs; only the first chunk stays ready to be pulled back.
     n = samples[0].shape[0]
-    everything = chunks(n, size)
-    first = at(everything[0])
-    rest = [at(chunk).outputs for chunk in everything[1:]]
-    outputs = torch.cat([first.outputs, *rest]) if rest else first.outputs
+    first_chunk, *further_chunks = chunks(n, size)
+    first = visit_of(first_chunk)
+    outputs = first.outputs
+    if further_chunks:
+        outputs = torch.cat([outputs, *(visit_of(chunk).outputs for chunk in further_chunks)])
     check_outputs(outputs, n)
     eps = max(torch.finfo(x.dtype).eps for x in (outputs, *leaves))
 
-    def jacobian(basis: Float[Tensor, "n c m"], which: Int[Tensor, " n"] | None) -> Jacobian:
+    def jacobian(basis: Float[Tensor, "n c m"], indices: Int[Tensor, " n"] | None) -> Jacobian:
         parts = chunks(basis.shape[0], size)
         factors: Sequence[Factor] = []
 
         def of_chunk(chunk: slice) -> Sequence[Factor]:
-            return at(chunk if which is None else which[chunk]).pullback(basis[chunk])
+            visited = visit_of(chunk if indices is None else indices[chunk])
+            return visited.pullback(basis[chunk])
 
-        if len(parts) == 1:  # keep what is visited once and for all
-            factors = of_chunk(parts[0]) if which is not None else first.pullback(basis)
+        # The factors of a single chunk are kept, those of several are computed at every visit.
+        if len(parts) == 1:
+            factors = of_chunk(parts[0]) if indices is not None else first.pullback(basis)
         return Jacobian(
             visit=lambda chunk: factors or of_chunk(chunk),
             chunks=parts,
@@ -168,31 +176,36 @@ def _by_layers(
         outputs=outputs.to(prepared.dtype),
         precise=outputs,
         jacobian=jacobian,
-        function=lambda leaves, which: run(program, leaves, take(samples, which)),
+        function=lambda leaves, indices: run(program, leaves, take(samples, indices)),
         leaves=leaves,
         in_float64=None,
     )
 
 
 def _cost(program: Program, n: int, m: int) -> float:
-    """Return about how many flops a step takes."""
+    """Return an estimate of the flops of a step."""
     total = 0.0
     for layer in program.layers:
         g, o, _ = layer.indices[0].shape
         widths = tuple(index.shape[2] for index in layer.indices)
+        # Their inner products, by the shapes of a and b, and m pullbacks and about three runs.
         a = torch.empty(n, g, layer.positions, sum(widths), device="meta")
         b = torch.empty(n, m, g, o, layer.positions, device="meta")
         total += flops(Outer(a, b, widths)) + 2 * (m + 3) * a.numel() * o
-    rows = program.size - sum(shape.numel() for shape in program.sites)
-    rows += sum(each.size for each in program.sums)
-    return total + 2 * rows * (n * m) ** 2
+    # Dense columns, of leaves without rules and of summed ones, are multiplied as they are.
+    dense_entries = program.size - sum(shape.numel() for shape in program.sites)
+    dense_entries += sum(leaf.size for leaf in program.summed_leaves)
+    return total + 2 * dense_entries * (n * m) ** 2
 
 
-def _sensible_chunk(program: Program, leaves: Sequence[Tensor], m: int) -> int:
-    """Return how many samples' cotangents, twice over, take a quarter of the memory."""
+def _samples_at_once(program: Program, leaves: Sequence[Tensor], m: int) -> int:
+    """Return so many samples that their inputs and twice their cotangents fill a quarter of memory.
+
+    Twice, as what is pulled back to the sites is written into one tensor for all columns.
+    """
     inputs = sum(
         layer.positions * sum(index.shape[0] * index.shape[2] for index in layer.indices)
         for layer in program.layers
     )
-    one = leaves[0].element_size() * (2 * m * program.size + inputs) + 1
-    return max(1, memory(leaves[0].device) // 4 // one)
+    sample_bytes = leaves[0].element_size() * (2 * m * program.size + inputs) + 1
+    return max(1, memory_bytes(leaves[0].device) // 4 // sample_bytes)

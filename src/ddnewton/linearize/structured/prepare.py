@@ -1,4 +1,4 @@
-"""Finding the layers of a model, and making sure that they are its layers."""
+"""`prepare`: find the layers of a model, and check that they reproduce it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from ddnewton.trees import take, tree_leaves, tree_map
 from ddnewton.types import ModelFn, PyTree
 
 TRACED_SAMPLES = 4
-"""On how many samples a trace is compared with its model."""
-
+"""The number of samples on which a trace is compared with its model."""
 
 TRACE_REMEDY = (
     "Branch with torch.where, index with fixed shapes and leave tensors tensors, or pass model_fn "
@@ -86,16 +85,22 @@ def prepare(model_fn: ModelFn, params: PyTree, X: PyTree) -> Prepared:
 
 
 def prepared_model(model: Model) -> Prepared:
-    """Find the layers of a model, and compare what comes of them with the model on its batch."""
+    """Find the layers of a model, and compare their outputs and derivatives with the model's.
+
+    Raises `Untraceable` where they cannot be found or differ on one sample, and `SamplesMix` where
+    they differ on the batch.
+    """
+    # Of an ensemble, its first member; and the model on the first sample alone.
     params, X, outputs = tree_map(first_member, (model.params, model.X, model.outputs))
     model = Model(model.function, params, X, outputs)
-    first = take(X, slice(0, 1))
-    one = Model(model.function, params, first, model.function(params, first))
+    x = take(X, slice(0, 1))
+    on_one_sample = Model(model.function, params, x, model.function(params, x))
+    # The program is made from the first sample, and must agree with the model there.
     leaves, samples = tree_leaves(params), tree_leaves(X)
     try:
         graph = trace(model.function, params, tree_map(lambda x: x[0], X))
         narrow = compile_program(graph, leaves, [sample[0] for sample in samples])
-        _check(narrow, one)
+        _check_agreement(narrow, on_one_sample)
     except torch.OutOfMemoryError:
         raise
     except SamplesMix as error:
@@ -106,11 +111,12 @@ def prepared_model(model: Model) -> Prepared:
     except Exception as error:
         got = " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
         raise Untraceable(sentence("model_fn must be traceable", got, TRACE_REMEDY)) from error
-    agreed = _check(narrow, model)
+    # It must agree on the batch too, and its version in float64 with it.
+    program_outputs, pullback = _check_agreement(narrow, model)
     return Prepared(
         sample=graph,
         narrow=narrow,
-        wide=_widened_program(narrow, leaves, samples, *agreed),
+        wide=_widened_program(narrow, leaves, samples, program_outputs, pullback),
         params=signature("params", params, 0),
         X=signature("X", X, 1),
         width=outputs[0].numel(),
@@ -118,24 +124,28 @@ def prepared_model(model: Model) -> Prepared:
     )
 
 
-def _check(program: Program, model: Model) -> tuple[Tensor, Tensor]:
-    """Return outputs and a pullback of all samples, which must be those of the model."""
-    v = visit(program, tree_leaves(model.params), tree_leaves(model.X))
+def _check_agreement(program: Program, model: Model) -> tuple[Tensor, Tensor]:
+    """Return the outputs and a pullback of a program, which must be those of the model."""
+    # The outputs: the program takes every sample by itself, the model all of them as a batch.
+    visited = visit(program, tree_leaves(model.params), tree_leaves(model.X))
     size = model.outputs.abs().amax()
-    check_independent(model.outputs, v.outputs, size, size, "outputs")
-    expected, pulled = _expected(model), _pulled_back(program, v)
-    sizes = [leaf.numel() for leaf in tree_leaves(model.params)]
-    dtype = narrowest([model.outputs, *tree_leaves(model.params)])
-    expected, mine = expected.to(dtype), pulled.to(dtype)
+    check_independent(model.outputs, visited.outputs, size, size, "outputs")
+    # The pullback, leaf by leaf, up to the rounding of the model's own dtype.
+    expected, pullback = _model_pullback(model), _program_pullback(program, visited)
+    leaves = tree_leaves(model.params)
+    dtype, sizes = narrowest([model.outputs, *leaves]), [leaf.numel() for leaf in leaves]
+    expected = expected.to(dtype)
     largest = torch.maximum(expected.abs().amax(), size)
-    for together, alone in zip(expected.split(sizes), mine.split(sizes), strict=True):
-        if together.numel():
-            check_independent(together, alone, together.abs().amax(), largest, "derivatives")
-    return v.outputs, pulled
+    pieces = zip(expected.split(sizes), pullback.to(dtype).split(sizes), strict=True)
+    for of_model, of_program in pieces:
+        if of_model.numel():
+            scale = of_model.abs().amax()
+            check_independent(of_model, of_program, scale, largest, "derivatives")
+    return visited.outputs, pullback
 
 
-def _expected(model: Model) -> Float[Tensor, " d"]:
-    """Return the model's own pullback of the ramp."""
+def _model_pullback(model: Model) -> Float[Tensor, " d"]:
+    """Return the pullback of the ramp by the model itself."""
     try:
         return pulled_back(model, model.X)
     except RuntimeError:  # a kernel that has a derivative in float64 alone, as LSTM's on a CPU
@@ -143,8 +153,8 @@ def _expected(model: Model) -> Float[Tensor, " d"]:
         return pulled_back(model._replace(function=in_float64(model.function), params=params), X)
 
 
-def _pulled_back(program: Program, visited: Visit) -> Float[Tensor, " d"]:
-    """Return the pullback of the ramp, summed over the samples' own."""
+def _program_pullback(program: Program, visited: Visit) -> Float[Tensor, " d"]:
+    """Return the pullback of the ramp by a program: the sum of the columns of all samples."""
     outputs = visited.outputs
     n = outputs.shape[0]
     factors = visited.pullback(ramp(outputs).reshape(n, -1, 1))
@@ -172,6 +182,6 @@ def _widened_program(
 
     def evaluate() -> Widened[Program]:
         visited = visit(wide, *tree_map(widen_leaf, (leaves, samples)))
-        return Widened(wide, visited.outputs, rounded, lambda: _pulled_back(wide, visited))
+        return Widened(wide, visited.outputs, rounded, lambda: _program_pullback(wide, visited))
 
     return if_same_function(evaluate, outputs, lambda: pullback, dtype)

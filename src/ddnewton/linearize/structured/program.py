@@ -1,7 +1,7 @@
-"""From the graph of a model to a program that returns its columns as outer products.
+"""From the graph of a model to a program from which columns are read off as outer products.
 
 Where rules know all uses of a parameter, its columns are outer products; any other parameter is
-differentiated directly, one copy a sample, in the same pullback.
+differentiated directly, with a copy for every sample, in the same pullback.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ from torch.fx import Graph, GraphModule, Node
 
 from ddnewton.linearize.structured.rules import SHAPE, aten
 from ddnewton.linearize.structured.uses import (
-    Found,
     Path,
     Survey,
+    WeightUses,
+    biases_with_weights,
+    by_weight,
+    has_overlap,
     layout,
-    merged,
-    overlap,
     uses_of,
-    with_shifts,
 )
 
 
 class Part(NamedTuple):
-    """One use of a layer, with its site and inputs by their numbers in the program.
+    """One use of a layer, with its site and the sources of a by their numbers in the program.
 
-    Without an input a is 1, and ``inputs`` may take anything of the batch.
+    Weight and bias have a source each, and a function that reads a off it. Without a source a is 1,
+    and the function takes any tensor of the batch.
     """
 
     site: int
-    inputs: Sequence[tuple[int | None, Callable[[Tensor], Tensor]]]
-    outputs: Callable[[Tensor], Tensor]
+    read_a: Sequence[tuple[int | None, Callable[[Tensor], Tensor]]]
+    read_b: Callable[[Tensor], Tensor]
 
 
 class Layer(NamedTuple):
@@ -48,8 +49,8 @@ class Layer(NamedTuple):
     positions: int  # of all uses
 
 
-class Sum(NamedTuple):
-    """A leaf in different uses, transposed in one, say, whose columns are added up."""
+class SummedLeaf(NamedTuple):
+    """A leaf of which uses overlap, one with its transpose, say: their columns are added up."""
 
     leaf: int
     start: int  # of the leaf among the parameters
@@ -58,109 +59,126 @@ class Sum(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A graph that takes probes after its inputs, and returns what goes into its layers too."""
+    """A graph that takes a probe for every site after its inputs, and also returns the sources.
 
-    graph: GraphModule  # (*params, *x, *probes) -> (outputs, inputs of the layers)
+    A probe is added to the result of an operation: its cotangent, pulled back, is that of the
+    result. The factors of columns are the layers, the summed leaves, and the direct ones.
+    """
+
+    graph: GraphModule  # (*params, *x, *probes) -> (outputs, sources)
     sites: Sequence[torch.Size]  # the shapes of the probes
-    size: int  # how many cotangents a sample and column has
+    size: int  # the number of cotangents of a sample and column
     layers: Sequence[Layer]
-    sums: Sequence[Sum]
-    direct: Sequence[int]
-    paths: Sequence[Path]
+    summed_leaves: Sequence[SummedLeaf]
+    direct: Sequence[int]  # the leaves that are differentiated directly
+    paths: Sequence[Path]  # of every leaf
     pieces: Sequence[Sequence[tuple[int, int]]]  # the leaf and size of every factor's pieces
-    order: Int[Tensor, " d"] | None  # where the parameters are among the entries; None: in order
+    order: Int[Tensor, " d"] | None  # the places of the parameters in all factors; None: in order
 
 
 def compile_program(
     graph: GraphModule, leaves: Sequence[Tensor], sample: Sequence[Tensor]
 ) -> Program:
-    """Find the layers in ``graph(*leaves, *sample)``, and let it return what goes into them."""
+    """Find the layers in ``graph(*leaves, *sample)``, and prepare the graph to read them off."""
+    # The uses of every leaf: by weights of their own, or by weights that overlap. A leaf with an
+    # obstacle is differentiated directly.
     survey = Survey(graph, leaves)
     survey.run(*leaves, *sample)
-    found: list[Found] = []
-    overlapping: list[tuple[int, list[Found]]] = []
+    weights: list[WeightUses] = []
+    overlapping: list[tuple[int, list[WeightUses]]] = []
     paths: list[Path] = []
     for number in range(len(leaves)):
         uses, path = uses_of(survey, number)
-        mine = merged(uses) if path.obstacle is None else []
-        if overlap(mine):
-            overlapping.append((number, mine))
+        leaf_weights = by_weight(uses) if path.obstacle is None else []
+        if has_overlap(leaf_weights):
+            overlapping.append((number, leaf_weights))
         else:
-            found += mine
+            weights += leaf_weights
         paths.append(path)
     direct = [number for number, path in enumerate(paths) if path.obstacle is not None]
-    uses = [use for layer in found for use in layer.uses]
-    uses += [use for _, layers in overlapping for layer in layers for use in layer.uses]
-    sizes = [leaf.numel() for leaf in leaves]
+    # Number the sites, where cotangents are taken, and the sources, off which a is read.
+    uses = [use for weight in weights for use in weight.uses]
+    uses += [
+        use for _, leaf_weights in overlapping for weight in leaf_weights for use in weight.uses
+    ]
     sites = list(dict.fromkeys(use.node for use in uses))
-    others = list(dict.fromkeys(use.other for use in uses if use.other is not None))
-    layers = [_numbered(pair, sites, others) for pair in with_shifts(found)]
-    sums = [
-        Sum(
+    sources = list(dict.fromkeys(use.source for use in uses if use.source is not None))
+    layers = [_layer(pair, sites, sources) for pair in biases_with_weights(weights)]
+    sizes = [leaf.numel() for leaf in leaves]
+    summed_leaves = [
+        SummedLeaf(
             leaf=number,
             start=sum(sizes[:number]),
             size=sizes[number],
-            layers=[_numbered([layer], sites, others) for layer in mine],
+            layers=[_layer([weight], sites, sources) for weight in leaf_weights],
         )
-        for number, mine in overlapping
+        for number, leaf_weights in overlapping
     ]
+    # The columns of summed and direct leaves are dense, and come after those of the layers.
     shapes = [site.meta[SHAPE] for site in sites]
-    whole = [*(each.leaf for each in sums), *direct]
+    dense = [*(leaf.leaf for leaf in summed_leaves), *direct]
     return Program(
-        graph=_probed(graph, sites, others),
+        graph=_probed(graph, sites, sources),
         sites=shapes,
         size=sum(map(torch.Size.numel, shapes)) + sum(sizes[i] for i in direct),
         layers=layers,
-        sums=sums,
+        summed_leaves=summed_leaves,
         direct=direct,
         paths=paths,
-        pieces=[*(_pieces(layer, sizes) for layer in layers), *([(i, sizes[i])] for i in whole)],
-        order=_order(layers, sizes, whole, leaves[0].device),
+        pieces=[*(_pieces(layer, sizes) for layer in layers), *([(i, sizes[i])] for i in dense)],
+        order=_order(layers, sizes, dense, leaves[0].device),
     )
 
 
-def _numbered(pair: Sequence[Found], sites: list[Node], others: list[Node]) -> Layer:
-    """Return a layer that knows its nodes by number."""
+def _layer(pair: Sequence[WeightUses], sites: list[Node], sources: list[Node]) -> Layer:
+    """Return a weight, perhaps with its bias, as a layer that knows its nodes by number."""
     parts = [
         Part(
             site=sites.index(uses[0].node),
-            inputs=[
-                (None if use.other is None else others.index(use.other), use.inputs) for use in uses
+            read_a=[
+                (None if use.source is None else sources.index(use.source), use.read_a)
+                for use in uses
             ],
-            outputs=uses[0].outputs,
+            read_b=uses[0].read_b,
         )
-        for uses in zip(*(layer.uses for layer in pair), strict=True)
+        for uses in zip(*(weight.uses for weight in pair), strict=True)
     ]
     positions = sum(layout(use)[1].shape[-1] for use in pair[0].uses)
-    return Layer([layer.entries for layer in pair], parts, positions)
+    return Layer([weight.indices for weight in pair], parts, positions)
 
 
 def _pieces(layer: Layer, sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Return of which leaf the pieces of a layer are, and how many entries of it."""
+    """Return the leaf that each piece of a layer is from, and the size of the piece."""
     ends = list(accumulate(sizes))
     return [(bisect_right(ends, int(index.min())), index.numel()) for index in layer.indices]
 
 
 def _order(
-    layers: Sequence[Layer], sizes: Sequence[int], whole: Sequence[int], device: torch.device
+    layers: Sequence[Layer], sizes: Sequence[int], dense: Sequence[int], device: torch.device
 ) -> Int[Tensor, " d"] | None:
-    """Return for every parameter which entry it is; one past the last for those unused."""
+    """Return every parameter's place among the entries of all factors, None if all are in order.
+
+    The place of a parameter that is not used is one past the last.
+    """
+    # Which parameter every entry is, and the inverse of that.
     starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
-    entries = [index.reshape(-1) for layer in layers for index in layer.indices]
-    entries += [torch.arange(starts[i], starts[i + 1], device=device) for i in whole]
-    entry = torch.cat([*entries, torch.arange(0, device=device)])
-    order = entry.new_full((starts[-1],), entry.numel())
-    order[entry] = torch.arange(entry.numel(), device=device)
+    parameters = [index.reshape(-1) for layer in layers for index in layer.indices]
+    parameters += [torch.arange(starts[i], starts[i + 1], device=device) for i in dense]
+    parameter = torch.cat([*parameters, torch.arange(0, device=device)])
+    order = parameter.new_full((starts[-1],), parameter.numel())
+    order[parameter] = torch.arange(parameter.numel(), device=device)
     in_order = torch.equal(order, torch.arange(starts[-1], device=device))
     return None if in_order else order
 
 
-def _probed(graph: GraphModule, sites: Sequence[Node], others: Sequence[Node]) -> GraphModule:
-    """Return the graph with a probe added at every site, and the other operands as outputs."""
+def _probed(graph: GraphModule, sites: Sequence[Node], sources: Sequence[Node]) -> GraphModule:
+    """Return the graph with a probe added at every site, and with the sources as outputs too."""
+    # The inputs of the graph, then the probes.
     probed = Graph()
     inputs = graph.graph.find_nodes(op="placeholder")
     copies: dict[Node, Node] = {node: probed.node_copy(node) for node in inputs}
     probes = {site: probed.placeholder(f"probe_{i}") for i, site in enumerate(sites)}
+    # Its operations, and after that of a site the sum with the probe in its place.
     for node in graph.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
@@ -168,5 +186,5 @@ def _probed(graph: GraphModule, sites: Sequence[Node], others: Sequence[Node]) -
         if node in probes:
             copies[node] = probed.call_function(aten.add.Tensor, (copies[node], probes[node]))
     output: Any = graph.graph.output_node().args[0]
-    probed.output((copies[output], [copies[node] for node in others]))
+    probed.output((copies[output], [copies[node] for node in sources]))
     return GraphModule(graph, probed)

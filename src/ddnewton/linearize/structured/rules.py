@@ -18,10 +18,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Int, Num
 from torch import Tensor
 from torch.fx import Node
+
+from ddnewton.linearize.structured.windows import Windows, patches, per_axis, pixels
 
 aten = torch.ops.aten
 
@@ -30,28 +31,29 @@ SHAPE = "shape"
 
 
 class Use(NamedTuple):
-    """One use of some parameters, read for n samples and m pulled-back columns at once.
+    """One use of a weight: where a and b are found, and how they are read off the tensors there.
 
-    ``inputs`` may give integers [n g t] in place of a: each the position of the one in a row that
-    is zero elsewhere, or −1 for a row of zeros. Without an ``other`` operand a is 1 throughout,
-    and ``inputs`` takes any tensor of the batch.
+    ``read_a`` takes the source for n samples, ``read_b`` the cotangents of the node for n samples
+    and m columns. ``read_a`` may return integers [n g t] in place of a: each the place of the one
+    in a row that is zero elsewhere, or −1 for a row of zeros. Without a source a is 1 throughout,
+    and ``read_a`` takes any tensor of the batch.
     """
 
     node: Node
-    other: Node | None
-    entries: Int[Tensor, "g o p"]
-    inputs: Callable[[Num[Tensor, "n ..."]], Num[Tensor, "n g t ..."]]
-    outputs: Callable[[Num[Tensor, "n m ..."]], Num[Tensor, "n m g o t"]]
+    source: Node | None
+    indices: Int[Tensor, "g o p"]  # of the parameters that the weight consists of
+    read_a: Callable[[Num[Tensor, "n ..."]], Num[Tensor, "n g t ..."]]
+    read_b: Callable[[Num[Tensor, "n m ..."]], Num[Tensor, "n m g o t"]]
 
 
 Rule: TypeAlias = Callable[[Node, int, Tensor], Use | None]
-"""From a node, the position of the weight among its operands and the parameters that the weight's
-entries are, to a use; None where the rule is no help."""
+"""``rule(node, operand, indices)`` returns the use of a weight by an operation, as its operand of
+this number, made of the parameters with these indices; None if the rule does not apply."""
 
 RULES: dict[Any, Rule] = {}
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
-"""What operations are replaced by in the trace of a model, in torch's own terms."""
+"""Functions that replace operations in the trace of a model, as `make_fx` takes them."""
 
 
 def rule(target: Any) -> Callable[[Rule], Rule]:
@@ -75,47 +77,49 @@ def decomposition(target: Any) -> Callable[[Callable[..., Any]], Callable[..., A
 
 
 @rule(aten.mm.default)
-def matrix(node: Node, operand: int, index: Int[Tensor, "_ _"]) -> Use | None:
-    """Y = A W, or y = W A."""
-    return _matrix(node, node.args[1 - operand], operand, index)
+def matrix(node: Node, operand: int, indices: Int[Tensor, "_ _"]) -> Use | None:
+    """Y = A W, or Y = W A."""
+    return _matrix(node, node.args[1 - operand], operand, indices)
 
 
 @rule(aten.addmm.default)
-def shifted_matrix(node: Node, operand: int, index: Int[Tensor, "..."]) -> Use | None:
-    """Y = shift + A W, or y = shift + W A."""
+def shifted_matrix(node: Node, operand: int, indices: Int[Tensor, "..."]) -> Use | None:
+    """Y = shift + A W, or Y = shift + W A."""
     if node.kwargs:
         return None
     if operand == 0:
-        return added(node, operand, index)
-    return _matrix(node, node.args[3 - operand], operand - 1, index)
+        return added(node, operand, indices)
+    return _matrix(node, node.args[3 - operand], operand - 1, indices)
 
 
-def _matrix(node: Node, other: Any, operand: int, index: Int[Tensor, "_ _"]) -> Use:
+def _matrix(node: Node, source: Any, operand: int, indices: Int[Tensor, "_ _"]) -> Use:
+    """Return the use of a matrix whose positions are the rows of A, or its columns."""
     if operand == 1:
-        return Use(node, other, index.T[None], lambda x: x[:, None], lambda b: b[:, :, None].mT)
-    return Use(node, other, index[None], lambda x: x[:, None].mT, lambda b: b[:, :, None])
+        return Use(node, source, indices.T[None], lambda x: x[:, None], lambda b: b[:, :, None].mT)
+    return Use(node, source, indices[None], lambda x: x[:, None].mT, lambda b: b[:, :, None])
 
 
 @rule(aten.bmm.default)
-def matrices(node: Node, operand: int, index: Int[Tensor, "_ _ _"]) -> Use | None:
-    """y_g = A_g W_g, or y_g = W_g A_g; where all W_g are one, the products are its positions."""
-    other: Any = node.args[1 - operand]
-    if not bool((index == index[:1]).all()):
+def matrices(node: Node, operand: int, indices: Int[Tensor, "_ _ _"]) -> Use | None:
+    """Y_g = A_g W_g, or Y_g = W_g A_g."""
+    source: Any = node.args[1 - operand]
+    # Different W_g are groups side by side; of one W all rows of all A_g are the positions.
+    if not bool((indices == indices[:1]).all()):
         if operand == 1:
-            return Use(node, other, index.mT, lambda x: x, lambda b: b.mT)
-        return Use(node, other, index, lambda x: x.mT, lambda b: b)
+            return Use(node, source, indices.mT, lambda x: x, lambda b: b.mT)
+        return Use(node, source, indices, lambda x: x.mT, lambda b: b)
     if operand == 1:
         return Use(
             node,
-            other,
-            index[:1].mT,
+            source,
+            indices[:1].mT,
             lambda x: x.flatten(1, 2)[:, None],
             lambda b: b.flatten(2, 3)[:, :, None].mT,
         )
     return Use(
         node,
-        other,
-        index[:1],
+        source,
+        indices[:1],
         lambda x: x.mT.flatten(1, 2)[:, None],
         lambda b: b.transpose(2, 3).flatten(3, 4)[:, :, None],
     )
@@ -130,149 +134,116 @@ def bilinear(x: Tensor, W: Tensor, z: Tensor, *axes: Any) -> Any:
 
 
 @rule(aten.mv.default)
-def matrix_vector(node: Node, operand: int, index: Int[Tensor, "..."]) -> Use | None:
-    """Y = W x, or y = X w."""
-    other: Any = node.args[1 - operand]
+def matrix_vector(node: Node, operand: int, indices: Int[Tensor, "..."]) -> Use | None:
+    """Y = W x, or Y = X w."""
+    source: Any = node.args[1 - operand]
     if operand == 0:
         return Use(
-            node, other, index[None], lambda x: x[:, None, None], lambda b: b[:, :, None, :, None]
+            node,
+            source,
+            indices[None],
+            lambda x: x[:, None, None],
+            lambda b: b[:, :, None, :, None],
         )
-    return Use(node, other, index[None, None], lambda x: x[:, None], lambda b: b[:, :, None, None])
+    return Use(
+        node, source, indices[None, None], lambda x: x[:, None], lambda b: b[:, :, None, None]
+    )
 
 
 @rule(aten.dot.default)
-def inner_product(node: Node, operand: int, index: Int[Tensor, "_"]) -> Use | None:
+def inner_product(node: Node, operand: int, indices: Int[Tensor, "_"]) -> Use | None:
     """Y = wᵀx."""
-    other: Any = node.args[1 - operand]
+    source: Any = node.args[1 - operand]
     return Use(
         node,
-        other,
-        index[None, None],
+        source,
+        indices[None, None],
         lambda x: x[:, None, None],
         lambda b: b[:, :, None, None, None],
     )
 
 
 @rule(aten.add.Tensor)
-def added(node: Node, operand: int, index: Int[Tensor, "..."]) -> Use | None:
+def added(node: Node, operand: int, indices: Int[Tensor, "..."]) -> Use | None:
     """Y = x + w, with w repeated along the axes that it lacks or has of length one."""
     if node.kwargs:
         return None
     shape = node.meta[SHAPE]
-    aligned = (1,) * (len(shape) - index.ndim) + tuple(index.shape)
-    return _shift(node, index, [axis for axis, size in enumerate(aligned) if size == shape[axis]])
+    aligned = (1,) * (len(shape) - indices.ndim) + tuple(indices.shape)
+    return _shift(node, indices, [axis for axis, size in enumerate(aligned) if size == shape[axis]])
 
 
-def _shift(node: Node, index: Int[Tensor, "..."], kept: Sequence[int]) -> Use:
-    """Return the use of a shift that runs along some axes of the result: a = 1."""
+def _shift(node: Node, indices: Int[Tensor, "..."], shift_axes: Sequence[int]) -> Use:
+    """Return the use of a shift: the axes along which it varies are o, the others positions."""
     shape = node.meta[SHAPE]
-    rest = [axis for axis in range(len(shape)) if axis not in kept]
-    order = [0, 1, *(2 + axis for axis in (*kept, *rest))]
-    positions = torch.Size([shape[axis] for axis in rest]).numel()
+    position_axes = [axis for axis in range(len(shape)) if axis not in shift_axes]
+    order = [0, 1, *(2 + axis for axis in (*shift_axes, *position_axes))]
+    positions = torch.Size([shape[axis] for axis in position_axes]).numel()
 
-    def inputs(x: Tensor) -> Tensor:
+    def read_a(x: Tensor) -> Tensor:
         return x.new_ones(()).expand(x.shape[0], 1, positions, 1)
 
-    def outputs(b: Tensor) -> Tensor:
+    def read_b(b: Tensor) -> Tensor:
         return b.permute(order).reshape(*b.shape[:2], 1, -1, positions)
 
-    return Use(node, None, index.reshape(1, -1, 1), inputs, outputs)
+    return Use(node, None, indices.reshape(1, -1, 1), read_a, read_b)
 
 
 @rule(aten.embedding.default)
-def embedding(node: Node, operand: int, index: Int[Tensor, "_ _"]) -> Use | None:
-    """y_t = row number x_t of W, whose padding row does not learn."""
+def embedding(node: Node, operand: int, indices: Int[Tensor, "_ _"]) -> Use | None:
+    """Y_t = row number x_t of W; the padding row has no derivative."""
     arguments: Any = node.args
-    _, other, *options = arguments
+    _, source, *options = arguments
     padding = options[0] if options else -1
     if operand != 0 or any(options[1:2]) or node.kwargs:  # scaled by frequency
         return None
 
-    def inputs(x: Tensor) -> Tensor:
+    def read_a(x: Tensor) -> Tensor:
         return torch.where(x == padding, -1, x).reshape(x.shape[0], 1, -1)
 
-    def outputs(b: Tensor) -> Tensor:
+    def read_b(b: Tensor) -> Tensor:
         return b.reshape(*b.shape[:2], 1, -1, b.shape[-1]).mT
 
-    return Use(node, other, index.T[None], inputs, outputs)
+    return Use(node, source, indices.T[None], read_a, read_b)
 
 
 @rule(aten.convolution.default)
-def convolution(node: Node, operand: int, index: Int[Tensor, "..."]) -> Use | None:
-    """Y = W ∗ x, of any number of axes and with any options: a holds the patches under the kernel.
+def convolution(node: Node, operand: int, indices: Int[Tensor, "..."]) -> Use | None:
+    """Y = W ∗ x, along any number of axes and with any options; a is the patches under the kernel.
 
-    Transposed, y and x change places, and the patches are b's.
+    Transposed, x and y change places, and the patches are of b.
     """
     arguments: Any = node.args
     x, _, _, stride, padding, dilation, transposed, _, groups = arguments
     if operand == 0:
         return None
     if operand == 2:
-        return _shift(node, index, [1])
-    small: Node = x if transposed else node
-    axes = index.ndim - 2
-    windows = _Windows(
-        stride=_each(stride, axes),
-        padding=_each(padding, axes),
-        dilation=_each(dilation, axes),
-        kernel=index.shape[2:],
-        counts=small.meta[SHAPE][2:],
+        return _shift(node, indices, [1])
+    # There is one window of the kernel for every pixel of the result; transposed, of x.
+    windowed: Node = x if transposed else node
+    axes = indices.ndim - 2
+    windows = Windows(
+        stride=per_axis(stride, axes),
+        padding=per_axis(padding, axes),
+        dilation=per_axis(dilation, axes),
+        kernel=indices.shape[2:],
+        counts=windowed.meta[SHAPE][2:],
         groups=groups,
     )
-    index = index.unflatten(0, (groups, -1)).flatten(
-        3
-    )  # [g o c kernel] or, transposed, [g p c kernel]
+    # In groups, [g o c kernel]; transposed, [g p c kernel].
+    indices = indices.unflatten(0, (groups, -1)).flatten(3)
     if transposed:
         return Use(
             node,
             x,
-            index.flatten(2).mT,
-            lambda x: _pixels(x, windows).mT,
-            lambda b: _patches(b, windows).mT,
+            indices.flatten(2).mT,
+            lambda x: pixels(x, windows).mT,
+            lambda b: patches(b, windows).mT,
         )
     return Use(
         node,
         x,
-        index.flatten(2),
-        lambda x: _patches(x, windows),
-        lambda b: _pixels(b, windows),
+        indices.flatten(2),
+        lambda x: patches(x, windows),
+        lambda b: pixels(b, windows),
     )
-
-
-class _Windows(NamedTuple):
-    """Where the kernel of a convolution lies, one entry an axis of space."""
-
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-    kernel: Sequence[int]
-    counts: Sequence[int]
-    groups: int
-
-
-def _each(option: Sequence[int], axes: int) -> Sequence[int]:
-    return list(option) * (axes if len(option) == 1 else 1)
-
-
-def _pixels(x: Num[Tensor, "..."], windows: _Windows) -> Num[Tensor, "... g c t"]:
-    """Return the values [... batch channels *space] of every channel, in groups."""
-    channels = x.ndim - len(windows.kernel) - 1
-    x = x.unflatten(channels, (windows.groups, -1))
-    return x.movedim(channels - 1, channels + 1).flatten(channels + 1)
-
-
-def _patches(x: Num[Tensor, "..."], windows: _Windows) -> Num[Tensor, "... g t p"]:
-    """Return what the kernel sees of [... batch channels *space] at each of its places."""
-    axes = len(windows.kernel)
-    batch = x.ndim - axes - 2
-    x = F.pad(x, [width for p in reversed(windows.padding) for width in (p, p)])
-    for i in range(axes):
-        gap, axis = windows.dilation[i], batch + 2 + i
-        x = x.unfold(axis, (windows.kernel[i] - 1) * gap + 1, windows.stride[i])[..., ::gap]
-        x = x.narrow(axis, 0, windows.counts[i])
-    x = x.unflatten(batch + 1, (windows.groups, -1))  # [... batch g c *space *kernel]
-    front = list(range(batch))
-    space = [batch + 3 + i for i in range(axes)]
-    kernel = [batch + 3 + axes + i for i in range(axes)]
-    x = x.permute(*front, batch + 1, batch, *space, batch + 2, *kernel)
-    return x.flatten(batch + 2 + axes).flatten(batch + 1, batch + 1 + axes)

@@ -1,4 +1,4 @@
-"""A model as a graph of operations on one sample, whatever it was written with.
+"""A model as a graph of operations on one sample, whatever its code looks like.
 
 The graph is taken below every transform and module (`make_fx` after dispatch), from real tensors
 and for a single sample: ``vmap`` maps it over a batch of any size. A trace of the batch would have
@@ -30,20 +30,20 @@ from ddnewton.types import ModelFn, PyTree
 def trace(function: ModelFn, params: PyTree, x: PyTree) -> GraphModule:
     """Return ``graph(*leaves of params, *leaves of x) -> outputs`` of one sample.
 
-    Raises whatever stands in the way: a branch on data, say, or ``.item()``.
+    What cannot be traced raises an error of torch's: a branch on data, say, or ``.item()``.
     """
     leaves, spec = tree_flatten((params, x))
     # One tensor under two names would come out as one input.
     leaves = [first_member(leaf).clone() for leaf in leaves]
 
-    def one(*leaves: Tensor) -> Tensor:
+    def of_sample(*leaves: Tensor) -> Tensor:
         params, x = tree_unflatten(leaves, spec)
         outputs = function(params, as_batch(x))
         check_sample_axis(outputs, 1)
         return outputs[0]
 
     with _plain_kernels(), torch.no_grad():
-        graph = _tidy(make_fx(one, DECOMPOSITIONS)(*leaves))
+        graph = _tidy(make_fx(of_sample, DECOMPOSITIONS)(*leaves))
         if any(map(_writes, graph.graph.nodes)):
             # Writing into a tensor that is the same for all samples does not survive vmap.
             graph = make_fx(functionalize(graph))(*leaves)
@@ -54,6 +54,7 @@ def trace(function: ModelFn, params: PyTree, x: PyTree) -> GraphModule:
 
 
 def _tidy(graph: GraphModule) -> GraphModule:
+    """Drop the operations whose results are not used, and compile the graph anew."""
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
@@ -65,11 +66,12 @@ def _writes(node: Node) -> bool:
 
 
 def _differentiable(graph: GraphModule) -> GraphModule:
-    """Rewrite what functionalization makes of writing in place, and torch cannot map or pull."""
+    """Replace the operations from functionalized writes that ``vmap`` or autograd get wrong."""
     nodes, call = graph.graph.nodes, graph.graph.call_function
     for node in nodes:
         with graph.graph.inserting_before(node):
             if node.target in (aten.copy.default, aten.fill.Tensor):
+                # As a sum with zeros, which broadcasts as a copy does.
                 to, source = node.args[:2]
                 new = call(aten.add.Tensor, (call(aten.zeros_like.default, (to,)), source))
             elif node.target == aten.select_scatter.default:
@@ -94,7 +96,7 @@ def _differentiable(graph: GraphModule) -> GraphModule:
 
 @contextmanager
 def _plain_kernels() -> Iterator[None]:
-    """Have attention and recurrent layers computed by operations that have all derivatives."""
+    """Compute attention and recurrent layers by operations that have all derivatives."""
     fast, kernels = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""A model whose layers have been found."""
+"""The result of `prepare`: a model with its layers, and the arguments that it takes."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from ddnewton.types import PyTree
 
 
 class Signature(NamedTuple):
-    """What the arguments of a prepared model must be like."""
+    """The structure, shapes, dtypes and devices that an argument of a prepared model must have."""
 
     name: str
     structure: TreeSpec
-    skip: int  # axes in front, of the samples
+    skip: int  # the number of axes in front that are not compared: that of the samples
     leaves: Sequence[tuple[str, torch.Size, torch.dtype, torch.device]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Prepared:
-    """A model with its layers found: called, the model itself; printed, what was found.
+    """A model with its layers: called, it is the model; printed, it shows the path of every leaf.
 
     It holds for any number of samples and any values; what the model referred to besides its
     arguments is frozen as it was, as under `jax.jit`.
     """
 
-    sample: GraphModule
-    narrow: Program
-    wide: Program | None
+    sample: GraphModule  # the trace, of one sample
+    narrow: Program  # in the model's own dtype
+    wide: Program | None  # in float64, where that is another dtype and the same function
     params: Signature
     X: Signature
     width: int  # how many outputs a sample has
@@ -51,7 +51,7 @@ class Prepared:
         return outputs
 
     def leaves(self, params: PyTree, X: PyTree) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the tensors of arguments that fit; refuse others."""
+        """Return the leaves of both arguments; raise where they do not fit their signatures."""
         leaves, samples = _checked(self.params, params), _checked(self.X, X)
         if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
             # What was made in inference mode, autograd refuses outside.
@@ -68,7 +68,7 @@ class Prepared:
 
 
 def signature(name: str, tree: PyTree, skip: int) -> Signature:
-    """Return what a tree is like, but for some axes in front."""
+    """Return the signature of a tree, its leaves without some axes in front."""
     leaves = [
         (path, leaf.shape[skip:], leaf.dtype, leaf.device) for path, leaf in named_leaves(tree)
     ]
@@ -76,7 +76,8 @@ def signature(name: str, tree: PyTree, skip: int) -> Signature:
 
 
 def _checked(expected: Signature, tree: PyTree) -> list[Tensor]:
-    """Return the leaves of an argument; refuse what the model was not prepared for."""
+    """Return the leaves of an argument; raise where it does not fit its signature."""
+    # The structure of the tree, then its leaves one by one.
     leaves, structure = tree_flatten(tree)
     name, remedy = expected.name, "Prepare the model anew for these."
     if structure != expected.structure:
@@ -87,9 +88,9 @@ def _checked(expected: Signature, tree: PyTree) -> list[Tensor]:
         if not isinstance(leaf, Tensor):
             rule = f"{name} must hold tensors"
             raise BadType(sentence(rule, f"{name}{path}: {type(leaf).__name__}", remedy))
-        like = (leaf.shape[expected.skip :], leaf.dtype, leaf.device)
-        if like != (shape, dtype, device) or leaf.ndim < expected.skip:
+        actual = (leaf.shape[expected.skip :], leaf.dtype, leaf.device)
+        if actual != (shape, dtype, device) or leaf.ndim < expected.skip:
             per = " a sample" if expected.skip else ""
             rule = f"{name}{path} must be {dtype}{list(shape)}{per} on {device}, as prepared"
-            raise BadValue(sentence(rule, f"{like[1]}{list(like[0])} on {like[2]}", remedy))
+            raise BadValue(sentence(rule, f"{actual[1]}{list(actual[0])} on {actual[2]}", remedy))
     return leaves

@@ -1,7 +1,7 @@
-"""Where parameters act in the graph of a model: which layers there are.
+"""The uses of parameters in the graph of a model, from which its layers are made.
 
 Every parameter is followed through transposes, reshapes and selections to the operations that
-consume its entries, and the uses of the same entries are put together.
+compute with its entries. Uses of the same entries are further positions of one weight.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RESHAPING = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 
 
 class Path(NamedTuple):
-    """How the columns of one leaf are had: through which operations, or why directly."""
+    """The operations through which the columns of a leaf are found, or why there are none."""
 
     operations: Sequence[str]
     obstacle: str | None
@@ -40,54 +40,59 @@ class Path(NamedTuple):
         return f"directly ({self.obstacle})" if self.obstacle else ", ".join(self.operations)
 
 
-class Found(NamedTuple):
-    """A layer in the making: its uses, whose nodes are not yet numbered."""
+class WeightUses(NamedTuple):
+    """A weight, or a bias, as the parameters that it consists of, with all its uses."""
 
-    entries: Int[Tensor, "g o p"]
+    indices: Int[Tensor, "g o p"]
     uses: list[Use]
 
 
 class Survey(Interpreter):
-    """Run a graph once: note the shapes, and which operands consist of which parameters."""
+    """Run a graph once; note the shapes, and the operands that consist of parameters.
+
+    ``indices`` holds for such an operand which parameter each entry is, and ``leaf_of`` the leaf.
+    """
 
     def __init__(self, graph: GraphModule, leaves: Sequence[Tensor]) -> None:
         super().__init__(graph)
-        self.entries: dict[Node, Any] = {}
-        self.owner: dict[Node, int] = {}
+        self.indices: dict[Node, Any] = {}
+        self.leaf_of: dict[Node, int] = {}
         inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
         start = 0
         for number, (node, leaf) in enumerate(zip(inputs, leaves, strict=False)):
             stop = start + leaf.numel()
-            self.entries[node] = torch.arange(start, stop, device=leaf.device).reshape(leaf.shape)
-            self.owner[node] = number
+            self.indices[node] = torch.arange(start, stop, device=leaf.device).reshape(leaf.shape)
+            self.leaf_of[node] = number
             start = stop
 
     def run_node(self, n: Node) -> Any:
-        """Run an operation on the sample, and a rearrangement on the entries as well."""
+        """Run an operation on the sample, and a rearrangement on the indices as well."""
         result = super().run_node(n)
         n.meta[SHAPE] = getattr(result, "shape", None)
         source = n.args[0] if n.args else None
-        if n.target in REARRANGING and isinstance(source, Node) and source in self.entries:
+        if n.target in REARRANGING and isinstance(source, Node) and source in self.indices:
             rearrange: Any = n.target
-            self.entries[n] = rearrange(self.entries[source], *n.args[1:], **n.kwargs)
-            self.owner[n] = self.owner[source]
+            self.indices[n] = rearrange(self.indices[source], *n.args[1:], **n.kwargs)
+            self.leaf_of[n] = self.leaf_of[source]
         return result
 
 
 def uses_of(survey: Survey, number: int) -> tuple[list[Use], Path]:
-    """Return the uses of a leaf, and the operations they are."""
+    """Return the uses of a leaf and their operations; no use if an operation has no rule."""
     uses: list[Use] = []
     names: dict[str, None] = {}
-    for node in [node for node, owner in survey.owner.items() if owner == number]:
+    # Every node that consists of entries of the leaf, and the operations that use it.
+    for node in [node for node, leaf in survey.leaf_of.items() if leaf == number]:
         for user in node.users:
-            if user in survey.owner:
+            if user in survey.leaf_of:  # it rearranges them, and comes by itself
                 continue
             name = str(user.target).removeprefix("aten.").split(".")[0]
             rule = RULES.get(user.target)
+            # The node may be several operands of the operation, each with a use of its own.
             for operand, argument in enumerate(user.args):
                 if argument is not node or rule is None:
                     continue
-                use = rule(user, operand, survey.entries[node])
+                use = rule(user, operand, survey.indices[node])
                 if use is None:
                     return [], Path([name], f"no rule for this {name}")
                 uses.append(_at_site(use))
@@ -98,9 +103,9 @@ def uses_of(survey: Survey, number: int) -> tuple[list[Use], Path]:
 
 
 def _at_site(use: Use) -> Use:
-    """Move a use down to where its cotangent is the same: past reshapes and additions.
+    """Move a use down the graph while its cotangent stays the same: past reshapes and additions.
 
-    There its bias is found, and what else is added needs no probe of its own.
+    There it meets its bias, and other summands, which need no probes of their own then.
     """
     site, shape = use.node, use.node.meta[SHAPE]
     while len(site.users) == 1:
@@ -110,56 +115,62 @@ def _at_site(use: Use) -> Use:
         if not same:
             break
         site = user
-    outputs = use.outputs
-    return use._replace(node=site, outputs=lambda b: outputs(b.reshape(*b.shape[:2], *shape)))
+    read_b = use.read_b
+    return use._replace(node=site, read_b=lambda b: read_b(b.reshape(*b.shape[:2], *shape)))
 
 
-def merged(uses: Sequence[Use]) -> list[Found]:
-    """Join the uses of the same entries: they are further positions."""
-    found: list[Found] = []
+def by_weight(uses: Sequence[Use]) -> list[WeightUses]:
+    """Put together the uses of the same parameters in the same places."""
+    weights: list[WeightUses] = []
     for use in uses:
-        for layer in found:
-            if torch.equal(layer.entries, use.entries):
-                layer.uses.append(use)
+        for weight in weights:
+            if torch.equal(weight.indices, use.indices):
+                weight.uses.append(use)
                 break
         else:
-            found.append(Found(use.entries, [use]))
-    return found
+            weights.append(WeightUses(use.indices, [use]))
+    return weights
 
 
-def with_shifts(found: Sequence[Found]) -> list[list[Found]]:
-    """Put a bias to the weight whose positions and outputs it shares: a = (a, 1)."""
-    layouts = [[layout(use) for use in layer.uses] for layer in found]
-    shifts = [all(use.other is None for use in layer.uses) for layer in found]
-    pairs: dict[int, list[Found]] = {i: [layer] for i, layer in enumerate(found) if not shifts[i]}
-    for i, layer in enumerate(found):
-        if not shifts[i]:
+def biases_with_weights(weights: Sequence[WeightUses]) -> list[list[WeightUses]]:
+    """Put every bias to a weight whose sites and outputs it shares: then a = (a, 1).
+
+    A bias without such a weight stays alone, as does a weight without a bias.
+    """
+    layouts = [[layout(use) for use in weight.uses] for weight in weights]
+    is_bias = [all(use.source is None for use in weight.uses) for weight in weights]
+    pairs: dict[int, list[WeightUses]] = {
+        i: [weight] for i, weight in enumerate(weights) if not is_bias[i]
+    }
+    for i, bias in enumerate(weights):
+        if not is_bias[i]:
             continue
         hosts = (
             j
             for j, pair in pairs.items()
-            if len(pair) == 1 and not shifts[j] and _alike(layouts[i], layouts[j])
+            if len(pair) == 1 and not is_bias[j] and _same_layouts(layouts[i], layouts[j])
         )
         host = next(hosts, i)
-        pairs.setdefault(host, []).append(layer)
+        pairs.setdefault(host, []).append(bias)
     return list(pairs.values())
 
 
 def layout(use: Use) -> tuple[Node, Tensor]:
-    """Return which entry of its site each output of a use is."""
+    """Return the site of a use, and b as the places of its entries there."""
     shape = use.node.meta[SHAPE]
-    return use.node, use.outputs(torch.arange(shape.numel()).reshape(1, 1, *shape))
+    return use.node, use.read_b(torch.arange(shape.numel()).reshape(1, 1, *shape))
 
 
-def _alike(one: list[tuple[Node, Tensor]], other: list[tuple[Node, Tensor]]) -> bool:
-    return len(one) == len(other) and all(
-        a is b and torch.equal(x, y) for (a, x), (b, y) in zip(one, other, strict=True)
+def _same_layouts(left: list[tuple[Node, Tensor]], right: list[tuple[Node, Tensor]]) -> bool:
+    """Return whether two weights have the same sites and read b off them alike, use by use."""
+    return len(left) == len(right) and all(
+        a is b and torch.equal(x, y) for (a, x), (b, y) in zip(left, right, strict=True)
     )
 
 
-def overlap(layers: Sequence[Found]) -> bool:
-    """Return whether some parameter is an entry of two layers, or twice of one."""
-    if not layers:
+def has_overlap(weights: Sequence[WeightUses]) -> bool:
+    """Return whether a parameter is in two weights, or twice in one."""
+    if not weights:
         return False
-    entries = torch.cat([layer.entries.reshape(-1) for layer in layers])
-    return bool(((entries - entries.min()).bincount() > 1).any())
+    indices = torch.cat([weight.indices.reshape(-1) for weight in weights])
+    return bool(((indices - indices.min()).bincount() > 1).any())
