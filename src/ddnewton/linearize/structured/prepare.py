@@ -13,7 +13,8 @@ from ddnewton.linearize.buffers import kept_buffers
 from ddnewton.linearize.independence import SamplesMix, check_independent, evaluate
 from ddnewton.linearize.model import Model
 from ddnewton.linearize.precision import Widened, if_same_function, narrowest, pulled_back, ramp
-from ddnewton.linearize.structured.program import Program, compile_program
+from ddnewton.linearize.structured.compilation import compile_program
+from ddnewton.linearize.structured.program import Program
 from ddnewton.linearize.structured.trace import trace
 from ddnewton.linearize.structured.traced_model import Prepared, signature
 from ddnewton.linearize.structured.visit import Visit, visit

@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from ddnewton.linearize.structured.program import Path
 from ddnewton.linearize.structured.rules import RULES, SHAPE, Use, aten
 
 REARRANGING = {
@@ -28,16 +29,6 @@ REARRANGING = {
 """Operations whose results consist of entries of their first argument."""
 
 RESHAPING = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
-
-
-class Path(NamedTuple):
-    """The operations through which the columns of a leaf are found, or why there are none."""
-
-    operations: Sequence[str]
-    obstacle: str | None
-
-    def __str__(self) -> str:
-        return f"directly ({self.obstacle})" if self.obstacle else ", ".join(self.operations)
 
 
 class WeightUses(NamedTuple):
