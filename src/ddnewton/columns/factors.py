@@ -134,7 +134,7 @@ def _weighted_sums_outer(
     elif outer.a.is_floating_point():
         total = torch.einsum("nkgot,ngtp->kgop", b, outer.a)
     else:
-        # a is a one at a place: add b there, and what has no place in a row that is cut off.
+        # A row of a has a single one: add b at its place, or, without one, in a row cut off below.
         size = sum(outer.widths)
         rows = b.permute(0, 4, 1, 2, 3).flatten(0, 1).flatten(1)
         places = torch.where(outer.a < 0, size, outer.a).flatten()
@@ -167,12 +167,12 @@ def single_position(outer: Outer) -> bool:
 
 
 def entries_at_once(rows: Tensor) -> int:
-    """Return the number of entries of all rows that make an intermediate."""
+    """Return the number of entries which, taken of all rows, fit into an intermediate."""
     return max(1, INTERMEDIATE_BYTES // (2 * rows.shape[0]))
 
 
 def _vectors_at_once(outer: Outer) -> int:
-    """Return the number of vectors for which b, with m replaced by them, is an intermediate."""
+    """Return the number of vectors k for which sums of b, [n k g o t], fit into an intermediate."""
     return max(1, INTERMEDIATE_BYTES // (outer.b[:, 0].numel() * outer.b.element_size()))
 
 

@@ -63,7 +63,10 @@ def float64_throughout(flops: Callable[[], float]) -> bool:
 
 
 def resolved_in_float32(smallest: float | Tensor, largest: Float[Tensor, ""]) -> bool:
-    """Return whether float32 resolves the curvatures between two; true where they are not known."""
+    """Return whether float32 resolves curvatures as small as this beside the largest.
+
+    What is compiled cannot tell, and counts as resolved.
+    """
     return not any_known(~torch.as_tensor(smallest * FLOAT32_RESOLUTION >= largest))
 
 

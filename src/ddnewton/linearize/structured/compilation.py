@@ -1,4 +1,4 @@
-"""From the graph of a model to its program: the layers found, and the graph made to show them."""
+"""From the graph of a model to its program: its layers, and the graph that returns their parts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ddnewton.linearize.structured.uses import (
 def compile_program(
     graph: GraphModule, leaves: Sequence[Tensor], sample: Sequence[Tensor]
 ) -> Program:
-    """Find the layers in ``graph(*leaves, *sample)``, and prepare the graph to read them off."""
+    """Find the layers in ``graph(*leaves, *sample)``; make a graph to read their columns from."""
     # The uses of every leaf: by weights of their own, or by weights that overlap. A leaf with an
     # obstacle is differentiated directly.
     survey = Survey(graph, leaves)

@@ -6,10 +6,9 @@ positions t, of what goes in, a, and what is pulled back to what comes out, b:
     y_t = W a_t,        column = Σ_t b_t ⊗ a_t.
 
 A rule says, for one operation and one of its operands, how to read a and b off the tensors and
-which parameters the outer product belongs to. A further operation is one more function here. It
-is a rule where a is one tensor; where a is made of two, as of a bilinear layer, it is a
-decomposition into operations that have rules. Groups g are products side by side, as in a grouped
-convolution.
+which parameters the outer product belongs to. Groups g are products side by side, as in a grouped
+convolution. A further operation is one more function here: a rule, if a is read off one tensor; if
+it is made of two, as in a bilinear layer, a decomposition into operations that have rules.
 """
 
 from __future__ import annotations

@@ -74,8 +74,7 @@ def visit(program: Program, leaves: Sequence[Tensor], samples: Sequence[Tensor])
         at_sites, rows = pulled[: len(probes)], pulled[len(probes) :]
         outer = partial(_outer, at_sites, sources, outputs)
         factors: list[Factor] = [outer(layer) for layer in program.layers]
-        leaves_in_uses = ((leaf, map(outer, leaf.layers)) for leaf in program.summed_leaves)
-        factors += [_summed(leaf, uses) for leaf, uses in leaves_in_uses]
+        factors += [_summed(leaf, map(outer, leaf.layers)) for leaf in program.summed_leaves]
         return [*factors, *(row.reshape(row.shape[0] * row.shape[1], -1) for row in rows)]
 
     return Visit(outputs, pullback)
