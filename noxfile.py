@@ -58,12 +58,13 @@ def newest(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check the format, the style, the types and which module imports which."""
+    """Check the format, the style, the types, which module imports which, and the house."""
     install(session, "lint")
     session.run("ruff", "format", "--check")
     session.run("ruff", "check")
     session.run("mypy")
     session.run("lint-imports")
+    session.run("python", "-m", "tests.house")
 
 
 @nox.session

@@ -26,13 +26,10 @@ from ddnewton.inputs.checks import check_batch, check_functions, check_options, 
 from ddnewton.inputs.groups import Block, Group, blocks_of
 from ddnewton.inputs.samples import Indices, Samples, indices, rows_among
 from ddnewton.linearize.linearization import Linearization, linearized
+from ddnewton.linearize.precision import resolved_in_float32
 from ddnewton.quadratic.gauss_newton import GaussNewton, block_matrices, block_vectors
-from ddnewton.transforms import any_known
 from ddnewton.trees import chunks, take, tree_leaves
 from ddnewton.types import DampingRule, ModelFn, PyTree, Select
-
-FLOAT32_RESOLUTION = 1e4
-"""From the largest curvature down to which ratio float32 is enough."""
 
 
 class Objective(NamedTuple):
@@ -138,7 +135,7 @@ def gauss_newton_matrices(
     if model.linearization.in_float64 is None:
         return model, matrices
     pairs = zip(model.blocks, matrices, strict=True)
-    if any(_unresolved(block, matrix, least_damping) for block, matrix in pairs):
+    if not all(_resolved(block, matrix, least_damping) for block, matrix in pairs):
         linearization = model.linearization.in_float64()
         model = _expanded(linearization, model.objective, model.blocks)
         matrices = block_matrices(model.jacobians, model.leaves, model.curvature_weights)
@@ -243,13 +240,13 @@ def _gradient_columns(
     return weights / (n if wanted is None else len(wanted)), rows, gradient_samples
 
 
-def _unresolved(block: Block, matrix: GaussNewton, least_damping: float | Tensor) -> bool:
-    """Return whether the curvatures that count are lost in the rounding of float32.
+def _resolved(block: Block, matrix: GaussNewton, least_damping: float | Tensor) -> bool:
+    """Return whether float32 resolves the curvatures that count.
 
     With one δ for all directions they count down to δ, with a rule all of them; a ``select`` is
     taken to ask for large ones.
     """
     if block.select is not None:
-        return False
+        return True
     smallest = 0.0 if callable(block.damping) else block.damping + least_damping
-    return any_known(~torch.as_tensor(smallest * FLOAT32_RESOLUTION >= matrix.trace()))
+    return resolved_in_float32(smallest, matrix.trace())
