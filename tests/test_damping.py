@@ -14,13 +14,7 @@ from torch.func import vmap
 from ddnewton import damping as module
 from ddnewton import newton_step, newton_step_and_info, top_k
 from ddnewton.damping import bootstrap, constant, relative, signal_to_noise
-
-FLOAT64 = torch.float64
-GRID = [0.0, 0.01, 0.1, 0.5, 1.0, 3.0, 10.0, math.inf]
-
-
-def seeded(seed=0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tests.methods import DTYPES, FLOAT64, GRID, RULES, seeded
 
 
 def call(rule, gammas, lambdas, evals=None):
@@ -37,15 +31,8 @@ def noisy(n=12, n2=None, k=7, dtype=FLOAT64, seed=1):
     return gammas.to(dtype), lambdas.to(dtype)
 
 
-RULES = {
-    "constant": lambda: constant(0.3),
-    "relative": lambda: relative(0.1),
-    "signal_to_noise": signal_to_noise,
-    "bootstrap": lambda: bootstrap(GRID, seeded(), resamples=50),
-}
-every_rule = pytest.mark.parametrize("make", RULES.values(), ids=RULES)
+every_rule = pytest.mark.parametrize("make", [one.make for one in RULES.values()], ids=RULES)
 sizes = pytest.mark.parametrize(("n", "n2"), [(12, 12), (12, 5), (2, 9)])
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=str)
 
 
 # --- the formulas, in loops -----------------------------------------------------------------
@@ -94,7 +81,7 @@ def loop_bootstrap(gammas, lambdas, grid, seed, resamples, quantile):
     return torch.tensor(result, dtype=FLOAT64)
 
 
-@dtypes
+@DTYPES
 @sizes
 def test_relative_is_a_fraction_of_the_largest_eigenvalue(n, n2, dtype):
     gammas, lambdas = noisy(n, n2, 3, dtype)
@@ -105,7 +92,7 @@ def test_relative_is_a_fraction_of_the_largest_eigenvalue(n, n2, dtype):
     assert torch.equal(call(relative(fraction), gammas, lambdas, evals), expected)
 
 
-@dtypes
+@DTYPES
 @sizes
 @pytest.mark.parametrize("caution", [0.0, 0.5, 1.0, 3.0])
 def test_signal_to_noise_is_its_formula(caution, n, n2, dtype):
@@ -127,7 +114,7 @@ def test_signal_to_noise_shrinks_the_slope_and_raises_the_curvature(n, n2):
     torch.testing.assert_close(-slope / (curvature + delta), expected)
 
 
-@dtypes
+@DTYPES
 @sizes
 @pytest.mark.parametrize(
     ("quantile", "resamples"), [(0.05, 40), (0.05, 21), (0.5, 30), (0.0, 10), (1.0, 10), (0.3, 1)]
@@ -313,7 +300,7 @@ def test_bootstrap_damps_the_more_the_less_it_knows():
 
 
 @every_rule
-@dtypes
+@DTYPES
 @sizes
 def test_every_rule_returns_a_damping_a_direction(make, n, n2, dtype):
     gammas, lambdas = noisy(n, n2, dtype=dtype)
@@ -328,9 +315,9 @@ def test_no_directions_no_dampings(make):
     assert call(make(), torch.zeros(3, 0), torch.zeros(3, 0)).shape == (0,)
 
 
-@pytest.mark.parametrize("make", [RULES[name] for name in ("constant", "relative", "bootstrap")])
-def test_one_sample_is_enough_for_rules_that_need_no_spread(make):
-    assert call(make(), *noisy(1)).isfinite().any()
+@pytest.mark.parametrize("name", [name for name, one in RULES.items() if not one.spread])
+def test_one_sample_is_enough_for_rules_that_need_no_spread(name):
+    assert call(RULES[name].make(), *noisy(1)).isfinite().any()
 
 
 @pytest.mark.parametrize(("n", "n2"), [(1, 1), (1, 4), (4, 1)])
@@ -464,7 +451,7 @@ def test_refusals_come_when_the_rule_is_made(case):
 
 
 @every_rule
-@dtypes
+@DTYPES
 @pytest.mark.parametrize("select", [None, top_k(2)], ids=["all", "top two"])
 def test_every_rule_damps_a_regression(make, dtype, select):
     generator = seeded(4)

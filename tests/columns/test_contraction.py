@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ddnewton.columns.contraction import inner
 from ddnewton.columns.factors import Outer, dense_columns, inner_products, weighted_sums
-from tests.linearize.layer_cases import DTYPES, FLOAT32, FLOAT64
+from tests.methods import DTYPES, FLOAT32, FLOAT64
 from tests.models import normal
 from tests.reference import error
 

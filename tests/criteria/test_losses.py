@@ -16,12 +16,10 @@ from torch.func import vmap
 
 from ddnewton import criteria, newton_step
 from ddnewton.criteria import as_loss, expand_batch
+from tests.methods import DTYPES, FLOAT64, REDUCTIONS, TORCH_LOSSES
 from tests.reference import as_double, autograd_derivatives, dense, error, solve
 
 MANY = settings(max_examples=100)
-FLOAT32, FLOAT64 = torch.float32, torch.float64
-DTYPES = pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64])
-REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "sum"])
 
 
 # --- the losses, with their options as data ---------------------------------------------------
@@ -202,25 +200,8 @@ def test_gradients_alone_are_those_of_the_expansion(name, shape):
     check_close(loss.gradient(f, y), (value, torch.einsum("ncm,nm->nc", L, z)))
 
 
-MODULES = {
-    F.mse_loss: nn.MSELoss,
-    F.huber_loss: nn.HuberLoss,
-    F.smooth_l1_loss: nn.SmoothL1Loss,
-    F.cross_entropy: nn.CrossEntropyLoss,
-    F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
-    F.poisson_nll_loss: nn.PoissonNLLLoss,
-    F.gaussian_nll_loss: nn.GaussianNLLLoss,
-}
-
-FACTORIES = {
-    F.mse_loss: criteria.mse,
-    F.huber_loss: criteria.huber,
-    F.smooth_l1_loss: criteria.smooth_l1,
-    F.cross_entropy: criteria.cross_entropy,
-    F.binary_cross_entropy_with_logits: criteria.bce_with_logits,
-    F.poisson_nll_loss: criteria.poisson_nll,
-    F.gaussian_nll_loss: criteria.gaussian_nll,
-}
+MODULES = {loss.function: loss.module for loss in TORCH_LOSSES.values()}
+FACTORIES = {loss.function: loss.record for loss in TORCH_LOSSES.values()}
 
 
 @REDUCTIONS

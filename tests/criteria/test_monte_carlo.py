@@ -213,6 +213,7 @@ def log_cosh(f, y):
 
 FISHERS = {name: LIKELIHOODS[name][:3] for name in LIKELIHOODS if "pair" not in name} | {
     "huber": (nn.HuberLoss(reduction="sum"), UNIT, (3,)),
+    "smooth_l1": (nn.SmoothL1Loss(beta=0.3), UNIT, (3,)),
     "callable": (log_cosh, UNIT, (3,)),
     "record": (convex(log_cosh), UNIT, (3,)),
 }

@@ -11,8 +11,9 @@ from ddnewton import (
     newton_step,
     newton_step_and_info,
 )
+from tests.methods import FLOAT32
 from tests.models import problem
-from tests.whole.chosen_samples import FLOAT32, OPTIONS, refuse
+from tests.whole.chosen_samples import OPTIONS, refuse
 
 RULE = "must hold distinct indices of samples"
 REFUSED = {

@@ -5,17 +5,15 @@ import re
 from functools import cache
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
 
 from ddnewton import newton_step_and_info, prepare, top_k
+from tests.methods import FLOAT32, FLOAT64
 from tests.models import Problem, cast, problem
 from tests.reference import Dense, clusters, dense, directions, error, solve, step
 
-FLOAT32, FLOAT64 = torch.float32, torch.float64
-DTYPES = pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=["float32", "float64"])
 TOLERANCE = {FLOAT32: 1e-6, FLOAT64: 1e-10}
 """Small problems are evaluated in float64 and rounded once, whatever their dtype."""
 
@@ -124,12 +122,6 @@ SQUARE = {"W": (3, 3), "b": (3,), "c": (3,)}
 
 def of_shapes(model_fn, X, shapes, direct=()):
     return Case(model_fn, X, {name: torch.randn(shape) for name, shape in shapes.items()}, direct)
-
-
-@cache
-def truth(name: str) -> Dense:
-    """The dense reference of a problem."""
-    return dense(*problem(name))
 
 
 @cache

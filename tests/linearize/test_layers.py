@@ -10,15 +10,8 @@ from torch.func import vmap
 from torch.nn.utils.parametrizations import weight_norm
 
 from ddnewton import newton_step, prepare
-from tests.linearize.layer_cases import (
-    DTYPES,
-    FLOAT32,
-    FLOAT64,
-    Case,
-    Readout,
-    check,
-    with_targets,
-)
+from tests.linearize.layer_cases import Case, Readout, check, with_targets
+from tests.methods import DTYPES, FLOAT32, FLOAT64
 from tests.models import normal
 from tests.reference import error
 

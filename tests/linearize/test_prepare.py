@@ -12,11 +12,10 @@ from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ddnewton import newton_step, newton_step_and_info, prepare, top_k
+from tests.methods import DTYPES, FLOAT32, FLOAT64
 from tests.models import PROBLEMS, cast, normal, problem
 from tests.reference import dense, error, flat, solve
 
-FLOAT32, FLOAT64 = torch.float32, torch.float64
-DTYPES = pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=["float32", "float64"])
 ROUNDING = {FLOAT32: 1e-5, FLOAT64: 1e-13}
 
 

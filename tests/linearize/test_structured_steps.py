@@ -10,17 +10,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ddnewton import above, newton_step, newton_step_and_info, prepare, top_k
-from tests.linearize.layer_cases import (
-    DTYPES,
-    FLOAT32,
-    FLOAT64,
-    TOLERANCE,
-    before_the_widest_gap,
-    compare,
-    prepared_problem,
-    truth,
-)
+from ddnewton import newton_step, newton_step_and_info, prepare, top_k
+from tests.linearize.layer_cases import TOLERANCE, before_the_widest_gap, compare, prepared_problem
+from tests.methods import DTYPES, FLOAT32, FLOAT64, SELECTIONS, SMALL_AND_LARGE, from_noise, truth
 from tests.models import PROBLEMS, Problem, cast, normal
 from tests.reference import dense, directions, error, solve, step
 
@@ -106,26 +98,11 @@ def test_chunks_change_nothing(name):
         assert error(other.lambdas, info.lambdas) < 1e-9
 
 
-def from_noise(evals, evecs, gammas, lambdas):
-    """A damping that looks at every sample."""
-    return 0.1 + lambdas.square().mean(0).sqrt() + gammas.square().mean(0).sqrt()
-
-
-CHOICES = {
-    "all": (None, None),
-    "above": (above(0.05), lambda evals: evals > 0.05 * evals[-1]),
-    "list": (lambda evals: [len(evals) - 1, len(evals) - 3],) * 2,
-    "nothing": (lambda evals: [],) * 2,
-}
-SMALL_AND_LARGE = ["relu_mlp", "tanh_mlp", "more_columns_than_parameters", "many_points"]
-"""With fewer and with more columns NM than parameters D."""
-
-
 @DTYPES
 @pytest.mark.parametrize("name", SMALL_AND_LARGE)
 def test_every_choice_of_directions_and_dampings(name, dtype):
     prepared, given = prepared_problem(name, dtype)
-    for theirs, ours in CHOICES.values():
+    for theirs, ours, _ in SELECTIONS.values():
         for damping in (0.05, from_noise):
             for complement in (None, 0.5):
                 expected = step(truth(name), damping, ours, complement)

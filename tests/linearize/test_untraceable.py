@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 from ddnewton import newton_step, prepare
-from tests.linearize.layer_cases import FLOAT32
+from tests.methods import FLOAT32
 from tests.models import PROBLEMS, Problem, normal, problem
 from tests.reference import Dense, error, flat, solve
 

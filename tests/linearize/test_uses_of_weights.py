@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
-from tests.linearize.layer_cases import DTYPES, SQUARE, check, of_shapes
+from tests.linearize.layer_cases import SQUARE, check, of_shapes
+from tests.methods import DTYPES
 from tests.models import normal
 
 

@@ -5,33 +5,17 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ddnewton import directional_newton, held_out, levenberg_marquardt, top_k, trust_region
+from ddnewton import directional_newton, top_k
 from ddnewton.damping import constant
+from tests.methods import ADAPTATIONS, DTYPES, FLOAT32, FLOAT64, Adaptation
 from tests.models import problem
-from tests.optim.textbook import (
-    DTYPES,
-    FLOAT32,
-    FLOAT64,
-    error,
-    far,
-    growth,
-    optimizer_of,
-    updated,
-    walled,
-)
+from tests.optim.textbook import error, far, growth, optimizer_of, updated, walled
 from tests.reference import flat
 
 # --- Levenberg and Marquardt ----------------------------------------------------------------
 
 
-EVERY = {
-    "number": 0.1,
-    "zero": 0.0,
-    "rule": constant(0.1),
-    "marquardt": levenberg_marquardt(),
-    "trust region": trust_region(),
-    "held out": held_out(every=2),
-}
+EVERY = ADAPTATIONS | {"zero": Adaptation(lambda: 0.0)}
 
 
 @DTYPES
@@ -40,12 +24,12 @@ def test_an_exact_fit_stays(damping, dtype):
     given = problem("tanh_mlp", dtype)
     given = given._replace(y=given.model_fn(given.params, given.X))
     for options in ({}, {"momentum": 0.9}, {"momentum": "exact", "learning_rate": "exact"}):
-        optimizer = optimizer_of(given, EVERY[damping], **options)
+        optimizer = optimizer_of(given, EVERY[damping].make(), **options)
         params, state = given.params, optimizer.init(given.params)
         for _ in range(4):
             params, state, info = optimizer.update(params, state, given.X, given.y)
             assert all(bool(x.isfinite()) for x in (state.damping, info.ratio, info.step_norm))
-            assert state.control.isfinite() or damping == "trust region"  # which starts anew
+            assert state.control.isfinite() or EVERY[damping].starts_anew
         assert error(params, given.params) < (1e-5 if dtype == FLOAT32 else 1e-12)
 
 
@@ -54,7 +38,7 @@ def test_a_start_at_a_stationary_point_is_no_end(damping):
     """The first batch is fitted exactly; the next is not."""
     X = torch.linspace(1, 2, 6, dtype=FLOAT64)[:, None]
     optimizer = directional_newton(
-        lambda p, x: p * x, nn.MSELoss(), EVERY[damping], learning_rate=1.0, momentum=0.0
+        lambda p, x: p * x, nn.MSELoss(), EVERY[damping].make(), learning_rate=1.0, momentum=0.0
     )
     params = torch.ones(1, dtype=FLOAT64)
     params, state, _ = optimizer.update(params, optimizer.init(params), X, X)
@@ -69,8 +53,8 @@ def test_a_start_at_a_stationary_point_is_no_end(damping):
 @pytest.mark.parametrize("damping", EVERY)
 def test_a_step_that_overflows_is_not_taken(damping):
     given = growth()
-    optimizer = optimizer_of(given, EVERY[damping], learning_rate=1.0, momentum=0.0)
-    if damping in ("number", "rule"):
+    optimizer = optimizer_of(given, EVERY[damping].make(), learning_rate=1.0, momentum=0.0)
+    if not EVERY[damping].adapts and damping != "zero":
         given = growth(-5.0, 1e9)
     params, state = given.params, optimizer.init(given.params)
     attempts = []
@@ -85,12 +69,12 @@ def test_a_step_that_overflows_is_not_taken(damping):
 
 @pytest.mark.parametrize(
     ("damping", "bad", "momentum"),
-    [*((damping, 1, 0.9) for damping in EVERY), ("number", 25, 0.0), ("held out", 25, 0.9)],
+    [*((damping, 1, 0.9) for damping in EVERY), ("number", 25, 0.0), ("held_out", 25, 0.9)],
 )
 def test_batches_without_any_finite_step_are_passed_over(damping, bad, momentum):
     X = torch.linspace(1, 2, 6, dtype=FLOAT64)[:, None]
     optimizer = directional_newton(
-        walled, nn.MSELoss(), EVERY[damping], learning_rate=1.0, momentum=momentum
+        walled, nn.MSELoss(), EVERY[damping].make(), learning_rate=1.0, momentum=momentum
     )
     params = torch.ones(1, dtype=FLOAT64)
     state = optimizer.init(params)
@@ -120,6 +104,9 @@ def test_undamped_steps_of_all_the_gradient():
 
 def test_a_complement_of_its_own_does_not_stop_what_adapts():
     given = far("relu_mlp", 2.0)
-    for damping in (levenberg_marquardt(), trust_region()):
+    for adaptation in ADAPTATIONS.values():
+        if not adaptation.adapts or not adaptation.whole_batch:
+            continue
+        damping = adaptation.make()
         _, _, info = updated(given, damping, select=top_k(1), complement=1e-4, times=3)
         assert bool(info.accepted)

@@ -10,11 +10,10 @@ from torch.optim import lr_scheduler
 
 from ddnewton import held_out
 from ddnewton.optim import DirectionalNewton
+from tests.methods import DTYPES, FLOAT32
 from tests.models import Block
 from tests.optim.twins import (
     CROSS_ENTROPY,
-    DTYPES,
-    FLOAT32,
     batch,
     everything,
     identical,

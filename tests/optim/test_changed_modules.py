@@ -8,8 +8,9 @@ from torch import nn
 import ddnewton.optim.modules
 from ddnewton import held_out, prepare
 from ddnewton.optim import DirectionalNewton
+from tests.methods import FLOAT32, FLOAT64
 from tests.models import problem
-from tests.optim.twins import CROSS_ENTROPY, FLOAT32, FLOAT64, batch, module_of, net, normed
+from tests.optim.twins import CROSS_ENTROPY, batch, module_of, net, normed
 from tests.reference import error
 
 pytestmark = pytest.mark.usefixtures("layers_found_once")

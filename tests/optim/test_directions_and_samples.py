@@ -13,9 +13,9 @@ from ddnewton import (
     newton_step,
     top_k,
 )
+from tests.methods import FLOAT64
 from tests.models import Problem, problem
 from tests.optim.textbook import (
-    FLOAT64,
     Pulls,
     along,
     at,

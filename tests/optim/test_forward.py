@@ -9,8 +9,9 @@ from torch import nn
 
 from ddnewton import Group, directional_newton
 from ddnewton.optim import DirectionalNewton
+from tests.methods import FLOAT64
 from tests.models import LastState, cast
-from tests.optim.twins import CROSS_ENTROPY, FLOAT64, Twin, batch, parameters
+from tests.optim.twins import CROSS_ENTROPY, Twin, batch, parameters
 from tests.reference import error
 
 pytestmark = pytest.mark.usefixtures("layers_found_once")

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ddnewton import Group, directional_newton, fixed, held_out, levenberg_marquardt, trust_region
+from ddnewton import Group, directional_newton, fixed, held_out, levenberg_marquardt
 from ddnewton.damping import constant
+from tests.methods import ADAPTATIONS, FLOAT32
 from tests.models import problem
-from tests.optim.textbook import FLOAT32, optimizer_of
+from tests.optim.textbook import optimizer_of
 
 REFUSED = {
     "damping below zero": ({"damping": -1.0}, ValueError, "damping must be a number ≥ 0; got -1.0"),
@@ -80,7 +81,7 @@ MAKERS = {
             kind,
             f"{make.__name__}: {message}",
         )
-        for make in (levenberg_marquardt, trust_region, held_out)
+        for make in (one.function for one in ADAPTATIONS.values() if one.adapts)
         for name, keywords, kind, message in (
             ("start", {"start": 0.0}, ValueError, "start must be positive; got 0.0"),
             ("start below", {"start": -1.0}, ValueError, "start must be a number ≥ 0; got -1.0"),

@@ -8,9 +8,9 @@ from torch import nn
 
 from ddnewton import directional_newton, held_out
 from ddnewton.optim.adaptation import Curvature, Outcome
+from tests.methods import FLOAT64
 from tests.models import problem
 from tests.optim.textbook import (
-    FLOAT64,
     Pulls,
     at,
     error,

@@ -4,18 +4,9 @@ import pytest
 import torch
 
 from ddnewton import levenberg_marquardt, per_layer, top_k
+from tests.methods import FLOAT64
 from tests.models import problem
-from tests.optim.textbook import (
-    FLOAT64,
-    Pulls,
-    at,
-    error,
-    far,
-    optimizer_of,
-    spring,
-    step_of,
-    updated,
-)
+from tests.optim.textbook import Pulls, at, error, far, optimizer_of, spring, step_of, updated
 from tests.reference import dense, flat
 
 

@@ -9,9 +9,9 @@ from hypothesis import Phase, settings
 from hypothesis import given as drawn
 
 from ddnewton import levenberg_marquardt, trust_region
+from tests.methods import FLOAT32
 from tests.models import problem
 from tests.optim.textbook import (
-    FLOAT32,
     LOSSLESS,
     Pulls,
     error,

@@ -10,20 +10,22 @@ import torch
 from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from ddnewton import State, held_out, levenberg_marquardt, prepare, top_k, trust_region
+from ddnewton import State, levenberg_marquardt, prepare, top_k
 from ddnewton.damping import signal_to_noise
+from tests.methods import ADAPTATIONS, DTYPES
 from tests.models import problem
-from tests.optim.textbook import DTYPES, error, far, optimizer_of, updated
+from tests.optim.textbook import error, far, optimizer_of, updated
 
 # --- the state ------------------------------------------------------------------------------
 
 
+BESIDES = {
+    "number": {"momentum": 0.8},
+    "trust_region": {"weight_decay": 0.01},
+}
 STATES = {
-    "marquardt": (None, {}),
-    "trust region": (trust_region(), {"weight_decay": 0.01}),
-    "number": (0.1, {"momentum": 0.8}),
-    "rule": (signal_to_noise(), {"learning_rate": 0.1}),
-    "held out": (held_out(every=2), {}),
+    **{name: (one.make(), BESIDES.get(name, {})) for name, one in ADAPTATIONS.items()},
+    "noise": (signal_to_noise(), {"learning_rate": 0.1}),
     "exact": (levenberg_marquardt(), {"momentum": "exact", "learning_rate": "exact"}),
 }
 
@@ -82,7 +84,7 @@ def test_an_ensemble_is_a_loop(name, case):
                         assert error(mine[i], expected) < 1e-4, (i, type(a))
             assert int(info.attempts[i]) == int(one.attempts)
             attempts.add(int(one.attempts))
-    if case == "marquardt" and name == "tanh_mlp":
+    if case == "levenberg_marquardt" and name == "tanh_mlp":
         assert len(attempts) > 1
 
 
@@ -124,7 +126,7 @@ def test_nothing_that_is_passed_changes(name, case, dtype):
         with context():
             again = optimizer.update(*arguments)
         assert error(again[0], one[0]) < 1e-6
-    if options.get("momentum") or case == "held out":
+    if options.get("momentum") or getattr(damping, "momentum", 0.0):
         for leaf, like in zip(tree_leaves(one[1].previous), tree_leaves(given.params), strict=True):
             assert (leaf.shape, leaf.dtype) == (like.shape, like.dtype)
     else:
@@ -135,11 +137,9 @@ def test_nothing_that_is_passed_changes(name, case, dtype):
 
 
 OPTIONS = {
+    **{name: (one.make(), {}) for name, one in ADAPTATIONS.items()},
     "momentum": (0.1, {"momentum": 0.8}),
-    "marquardt": (None, {}),
     "weight decay": (levenberg_marquardt(), {"weight_decay": 0.05}),
-    "trust region": (trust_region(), {}),
-    "held out": (held_out(every=2), {}),
     "select": (0.1, {"select": top_k(2), "complement": "damping", "momentum": 0.5}),
     "half": (0.1, {"subsampling_ggn": [0, 3], "complement": "damping", "weight_decay": 0.1}),
 }

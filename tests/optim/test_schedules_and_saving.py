@@ -10,13 +10,11 @@ from torch.optim import lr_scheduler
 
 from ddnewton import held_out, top_k
 from ddnewton.optim import DirectionalNewton
+from tests.methods import FLOAT32, FLOAT64
 from tests.optim.twins import (
-    BOTH,
     CRITERIA,
     CROSS_ENTROPY,
     DAMPINGS,
-    FLOAT32,
-    FLOAT64,
     OPTIONS,
     Twin,
     batch,
@@ -126,7 +124,7 @@ RESUMED = [
     *(
         ("monte_carlo", damping, "momentum and weight decay", True, dtype)
         for damping in ("levenberg_marquardt", "trust_region", "held_out")
-        for dtype in BOTH
+        for dtype in (FLOAT32, FLOAT64)
     ),
 ]
 

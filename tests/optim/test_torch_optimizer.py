@@ -9,13 +9,11 @@ from torch.func import functional_call
 from ddnewton import Group, State, above, directional_newton, held_out, monte_carlo, top_k
 from ddnewton.damping import relative
 from ddnewton.optim import DirectionalNewton
+from tests.methods import DTYPES, FLOAT32, FLOAT64
 from tests.models import problem
 from tests.optim.twins import (
     CROSS_ENTROPY,
     DAMPINGS,
-    DTYPES,
-    FLOAT32,
-    FLOAT64,
     IN_BOTH,
     OPTIONS,
     Twin,

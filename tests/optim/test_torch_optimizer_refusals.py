@@ -8,16 +8,8 @@ from torch import nn
 
 from ddnewton import held_out
 from ddnewton.optim import DirectionalNewton
-from tests.optim.twins import (
-    CRITERIA,
-    CROSS_ENTROPY,
-    FLOAT64,
-    batch,
-    everything,
-    identical,
-    net,
-    split,
-)
+from tests.methods import FLOAT64
+from tests.optim.twins import CRITERIA, CROSS_ENTROPY, batch, everything, identical, net, split
 
 pytestmark = pytest.mark.usefixtures("layers_found_once")
 

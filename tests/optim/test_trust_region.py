@@ -8,9 +8,10 @@ import torch
 from hypothesis import Phase, settings
 from hypothesis import given as drawn
 
-from ddnewton import Group, held_out, levenberg_marquardt, top_k, trust_region
+from ddnewton import Group, top_k, trust_region
 from ddnewton.damping import relative
-from tests.optim.textbook import RULES, SMALL_AND_LARGE, at, error, far, optimizer_of, updated
+from tests.methods import ADAPTATIONS, SMALL_AND_LARGE
+from tests.optim.textbook import RULES, at, error, far, optimizer_of, updated
 from tests.reference import dense, flat, solve
 
 
@@ -86,12 +87,10 @@ def test_a_trusted_radius_follows_how_well_the_model_does():
 
 
 RADIUS = {
-    "number": (0.01, {}),
+    **{name: (one.make(), {}) for name, one in ADAPTATIONS.items()},
+    "small number": (0.01, {}),
     "rule": (relative(1e-3), {}),
-    "skip some": (RULES["skip some"], {}),
-    "marquardt": (levenberg_marquardt(), {}),
-    "trust region": (trust_region(), {}),
-    "held out": (held_out(every=2), {}),
+    "skip some": (RULES["skip some"](), {}),
     "momentum": (0.01, {"momentum": 0.9}),
     "exact momentum": (0.01, {"momentum": "exact"}),
     "weight decay": (0.01, {"weight_decay": 1.0}),

@@ -5,19 +5,24 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ddnewton import Group, fixed, levenberg_marquardt, top_k, trust_region
+from ddnewton import Group, fixed, levenberg_marquardt, top_k
 from ddnewton.damping import constant, signal_to_noise
-from tests.models import Problem, normal, problem
-from tests.optim.textbook import (
+from tests.methods import (
+    ADAPTATIONS,
     DTYPES,
     FLOAT32,
     FLOAT64,
-    RULES,
+    REALS,
+    REDUCTIONS,
     SMALL_AND_LARGE,
+    TORCH_LOSSES,
+)
+from tests.models import Problem, cast, normal, problem
+from tests.optim.textbook import (
+    RULES,
     Pulls,
     along,
     at,
@@ -59,29 +64,29 @@ def test_an_update_is_a_damped_step(name, gram, dtype):
     assert error(info.ratio, ratio) < 1e-12
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("loss", ["mse", "cross_entropy", "bce", "custom"])
-def test_every_loss_and_reduction(loss, reduction):
-    given = problem("relu_mlp")
-    targets = torch.linspace(0, 1, 15, dtype=FLOAT64).reshape(5, 3)
+def custom(f, y, reduction):
+    each = ((f - y) ** 4).sum(1) + f.logsumexp(1)
+    return each.mean() if reduction == "mean" else each.sum()
 
-    def custom(f, y):
-        each = ((f - y) ** 4).sum(1) + f.logsumexp(1)
-        return each.mean() if reduction == "mean" else each.sum()
 
-    criterion, y = {
-        "mse": (nn.MSELoss(reduction=reduction), targets),
-        "cross_entropy": (partial(F.cross_entropy, reduction=reduction), given.y),
-        "bce": (nn.BCEWithLogitsLoss(reduction=reduction), targets),
-        "custom": (custom, targets),
-    }[loss]
-    given = given._replace(criterion=criterion, y=y)
-    reference, theta = dense(*given), flat(given.params)
-    params, _, info = updated(given, 0.3, weight_decay=0.05)
+@REDUCTIONS
+@pytest.mark.parametrize("name", [*TORCH_LOSSES, "custom"])
+def test_every_loss_and_reduction(name, reduction):
+    y, loss, options = REALS, partial(custom, reduction=reduction), {}
+    criterion = loss
+    if name in TORCH_LOSSES:
+        case = TORCH_LOSSES[name]
+        y, loss, criterion = case.y, case.plain(reduction), case.module(reduction=reduction)
+        options = {} if case.curved else {"complement": "damping"}
+    textbook = problem("relu_mlp")._replace(y=cast(y, FLOAT64), criterion=loss)
+    reference, theta = dense(*textbook), flat(textbook.params)
+    params, _, info = updated(
+        textbook._replace(criterion=criterion), 0.3, weight_decay=0.05, **options
+    )
     g, G, zero = reference.gradient, reference.ggn, torch.zeros_like(theta)
     assert error(flat(params) - theta, spring(g, G, theta, zero, Pulls(0.3, 0.0, 0.05))) < 1e-11
-    assert error(info.loss, loss_of(given, given.params, 0.05)) < 1e-12
-    assert error(info.loss_after, loss_of(given, params, 0.05)) < 1e-12
+    assert error(info.loss, loss_of(textbook, textbook.params, 0.05)) < 1e-12
+    assert error(info.loss_after, loss_of(textbook, params, 0.05)) < 1e-12
 
 
 # --- momentum and weight decay --------------------------------------------------------------
@@ -139,7 +144,7 @@ def test_what_a_rule_adds_pulls_to_the_step_before(name, adaptation, pulls, rule
     momentum, decay = pulls
     previous = 0.1 * normal(len(theta)).double()
     delta = 0.0
-    damping = fixed(RULES[rule])
+    damping = fixed(RULES[rule]())
     if adaptation == "more":
         delta = 0.25
         damping = damping._replace(damping=lambda control, curvature: control * 0 + delta)
@@ -154,7 +159,7 @@ def test_what_a_rule_adds_pulls_to_the_step_before(name, adaptation, pulls, rule
     params, _, info = optimizer.update(given.params, state, given.X, given.y)
     assert bool(info.accepted)
     kept = directions(dense(*given))
-    more = RULES[rule](kept.evals, None, kept.gammas, kept.lambdas)
+    more = RULES[rule]()(kept.evals, None, kept.gammas, kept.lambdas)
     gamma, curvature = kept.gammas.mean(0), kept.lambdas.mean(0)
     pull = Pulls(delta, momentum, decay)
     expected = along(kept.vectors, gamma, curvature, more, theta, previous, pull)
@@ -178,12 +183,9 @@ def test_weight_decay_that_vanishes_is_none():
 
 
 FIXED_POINTS = {
-    "number": (0.3, {}),
-    "rule": (constant(0.3), {}),
+    **{name: (one.make(), {}) for name, one in ADAPTATIONS.items() if one.whole_batch},
     "noise": (signal_to_noise(), {}),
-    "skip some": (RULES["skip some"], {}),
-    "marquardt": (levenberg_marquardt(), {}),
-    "trust region": (trust_region(), {}),
+    "skip some": (RULES["skip some"](), {}),
     "complement of its own": (0.3, {"complement": 0.7, "select": top_k(2)}),
     "complement": (0.3, {"complement": "damping", "select": top_k(2)}),
     "groups": (0.3, {"groups": [Group("bias"), Group("weight", damping=0.1)]}),

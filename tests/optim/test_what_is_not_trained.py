@@ -8,17 +8,8 @@ from torch import nn
 
 from ddnewton import held_out, levenberg_marquardt, monte_carlo
 from ddnewton.optim import DirectionalNewton
-from tests.optim.twins import (
-    CROSS_ENTROPY,
-    DTYPES,
-    Twin,
-    batch,
-    everything,
-    identical,
-    net,
-    normed,
-    split,
-)
+from tests.methods import DTYPES
+from tests.optim.twins import CROSS_ENTROPY, Twin, batch, everything, identical, net, normed, split
 from tests.reference import error
 
 pytestmark = pytest.mark.usefixtures("layers_found_once")

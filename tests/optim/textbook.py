@@ -4,22 +4,16 @@ import math
 from functools import partial
 from typing import NamedTuple
 
-import pytest
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ddnewton import directional_newton
-from ddnewton.damping import constant, relative, signal_to_noise
+from tests import methods
+from tests.methods import FLOAT64
 from tests.models import Problem, normal, problem
 from tests.reference import Dense, dense, flat
 from tests.reference import error as distance
-
-FLOAT32, FLOAT64 = torch.float32, torch.float64
-DTYPES = pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=["float32", "float64"])
-
-SMALL_AND_LARGE = ["relu_mlp", "tanh_mlp", "more_columns_than_parameters", "many_points"]
-"""Problems with fewer and with more columns NM than parameters D, with both kinds of M."""
 
 LOSSLESS = ["tanh_mlp", "many_points", "poisson", "list_of_layers", "tied_autoencoder"]
 
@@ -203,11 +197,9 @@ def walled(p, x):
     return p * x + torch.where((p != 1) & (x > 10), torch.inf, 0.0)
 
 
-RULES = {
-    "constant": constant(0.2),
-    "relative": relative(0.1),
-    "noise": signal_to_noise(),
-    "large": lambda evals, *_: torch.full_like(evals, 1e12),
-    "skip": lambda evals, *_: torch.full_like(evals, torch.inf),
-    "skip some": lambda evals, *_: torch.where(evals > evals.mean(), 0.1, torch.inf),
+RULES = {name: rule.make for name, rule in methods.RULES.items()} | {
+    "large": lambda: lambda evals, *_: torch.full_like(evals, 1e12),
+    "skip": lambda: lambda evals, *_: torch.full_like(evals, torch.inf),
+    "skip some": lambda: lambda evals, *_: torch.where(evals > evals.mean(), 0.1, torch.inf),
 }
+"""What makes each rule, for some draw."""

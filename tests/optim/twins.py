@@ -4,26 +4,18 @@ import copy
 import io
 from functools import cache, partial
 
-import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
 
 from ddnewton import (
     directional_newton,
-    fixed,
-    held_out,
-    levenberg_marquardt,
-    monte_carlo,
     prepare,
     top_k,
-    trust_region,
 )
-from ddnewton.damping import relative, signal_to_noise
+from tests.methods import ADAPTATIONS, CURVATURES, FLOAT32, FLOAT64, SPELLINGS
 from tests.models import problem
 
-FLOAT32, FLOAT64 = BOTH = torch.float32, torch.float64
-DTYPES = pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=["float32", "float64"])
 CROSS_ENTROPY = nn.CrossEntropyLoss()
 
 
@@ -83,17 +75,7 @@ class Twin:
         return info
 
 
-DAMPINGS = {
-    "none": lambda: None,
-    "levenberg_marquardt": partial(levenberg_marquardt, 1e-2),
-    "trust_region": trust_region,
-    "held_out": partial(held_out, 0.5, every=2),
-    "number": lambda: 0.1,
-    "fixed": lambda: fixed(relative(0.2)),
-    "rule": lambda: relative(0.3),
-    "tensor": lambda: torch.tensor(0.05),
-    "adapted on a rule": lambda: levenberg_marquardt(rule=signal_to_noise(0.1)),
-}
+DAMPINGS = {name: one.make for name, one in ADAPTATIONS.items()} | SPELLINGS
 OPTIONS = {
     "momentum": {"momentum": 0.7},
     "exact momentum": {"momentum": "exact"},
@@ -138,7 +120,5 @@ def saved(tree):
     return torch.load(file, weights_only=True)
 
 
-CRITERIA = {
-    "exact": lambda seed: CROSS_ENTROPY,
-    "monte_carlo": lambda seed: monte_carlo(CROSS_ENTROPY, 1, torch.Generator().manual_seed(seed)),
-}
+CRITERIA = {name: partial(one.make, CROSS_ENTROPY) for name, one in CURVATURES.items()}
+"""What makes each criterion from a seed."""

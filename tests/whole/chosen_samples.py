@@ -1,23 +1,17 @@
 """Steps in loops, whose slopes, directions and curvatures come from samples of their own."""
 
-from functools import cache
 from typing import NamedTuple
 
-import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
 from ddnewton import ggn_eigh
-from tests.models import Problem, problem
-from tests.reference import Dense, dense, eigenpairs, error, rank
+from tests.methods import FLOAT32, FLOAT64, truth
+from tests.models import Problem
+from tests.reference import Dense, eigenpairs, error, rank
 
-FLOAT32, FLOAT64 = torch.float32, torch.float64
 TOLERANCE = {FLOAT32: 1e-5, FLOAT64: 1e-10}
-DTYPES = pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=["float32", "float64"])
 OPTIONS = ("subsampling_grad", "subsampling_ggn", "subsampling_curvature")
-
-SMALL_AND_LARGE = ["relu_mlp", "tanh_mlp", "more_columns_than_parameters", "many_points"]
-"""Problems with fewer and with more columns NM than parameters D, with both kinds of M."""
 
 SUBSETS = {
     "every": None,
@@ -65,12 +59,6 @@ class Truth(NamedTuple):
     def coefficients(self, dampings) -> torch.Tensor:
         damped = self.lambdas.mean(0) + dampings
         return torch.where(damped > 0, -self.gammas.mean(0) / damped, 0)
-
-
-@cache
-def whole(name: str) -> Dense:
-    """The dense reference of a problem: N times the derivatives of the loss of the batch."""
-    return dense(*problem(name))
 
 
 def some(reference: Dense, subset) -> Dense:
@@ -136,7 +124,7 @@ def check_info(info, expected: Truth, delta: float, reference: Dense, tolerance:
 
 def numbers(subset, name: str):
     """A subset with a word for all samples spelled out."""
-    return list(range(len(whole(name).slopes))) if isinstance(subset, str) else subset
+    return list(range(len(truth(name).slopes))) if isinstance(subset, str) else subset
 
 
 def refuse(*_):

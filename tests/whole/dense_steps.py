@@ -1,30 +1,17 @@
 """What the tests of a step share: its references, and losses written by hand."""
 
 import math
-from functools import cache, partial
+from functools import partial
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
 from ddnewton import newton_step
+from tests.methods import FLOAT32, FLOAT64
 from tests.models import Problem, cast, problem
-from tests.reference import Dense, dense
 
-FLOAT32, FLOAT64 = torch.float32, torch.float64
 TOLERANCE = {FLOAT32: 1e-5, FLOAT64: 1e-11}
-DTYPES = pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=["float32", "float64"])
-REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "sum"])
-
-SMALL_AND_LARGE = ["relu_mlp", "tanh_mlp", "more_columns_than_parameters", "many_points"]
-"""Problems with fewer and with more columns NM than parameters D, with both kinds of M."""
-
-
-@cache
-def truth(name: str) -> Dense:
-    """The dense reference of a problem."""
-    return dense(*problem(name))
 
 
 def captured(name: str, dtype=FLOAT64, **options):

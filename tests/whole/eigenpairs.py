@@ -1,55 +1,28 @@
 """What the tests of eigenpairs share: problems, selections, and how pairs are compared."""
 
-from functools import cache
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
 from ddnewton import (
-    above,
     directional_derivatives,
-    energy,
     ggn_eigh,
     ggn_eigvalsh,
     gram_matrix,
-    top_k,
 )
-from tests.models import PROBLEMS, problem
-from tests.reference import Dense, dense, error
+from tests.methods import FLOAT32, FLOAT64
+from tests.models import PROBLEMS
+from tests.reference import Dense, error
 
-FLOAT32, FLOAT64 = torch.float32, torch.float64
 TOLERANCE = {FLOAT32: 1e-5, FLOAT64: 1e-10}
-DTYPES = pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=["float32", "float64"])
 ALL_MODELS = pytest.mark.parametrize("name", PROBLEMS)
 FUNCTIONS = (ggn_eigvalsh, ggn_eigh, directional_derivatives, gram_matrix)
 EACH = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 
-SMALL_AND_LARGE = ["relu_mlp", "tanh_mlp", "more_columns_than_parameters", "many_points"]
-"""Problems with fewer and with more columns NM than parameters D, with both kinds of M."""
-
 SQUARED = ["eval_batch_norm", "tanh_mlp", "tied_autoencoder", "tuple_of_two", "poisson"]
 SQUARED += ["written_in_place", "many_points"]
 """Problems with a squared error, whose root L is the identity."""
-
-SELECTS = {
-    "all": None,
-    "permuted": lambda evals: [len(evals) - 2, len(evals) - 1, len(evals) - 3],
-    "negative": lambda evals: torch.tensor([-1, -3]),
-    "mask": lambda evals: torch.arange(len(evals)) >= len(evals) - 3,
-    "top_k": top_k(2),
-    "above": above(0.1),
-    "energy": energy(0.9),
-    "none": lambda evals: [],
-    "no mask": lambda evals: torch.zeros(len(evals), dtype=torch.bool),
-}
-
-
-@cache
-def truth(name: str) -> Dense:
-    """The dense reference of a problem."""
-    return dense(*problem(name))
 
 
 def rows(evecs) -> torch.Tensor:

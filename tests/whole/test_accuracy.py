@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ddnewton import above, newton_step, newton_step_and_info, top_k
+from tests.methods import DTYPES, FLOAT32, FLOAT64
 from tests.models import Problem
 from tests.nets_in_training import (
     DELTAS,
-    FLOAT32,
-    FLOAT64,
     UPDATES,
     eigenpairs,
     exact,
@@ -34,7 +33,6 @@ from tests.reference import (
     step,
 )
 
-DTYPES = pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=["float32", "float64"])
 SEEDS = pytest.mark.parametrize("seed", [0, 1, 2])
 NETS = pytest.mark.parametrize("net", UPDATES)
 SMOOTH_NETS = pytest.mark.parametrize("net", UPDATES[:-1])

@@ -22,6 +22,16 @@ from ddnewton import (
     prepare,
     top_k,
 )
+from tests.methods import (
+    DTYPES,
+    FLOAT32,
+    FLOAT64,
+    REDUCTIONS,
+    SELECTIONS,
+    SMALL_AND_LARGE,
+    TORCH_LOSSES,
+    truth,
+)
 from tests.models import Problem, cast, normal, problem
 from tests.reference import (
     Dense,
@@ -35,11 +45,6 @@ from tests.reference import (
 )
 from tests.whole.eigenpairs import (
     ALL_MODELS,
-    DTYPES,
-    FLOAT32,
-    FLOAT64,
-    SELECTS,
-    SMALL_AND_LARGE,
     SQUARED,
     TOLERANCE,
     check_derivatives,
@@ -47,7 +52,6 @@ from tests.whole.eigenpairs import (
     picked,
     rows,
     top,
-    truth,
 )
 
 # --- the Gram matrix ------------------------------------------------------------------------
@@ -119,31 +123,24 @@ def test_eigenvalues_of_every_model(name, dtype):
     assert error(evals, top(eigenpairs(truth(name))[0], len(evals))) < TOLERANCE[dtype]
 
 
-LOSSES = {
-    "cross-entropy": (nn.CrossEntropyLoss, torch.tensor([0, 2, 1, 1]), 2),
-    "mse": (nn.MSELoss, torch.linspace(-1, 2, 12).reshape(4, 3), 3),
-    "bce": (nn.BCEWithLogitsLoss, torch.linspace(0, 1, 12).reshape(4, 3), 3),
-}
-
-
 @pytest.mark.parametrize("samples", [4, 28], ids=["NM<D", "NM>D"])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("loss", LOSSES)
+@REDUCTIONS
+@pytest.mark.parametrize("loss", TORCH_LOSSES)
 def test_eigenvalues_of_every_loss(loss, reduction, samples):
-    module, y, M = LOSSES[loss]
+    case = TORCH_LOSSES[loss]
     net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)).double()  # D = 27
     params = {name: p.detach() for name, p in net.named_parameters()}
-    y = y.repeat(samples // 4, *(1,) * (y.ndim - 1))
+    y = tree_map(lambda y: y[:4].repeat(samples // 4, *(1,) * (y.ndim - 1)), case.y)
     given = Problem(
         lambda p, x: functional_call(net, p, (x,)),
         params,
         normal(samples, 2).double(),
         cast(y, FLOAT64),
-        module(reduction=reduction),
+        case.module(reduction=reduction),
     )
-    reference = dense(*given)
+    reference = dense(*given._replace(criterion=case.plain(reduction)))
     evals = ggn_eigvalsh(*given)
-    assert len(evals) == samples * M
+    assert len(evals) == samples * case.columns
     assert error(evals, top(torch.linalg.eigvalsh(reference.ggn), len(evals))) < 1e-12
     _, info = newton_step_and_info(*given, 0.1)
     above_tolerance, E = ggn_eigh(*given)
@@ -174,10 +171,10 @@ def test_eigenvectors_of_every_model(name, dtype):
     check_eigenpairs(truth(name), evals, rows(evecs), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("choice", SELECTS)
+@pytest.mark.parametrize("choice", SELECTIONS)
 @pytest.mark.parametrize("name", SMALL_AND_LARGE)
 def test_the_selection_is_followed_in_its_order(name, choice):
-    given, select, reference = problem(name), SELECTS[choice], truth(name)
+    given, select, reference = problem(name), SELECTIONS[choice].select, truth(name)
     every = ggn_eigvalsh(*given)
     wanted = picked(select or above(1e-12), every)
     evals, evecs = ggn_eigh(*given, select=select)
@@ -365,7 +362,7 @@ def test_derivatives_of_every_model_whatever_the_basis(name):
 @ALL_MODELS
 def test_what_a_step_says_of_its_directions(name):
     given = problem(name)
-    for select in (None, top_k(2), SELECTS["permuted"] if name != "one_sample" else None):
+    for select in (None, top_k(2), SELECTIONS["permuted"].select if name != "one_sample" else None):
         _, info = newton_step_and_info(*given, 0.1, select=select)
         gammas, lambdas = directional_derivatives(*given, select=select)
         assert error(info.evals, ggn_eigh(*given, select=select)[0]) < 1e-12

@@ -18,9 +18,10 @@ from ddnewton import (
     prepare,
     top_k,
 )
+from tests.methods import FLOAT32, FLOAT64, SMALL_AND_LARGE
 from tests.models import problem
 from tests.reference import error
-from tests.whole.eigenpairs import EACH, FLOAT32, FLOAT64, SMALL_AND_LARGE, rows
+from tests.whole.eigenpairs import EACH, rows
 
 # --- among torch's own ----------------------------------------------------------------------
 

@@ -14,14 +14,11 @@ from ddnewton import (
     newton_step_and_info,
     top_k,
 )
+from tests.methods import DTYPES, FLOAT32, FLOAT64, SMALL_AND_LARGE, truth
 from tests.models import PROBLEMS, Problem, normal, problem
 from tests.reference import dense, error
 from tests.whole.chosen_samples import (
     CHOICES,
-    DTYPES,
-    FLOAT32,
-    FLOAT64,
-    SMALL_AND_LARGE,
     TOLERANCE,
     Choice,
     along,
@@ -30,7 +27,6 @@ from tests.whole.chosen_samples import (
     refuse,
     rows,
     truth_of,
-    whole,
 )
 
 PUSHED = [(name, "dense") for name in PROBLEMS if name != "one_sample"]
@@ -41,7 +37,7 @@ PUSHED += [(name, "structured") for name in ("relu_mlp", "many_points")]
 def test_pushed_and_multiplied_slopes_agree(name, gram, monkeypatch):
     """The one is taken where directions are fewer than columns of a sample, the other elsewhere."""
     monkeypatch.setattr("ddnewton.quadratic.unseen_samples.PULLBACKS_PER_DIRECTION", 1e-6)
-    given, reference = problem(name), whole(name)
+    given, reference = problem(name), truth(name)
     M = len(gram_matrix(*given)) // len(reference.slopes)
     for held, ggn in (([0, 1, 2], [2, 1]), ([2, 1], [0])):
         options = {"subsampling_ggn": ggn, "subsampling_curvature": held, "gram": gram}
@@ -64,7 +60,7 @@ def test_which_way_is_taken(name, gram, monkeypatch):
     """Parameters without axes are pushed like all others."""
     monkeypatch.setattr("ddnewton.quadratic.unseen_samples.PULLBACKS_PER_DIRECTION", 1)
     given = problem(name)
-    M = len(gram_matrix(*given)) // len(whole(name).slopes)
+    M = len(gram_matrix(*given)) // len(truth(name).slopes)
     held = {"subsampling_ggn": [0, 1], "subsampling_curvature": [2], "gram": gram}
     with monkeypatch.context() as patch:
         patch.setattr("ddnewton.quadratic.unseen_samples._multiplied", refuse)
@@ -223,7 +219,7 @@ def test_large_models_in_float32_stay_in_float32(name, select, monkeypatch):
     monkeypatch.setattr("ddnewton.quadratic.unseen_samples.PULLBACKS_PER_DIRECTION", 1)
     given, choice = problem(name, FLOAT32), Choice([3, 1], [0, 2, 1], [3, 0])
     options = {"select": select, "gram": "structured"}
-    expected = truth_of(given, whole(name), choice, 1e-5, **options)
+    expected = truth_of(given, truth(name), choice, 1e-5, **options)
     step, info = newton_step_and_info(*given, 0.1, **options, **choice.options)
     assert error(info.gammas, expected.gammas) < 1e-5
     assert error(info.lambdas, expected.lambdas) < 1e-5
@@ -233,7 +229,7 @@ def test_large_models_in_float32_stay_in_float32(name, select, monkeypatch):
 def test_the_empirical_fisher_matrix_of_samples():
     for name in ("relu_mlp", "more_columns_than_parameters"):
         given = problem(name)._replace(criterion=empirical_fisher(problem(name).criterion))
-        g = whole(name).gradients
+        g = truth(name).gradients
         for choice in CHOICES.values():
             evals, evecs = ggn_eigh(*given, select=top_k(2), **choice.of_the_ggn)
             E, mine = rows(evecs), g if choice.ggn is None else g[choice.ggn]

@@ -9,19 +9,10 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ddnewton import above, energy, newton_step, newton_step_and_info, top_k
+from tests.methods import DTYPES, FLOAT32, FLOAT64, SELECTIONS, SMALL_AND_LARGE, truth
 from tests.models import PROBLEMS, problem
 from tests.reference import clusters, directions, error, flat, solve, step
-from tests.whole.dense_steps import (
-    DTYPES,
-    FLOAT32,
-    FLOAT64,
-    SMALL_AND_LARGE,
-    TOLERANCE,
-    captured,
-    curvature_damping,
-    indices,
-    truth,
-)
+from tests.whole.dense_steps import TOLERANCE, captured, curvature_damping, indices
 
 # --- every model ----------------------------------------------------------------------------
 
@@ -74,30 +65,13 @@ def test_the_gram_options_agree(gram):
 # --- directions, complement, damping --------------------------------------------------------
 
 
-SELECTIONS = {
-    "none": (None, None),
-    "top_k": (top_k(3), lambda evals: range(len(evals) - 3, len(evals))),
-    "top_1": (top_k(1), lambda evals: [len(evals) - 1]),
-    "above": (above(0.05), lambda evals: evals > 0.05 * evals[-1]),
-    "above_absolute": (above(0.02, relative=False), lambda evals: evals > 0.02),
-    "energy": (
-        energy(0.9),
-        lambda evals: evals.flip(0).cumsum(0).flip(0) - evals < 0.9 * evals.sum(),
-    ),
-    "list": (lambda evals: [len(evals) - 1, len(evals) - 3],) * 2,
-    "tensor": (lambda evals: torch.tensor([len(evals) - 2, len(evals) - 1]),) * 2,
-    "mask": (lambda evals: (evals > 0.02 * evals[-1]) & (evals < 0.7 * evals[-1]),) * 2,
-    "nothing": (lambda evals: [],) * 2,
-}
-
-
 @DTYPES
 @pytest.mark.parametrize("complement", [None, 0.5], ids=["inside", "complement"])
 @pytest.mark.parametrize("damping", [0.05, curvature_damping], ids=["float", "function"])
 @pytest.mark.parametrize("select", SELECTIONS)
 @pytest.mark.parametrize("name", SMALL_AND_LARGE)
 def test_selected_directions(name, select, damping, complement, dtype):
-    theirs, ours = SELECTIONS[select]
+    theirs, ours, _ = SELECTIONS[select]
     expected = step(truth(name), damping, ours, complement)
     result = newton_step(*problem(name, dtype), damping, select=theirs, complement=complement)
     assert error(result, expected) < 10 * TOLERANCE[dtype]
@@ -169,7 +143,7 @@ def test_what_a_damping_rule_receives(name, dtype):
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_info_is_the_references(name, select):
     """Signs, and rotations among equal eigenvalues, are free: γγᵀ and Σλ_n of a cluster are not."""
-    theirs, ours = SELECTIONS[select]
+    theirs, ours, _ = SELECTIONS[select]
     _, info = newton_step_and_info(*problem(name), curvature_damping, select=theirs)
     kept = directions(truth(name), ours)
     gradient = truth(name).gradient
@@ -190,7 +164,7 @@ def test_info_is_the_references(name, select):
 @pytest.mark.parametrize("select", ["none", "top_k"])
 @pytest.mark.parametrize("name", SMALL_AND_LARGE)
 def test_info_fields_follow_from_one_another(name, select):
-    theirs, _ = SELECTIONS[select]
+    theirs = SELECTIONS[select].select
     _, info = newton_step_and_info(*problem(name), curvature_damping, select=theirs)
     g = info.gammas.mean(0)
     dampings = curvature_damping(info.evals, None, info.gammas, info.lambdas)

@@ -8,21 +8,11 @@ from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ddnewton import above, energy, newton_step, newton_step_and_info, top_k
+from ddnewton import newton_step, newton_step_and_info, top_k
+from tests.methods import DTYPES, FLOAT32, FLOAT64, READY_MADE, REDUCTIONS, truth
 from tests.models import problem
 from tests.reference import error, flat, solve
-from tests.whole.dense_steps import (
-    CALLABLES,
-    DTYPES,
-    FLOAT32,
-    FLOAT64,
-    REDUCTIONS,
-    TOLERANCE,
-    curvature_damping,
-    ensemble,
-    truth,
-    with_callable,
-)
+from tests.whole.dense_steps import CALLABLES, TOLERANCE, curvature_damping, ensemble, with_callable
 
 # --- purity ---------------------------------------------------------------------------------
 
@@ -124,9 +114,7 @@ def test_the_same_call_twice_gives_the_same_bits():
 ENSEMBLE_OPTIONS = {
     "float": (0.1, {}),
     "function": (curvature_damping, {}),
-    "top_k": (0.1, {"select": top_k(3)}),
-    "above": (0.1, {"select": above(0.05)}),
-    "energy": (0.1, {"select": energy(0.9)}),
+    **{name: (0.1, {"select": select}) for name, select in READY_MADE.items()},
     "complement": (0.1, {"complement": 0.5}),
     "top_k_complement_function": (curvature_damping, {"select": top_k(3), "complement": 0.5}),
     "chunked": (0.1, {"chunk_size": 2}),

@@ -17,13 +17,20 @@ from ddnewton import (
     newton_step_and_info,
     top_k,
 )
+from tests.methods import (
+    CLASSES,
+    DTYPES,
+    FLOAT64,
+    REALS,
+    REDUCTIONS,
+    SMALL_AND_LARGE,
+    TORCH_LOSSES,
+    truth,
+)
 from tests.models import PROBLEMS, Problem, cast, normal, problem
 from tests.reference import dense, error, solve
 from tests.whole.chosen_samples import (
-    DTYPES,
-    FLOAT64,
     OPTIONS,
-    SMALL_AND_LARGE,
     SUBSETS,
     TOLERANCE,
     Choice,
@@ -31,7 +38,6 @@ from tests.whole.chosen_samples import (
     numbers,
     some,
     truth_of,
-    whole,
 )
 
 # --- every choice of samples ----------------------------------------------------------------
@@ -41,7 +47,7 @@ from tests.whole.chosen_samples import (
 @pytest.mark.parametrize("grad", SUBSETS)
 @pytest.mark.parametrize("name", ["relu_mlp", "many_points"])
 def test_every_choice_of_samples(name, grad, ggn):
-    given, reference = problem(name), whole(name)
+    given, reference = problem(name), truth(name)
     order = list(SUBSETS)  # a Latin square: every pair of two options is there
     curvature = SUBSETS[order[(order.index(grad) + order.index(ggn)) % len(order)]]
     choice = Choice(*(numbers(x, name) for x in (SUBSETS[grad], SUBSETS[ggn], curvature)))
@@ -61,7 +67,7 @@ def test_every_choice_of_samples(name, grad, ggn):
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_exact_solution_of_every_model(name, dtype):
     """With one damping everywhere, −(G + δI)⁻¹g with the G of some samples and the g of others."""
-    given, reference = problem(name, dtype), whole(name)
+    given, reference = problem(name, dtype), truth(name)
     choices = [(None, [0, 2]), ([-1, 0], [-1]), ([0], [2])]
     for grad, ggn in choices if name != "one_sample" else [([0], [0])]:
         G, g = some(reference, ggn).ggn, some(reference, grad).gradient
@@ -82,7 +88,7 @@ def test_held_out_curvature_of_every_model(name):
     """Few directions, many, and all of them; N, which is held out entirely, and some."""
     if name == "one_sample":
         return
-    given, reference = problem(name), whole(name)
+    given, reference = problem(name), truth(name)
     for curvature, select in ((None, top_k(1)), ([1, 0], top_k(3)), ([-1], None)):
         choice = Choice([1], [0, 2], curvature)
         expected = truth_of(given, reference, choice, select=select)
@@ -91,23 +97,22 @@ def test_held_out_curvature_of_every_model(name):
         assert error(step, expected.step(0.1)) < 1e-9
 
 
-LOSSES = {
-    "cross-entropy": (F.cross_entropy, torch.tensor([0, 2, 1, 1, 0])),
-    "ignored": (partial(F.cross_entropy, ignore_index=2), torch.tensor([0, 2, 1, 1, 0])),
-    "probabilities": (F.cross_entropy, torch.full((5, 3), 1 / 3)),
-    "mse": (F.mse_loss, torch.linspace(-1, 2, 15).reshape(5, 3)),
-    "bce": (F.binary_cross_entropy_with_logits, torch.linspace(0, 1, 15).reshape(5, 3)),
-    "huber": (partial(F.huber_loss, delta=4.0), torch.linspace(-1, 2, 15).reshape(5, 3)),
+LOSSES = {name: (loss.function, loss.y) for name, loss in TORCH_LOSSES.items() if loss.curved} | {
+    "ignored": (partial(F.cross_entropy, ignore_index=2), CLASSES),
+    # So wide that every sample has two directions.
+    "huber": (partial(F.huber_loss, delta=4.0), REALS),
+    "smooth_l1": (partial(F.smooth_l1_loss, beta=4.0), REALS),
 }
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@REDUCTIONS
 @pytest.mark.parametrize("loss", LOSSES)
 def test_samples_keep_the_scale_they_have_in_the_whole_batch(loss, reduction):
     function, y = LOSSES[loss]
     criterion = partial(function, reduction=reduction)
     given = problem("relu_mlp")._replace(y=cast(y, FLOAT64), criterion=criterion)
-    reference = dense(*given)
+    plain = (lambda f, y: criterion(f, *y)) if isinstance(y, tuple) else criterion
+    reference = dense(*given._replace(criterion=plain))
     for choice in (Choice([4, 1], [0, 3, 2], [1, 2]), Choice(None, [0, 2, 4]), Choice([2], [3])):
         for select in (None, top_k(2)):
             expected = truth_of(given, reference, choice, select=select)
@@ -144,7 +149,7 @@ def test_the_same_samples_everywhere_are_a_smaller_batch(name, subset):
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_all_samples_by_number_are_all_samples(name):
     given = problem(name)
-    everyone = range(len(whole(name).slopes))
+    everyone = range(len(truth(name).slopes))
     expected, info = newton_step_and_info(*given, 0.1)
     gammas, lambdas = directional_derivatives(*given)
     for option in OPTIONS:
@@ -218,5 +223,5 @@ def test_small_integers_index_a_large_batch(dtype):
 def test_all_solutions_agree_with_solve():
     """The private reference above is the shared one where nothing is left out."""
     for name in SMALL_AND_LARGE:
-        expected = truth_of(problem(name), whole(name), Choice())
-        assert error(expected.step(0.1, complement=0.1), solve(whole(name), 0.1)) < 1e-11
+        expected = truth_of(problem(name), truth(name), Choice())
+        assert error(expected.step(0.1, complement=0.1), solve(truth(name), 0.1)) < 1e-11

@@ -10,9 +10,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ddnewton import (
-    above,
     directional_derivatives,
-    energy,
     ggn_eigh,
     ggn_eigvalsh,
     newton_step,
@@ -20,13 +18,11 @@ from ddnewton import (
     prepare,
     top_k,
 )
+from tests.methods import FLOAT32, FLOAT64, READY_MADE, SMALL_AND_LARGE, truth
 from tests.models import Problem, problem
 from tests.reference import dense, error, flat, softmax_derivatives
 from tests.whole.chosen_samples import (
     CHOICES,
-    FLOAT32,
-    FLOAT64,
-    SMALL_AND_LARGE,
     TOLERANCE,
     Choice,
     along,
@@ -34,17 +30,14 @@ from tests.whole.chosen_samples import (
     rows,
     some,
     truth_of,
-    whole,
 )
 
 # --- steps with every other option ----------------------------------------------------------
 
 
 KEYWORDS = {
-    "top_k": {"select": top_k(3)},
+    **{name: {"select": select} for name, select in READY_MADE.items()},
     "permuted": {"select": lambda evals: [len(evals) - 2, len(evals) - 1]},
-    "above": {"select": above(0.05)},
-    "energy": {"select": energy(0.8)},
     "nothing": {"select": lambda evals: []},
     "complement": {"complement": 0.2},
     "both": {"select": top_k(2), "complement": 0.2},
@@ -58,7 +51,7 @@ SELECTED = [("relu_mlp", FLOAT64), ("many_points", FLOAT64), ("relu_mlp", FLOAT3
 @pytest.mark.parametrize("keywords", KEYWORDS)
 @pytest.mark.parametrize(("name", "dtype"), SELECTED, ids=str)
 def test_steps_along_selected_directions(name, dtype, keywords, choice):
-    given, reference, options = problem(name, dtype), whole(name), KEYWORDS[keywords]
+    given, reference, options = problem(name, dtype), truth(name), KEYWORDS[keywords]
     chosen, tolerance = CHOICES[choice], 10 * TOLERANCE[dtype]
     select = options.get("select")
     expected = truth_of(given, reference, chosen, tolerance, select=select)
@@ -74,7 +67,7 @@ def test_steps_along_selected_directions(name, dtype, keywords, choice):
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("name", SMALL_AND_LARGE)
 def test_a_rule_gets_the_derivatives_of_the_samples(name, choice):
-    given, reference, chosen = problem(name), whole(name), CHOICES[choice]
+    given, reference, chosen = problem(name), truth(name), CHOICES[choice]
     seen = []
 
     def rule(evals, evecs, gammas, lambdas):
@@ -99,7 +92,7 @@ def test_a_rule_gets_the_derivatives_of_the_samples(name, choice):
 @pytest.mark.parametrize("name", SMALL_AND_LARGE)
 def test_identities_of_info(name):
     """With fresh curvature the predicted decrease is that of the model, direction by direction."""
-    given, reference = problem(name), whole(name)
+    given, reference = problem(name), truth(name)
     for choice in CHOICES.values():
         step, info = newton_step_and_info(*given, 0.3, **choice.options)
         gamma, curvature, c = info.gammas.mean(0), info.lambdas.mean(0), info.coefficients
@@ -259,7 +252,7 @@ def test_under_every_context_nothing_is_recorded_or_changed(name, function):
 @pytest.mark.parametrize("name", [*SMALL_AND_LARGE, "attention"])
 def test_prepared_models_and_chunks_change_nothing(name, choice, chunk_size):
     chosen = CHOICES[choice]
-    if len(whole(name).slopes) < 5:
+    if len(truth(name).slopes) < 5:
         chosen = Choice(*(None if x is None else [i for i in x if i < 3] or [2] for x in chosen))
     given = problem(name)
     prepared = given._replace(model_fn=prepare(*given[:3]))
