@@ -3,18 +3,30 @@
 from importlib.metadata import version
 
 import hypothesis
+import jaxtyping
 import pytest
 import torch
 
+from tests.shapes import jaxtyped_once
+
 torch.set_num_threads(1)
+
+# Before ddnewton is imported, whose functions --jaxtyping-packages decorates.
+jaxtyping.jaxtyped = jaxtyped_once(jaxtyping.jaxtyped)
 
 hypothesis.settings.register_profile(
     "ddnewton",
     max_examples=25,
     deadline=None,  # the first derivative a process takes costs seconds
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # nothing depends on seconds
     derandomize=True,  # a failure is one that can be had again; search with the profile below
 )
-hypothesis.settings.register_profile("search", max_examples=200, deadline=None)
+hypothesis.settings.register_profile(
+    "search",
+    hypothesis.settings.get_profile("ddnewton"),
+    max_examples=200,
+    derandomize=False,
+)
 hypothesis.settings.load_profile("ddnewton")
 
 
