@@ -140,8 +140,10 @@ SELECTIONS = {
     "nothing": _by_user(lambda evals: []),
     "no_mask": _by_user(lambda evals: torch.zeros(len(evals), dtype=torch.bool)),
 }
-READY_MADE = {name: one.select for name, one in SELECTIONS.items() if one.function}
-"""The selections of the library, for suites in which a user's would say nothing new."""
+READY_MADE = {
+    one.function.__name__: one.select for one in reversed(SELECTIONS.values()) if one.function
+}
+"""One of each of the library's, for suites in which a user's would say nothing new."""
 
 
 # --- the losses --------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 
 manager = AsyncKernelManager(transport="ipc", ip=sys.argv[2])
-NotebookClient(nbformat.read(sys.argv[1], as_version=4), km=manager, timeout=600).execute()
+notebook, day = nbformat.read(sys.argv[1], as_version=4), 24 * 60 * 60
+NotebookClient(notebook, km=manager, timeout=None, startup_timeout=day).execute()
 """
 
 

@@ -161,7 +161,6 @@ def test_no_jacobian_is_ever_in_memory():
         capture_output=True,
         text=True,
         check=True,
-        timeout=300,
     )
     _, before, mlp, in_chunks, whole = map(float, done.stdout.split())
     assert mlp - before < 60

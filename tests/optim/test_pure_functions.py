@@ -10,8 +10,9 @@ import torch
 from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from ddnewton import State, levenberg_marquardt, prepare, top_k
+from ddnewton import State, levenberg_marquardt, top_k
 from ddnewton.damping import signal_to_noise
+from tests.linearize.layer_cases import prepared_problem
 from tests.methods import ADAPTATIONS, DTYPES
 from tests.models import problem
 from tests.optim.textbook import error, far, optimizer_of, updated
@@ -153,7 +154,7 @@ def test_chunks_and_prepared_models_change_nothing(name, case):
     given = problem(name)
     damping, options = OPTIONS[case]
     expected, *_ = updated(given, damping, gram="dense", times=2, **options)
-    prepared = given._replace(model_fn=prepare(*given[:3]))
+    prepared = given._replace(model_fn=prepared_problem(name)[0])
     size = 9 if name == "many_points" else 2
     for chunk_size in (None, size):
         found, *_ = updated(prepared, damping, chunk_size=chunk_size, times=2, **options)

@@ -65,9 +65,13 @@ def test_the_gram_options_agree(gram):
 # --- directions, complement, damping --------------------------------------------------------
 
 
-@DTYPES
+# A number in both dtypes is tried with every model above, a rule in both below.
+@pytest.mark.parametrize(
+    ("damping", "dtype"),
+    [(0.05, FLOAT32), (curvature_damping, FLOAT64)],
+    ids=["float-float32", "function-float64"],
+)
 @pytest.mark.parametrize("complement", [None, 0.5], ids=["inside", "complement"])
-@pytest.mark.parametrize("damping", [0.05, curvature_damping], ids=["float", "function"])
 @pytest.mark.parametrize("select", SELECTIONS)
 @pytest.mark.parametrize("name", SMALL_AND_LARGE)
 def test_selected_directions(name, select, damping, complement, dtype):
