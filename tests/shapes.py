@@ -5,6 +5,7 @@ What else a user may pass is the business of ddnewton's own checks, whose messag
 
 import functools
 import inspect
+import threading
 import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -45,17 +46,24 @@ def evaluated(function: Callable[..., object]) -> inspect.Signature:
     return signature.replace(parameters=arguments, return_annotation=result)
 
 
+class Latest(threading.local):
+    """The functions that a stand-in is to call, the last one first: in every thread its own."""
+
+    def __init__(self) -> None:
+        self.functions: list[Callable[..., object]] = []
+
+
 def stand_in(
     function: Callable[..., object], decorate: Callable[..., Any]
-) -> tuple[list[Any], Callable[..., Any]] | None:
-    """Return a list, and what checks and calls the function that is last in it; or nothing."""
-    signature, latest = evaluated(function), []
+) -> tuple[Latest, Callable[..., Any]] | None:
+    """Return functions to call, and what checks and calls the last of them; or nothing."""
+    signature, latest = evaluated(function), Latest()
     hints = [a.annotation for a in signature.parameters.values()]
     if not any(map(is_shape, [*hints, signature.return_annotation])):
         return None
 
     def call(*args, **kwargs):
-        return latest.pop()(*args, **kwargs)
+        return latest.functions.pop()(*args, **kwargs)
 
     for name in ("__name__", "__qualname__", "__module__"):
         setattr(call, name, getattr(function, name))
@@ -88,12 +96,13 @@ def jaxtyped_once(jaxtyped: Callable[..., Any]) -> Callable[..., Any]:
 
         @functools.wraps(function)
         def wrapped(*args, **kwargs):
-            depth = len(latest)
-            latest.append(function)
+            functions = latest.functions
+            depth = len(functions)
+            functions.append(function)
             try:
                 return checked(*args, **kwargs)
             finally:
-                del latest[depth:]  # where an argument did not fit, nobody has called it
+                del functions[depth:]  # where an argument did not fit, nobody has called it
 
         return wrapped
 

@@ -1,5 +1,8 @@
 """The checker of shapes is a test helper: it is tested too."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from jaxtyping import Float, TypeCheckError, jaxtyped
@@ -75,3 +78,20 @@ def test_where_no_annotation_names_axes_there_is_nothing_to_check():
         return x
 
     assert jaxtyped(plain, typechecker=check_shapes) is plain
+
+
+def test_threads_call_their_own_functions():
+    waiting = threading.Barrier(2)
+
+    def labelled(label):
+        @jaxtyped(typechecker=check_shapes)
+        def label_of(x: Float[Tensor, " n"], pause=waiting.wait) -> Float[Tensor, " n"]:
+            pause()
+            return x * 0 + label
+
+        return label_of
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(20):
+            results = pool.map(lambda label: labelled(label)(torch.ones(2)), (1, 2))
+            assert [result.tolist() for result in results] == [[1, 1], [2, 2]]
