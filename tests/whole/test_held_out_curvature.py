@@ -196,7 +196,7 @@ def test_a_forward_mode_that_is_missing_or_wrong_is_not_used(function, samples, 
 @DTYPES
 def test_recurrent_nets_have_held_out_curvature(dtype, monkeypatch):
     monkeypatch.setattr("ddnewton.quadratic.unseen_samples.PULLBACKS_PER_DIRECTION", 1)
-    from models import of_module
+    from tests.models import of_module
 
     torch.manual_seed(0)
     module, X = Gated(), normal(5, 4, 2)

@@ -143,7 +143,7 @@ def test_what_a_damping_rule_receives(name, dtype):
 # --- info -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("select", ["none", "top_1", "above"])
+@pytest.mark.parametrize("select", ["all", "top_1", "above"])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_info_is_the_references(name, select):
     """Signs, and rotations among equal eigenvalues, are free: γγᵀ and Σλ_n of a cluster are not."""
@@ -165,7 +165,7 @@ def test_info_is_the_references(name, select):
     assert int(info.rank) == len(directions(truth(name)).evals)
 
 
-@pytest.mark.parametrize("select", ["none", "top_k"])
+@pytest.mark.parametrize("select", ["all", "top_k"])
 @pytest.mark.parametrize("name", SMALL_AND_LARGE)
 def test_info_fields_follow_from_one_another(name, select):
     theirs = SELECTIONS[select].select
