@@ -74,8 +74,9 @@ def newton_step(
         Inputs and targets: tensors or pytrees of tensors with the samples on axis 0.
     criterion
         Loss module, function of `torch.nn.functional`, `ddnewton.criteria.Loss`, or any convex
-        ``criterion(outputs, y) -> scalar`` that averages or sums over the samples; or one whose
-        curvature is approximated, `ddnewton.monte_carlo` or `ddnewton.empirical_fisher`.
+        ``criterion(outputs, y) -> scalar`` whose Hessian has no entries between samples, such as a
+        mean over valid labels, or Σwℓ / Σw; or one whose curvature is approximated,
+        `ddnewton.monte_carlo` or `ddnewton.empirical_fisher`.
     damping
         A number δ ≥ 0, or a rule ``damping(evals [K], evecs [NM, K], gammas [N, K],
         lambdas [N, K]) -> [K]``, such as those of `ddnewton.damping`. Infinity skips a direction.

@@ -14,7 +14,7 @@ ModelFn: TypeAlias = Callable[[PyTree, PyTree], Tensor]
 """``model_fn(params, X) -> outputs``, the samples on axis 0 of X's leaves and of the outputs."""
 
 Criterion: TypeAlias = Callable[[Tensor, PyTree], Tensor]
-"""``criterion(outputs, y) -> scalar``, convex in the outputs."""
+"""``criterion(outputs, y) -> scalar``, convex in the outputs, of which no two samples interact."""
 
 DampingRule: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """``damping(evals [K], evecs [NM, K], gammas [N, K], lambdas [N, K]) -> [K]``."""

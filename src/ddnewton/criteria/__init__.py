@@ -2,7 +2,7 @@
 
 from ddnewton.criteria.convex import convex
 from ddnewton.criteria.empirical import empirical_fisher
-from ddnewton.criteria.expand import AnyCriterion, as_loss, expand_batch, losses, weight
+from ddnewton.criteria.expand import AnyCriterion, as_loss, expand_batch, joint_loss, losses, weight
 from ddnewton.criteria.likelihoods import bce_with_logits, gaussian_nll, poisson_nll
 from ddnewton.criteria.loss import Expansion, Loss, slopes_of, spanned
 from ddnewton.criteria.monte_carlo import MonteCarlo, monte_carlo
@@ -22,6 +22,7 @@ __all__ = [
     "expand_batch",
     "gaussian_nll",
     "huber",
+    "joint_loss",
     "losses",
     "monte_carlo",
     "mse",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.criteria.loss import Expansion, Loss, value_and_gradient
+from ddnewton.criteria.loss import Expansion, Loss, sample_values
 from ddnewton.criteria.monte_carlo import MonteCarlo, sampled
 from ddnewton.criteria.torch_losses import record_of
 from ddnewton.errors import BadValue, sentence
@@ -54,8 +55,24 @@ def expand_batch(
 
 
 def losses(loss: Loss, outputs: Float[Tensor, "n ..."], y: PyTree) -> Float[Tensor, " n"]:
-    """Return every sample's loss, unscaled and unchecked: it may be infinite or nan."""
-    return loss_in_float64(lambda f: value_and_gradient(loss, f, y)[0].double(), outputs, outputs)
+    """Return every sample's loss, unscaled and unchecked: it may be infinite or nan.
+
+    For samples of a batch that have losses of their own; for any other there is `joint_loss`.
+    """
+    return loss_in_float64(lambda f: sample_values(loss, f, y).double(), outputs, outputs)
+
+
+def joint_loss(
+    loss: Loss, outputs: Float[Tensor, "n ..."], precise: Float[Tensor, "n ..."], y: PyTree
+) -> Callable[[Float[Tensor, "n ..."]], Float[Tensor, ""]] | None:
+    """Return the loss of a batch at other outputs, unscaled; None where samples have their own."""
+    if loss.joint is None:
+        return None
+    joint = loss.joint
+    together = loss_in_float64(lambda f: joint(f, y), precise, outputs)
+    if together is None:
+        return None
+    return lambda f: loss_in_float64(together, f, f).double()
 
 
 def weight(

@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.func import grad_and_value
 
 from ddnewton.errors import BadValue, sentence
 from ddnewton.types import PyTree
@@ -54,6 +55,11 @@ class Loss(NamedTuple):
     with the Hessian as their mean square E[s sᵀ]; it is None for a loss without a likelihood.
     ``gradient(outputs, y)`` returns values [n] and gradients [n c] without the Hessian; it is None
     where they are taken from the expansion.
+
+    The samples of some losses have no values of their own, as where a mean divides by what all of
+    them have in y. For such a batch ``joint(outputs, y)`` returns the batch's loss as a function of
+    its outputs, and the expansion has it as the value of every sample; for any other it returns
+    None. ``gradient`` is of samples that have values; `value_and_gradient` is of either.
     """
 
     expand: Callable[[Tensor, PyTree], Expansion]
@@ -61,6 +67,7 @@ class Loss(NamedTuple):
     check: Callable[[Tensor, PyTree], None]
     scores: Callable[[Tensor, PyTree, int, Uniform], Tensor] | None = None
     gradient: Callable[[Tensor, PyTree], tuple[Tensor, Tensor]] | None = None
+    joint: Callable[[Tensor, PyTree], Callable[[Tensor], Tensor] | None] | None = None
 
 
 def spanned(
@@ -83,11 +90,27 @@ def slopes_of(expansion: Expansion) -> Float[Tensor, "n c"]:
 def value_and_gradient(
     loss: Loss, outputs: Float[Tensor, "n ..."], y: PyTree
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n c"]]:
-    """Return every sample's loss and gradient, without an expansion where the loss allows it."""
+    """Return the loss and gradient of every sample of a batch, without the Hessian if it allows it.
+
+    Where samples have no losses of their own these are the batch's loss, and N times the sample's
+    part of its gradient.
+    """
+    together = loss.joint(outputs, y) if loss.joint is not None else None
+    if together is not None:
+        n = outputs.shape[0]
+        gradient, value = grad_and_value(together)(outputs)
+        return value.double().expand(n), n * gradient.double().reshape(n, -1)
     if loss.gradient is not None:
         return loss.gradient(outputs, y)
     expansion = loss.expand(outputs, y)
     return expansion.value, slopes_of(expansion)
+
+
+def sample_values(loss: Loss, outputs: Float[Tensor, "n ..."], y: PyTree) -> Float[Tensor, " n"]:
+    """Return the losses of some samples of a batch whose samples have losses of their own."""
+    if loss.gradient is not None:
+        return loss.gradient(outputs, y)[0]
+    return loss.expand(outputs, y).value
 
 
 def per_element(reduction: Reduction) -> Callable[[Tensor, PyTree], float]:

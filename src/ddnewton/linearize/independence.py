@@ -61,6 +61,10 @@ INDEPENDENCE_RULE = (
 class Watch(TorchFunctionMode):
     """Refuse, inside a model, the calls that break the rule of independence, before they run."""
 
+    def __init__(self, rule: str = INDEPENDENCE_RULE) -> None:
+        super().__init__()
+        self.rule = rule
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -72,7 +76,7 @@ class Watch(TorchFunctionMode):
         got = _violation(func, args, kwargs)
         if got:
             got += _running_module()
-            raise BadValue(sentence(INDEPENDENCE_RULE, got, "Call .eval() on the module first."))
+            raise BadValue(sentence(self.rule, got, "Call .eval() on the module first."))
         return func(*args, **kwargs)
 
 

@@ -100,6 +100,8 @@ def directional_newton(
         Longest step: damping is raised until ‖s‖ does not exceed it.
     select, groups, subsampling_grad, subsampling_ggn, subsampling_curvature, gram, chunk_size
         As for `ddnewton.newton_step`. What a group or a rule damps by comes on top of what adapts.
+        Where a criterion gives samples no losses of their own, as Σwℓ / Σw does not, that of a
+        sub-sample, or of one held out, is the batch's, with all other outputs left as they are.
     complement
         As for `ddnewton.newton_step`, or "damping": outside the kept directions damp by δ, as
         inside. With it, and Monte-Carlo or sub-sampled curvature, all of the gradient counts. To a

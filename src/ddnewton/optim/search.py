@@ -15,7 +15,8 @@ from ddnewton.optim.settings import Settings
 from ddnewton.optim.trial_steps import TrialSteps, quadratic_along, trial_step
 from ddnewton.optim.trust_radius import least_damping
 from ddnewton.quadratic.proximal import Proximal
-from ddnewton.quadratic.quadratic_model import QuadraticModel, losses_at
+from ddnewton.quadratic.quadratic_model import QuadraticModel
+from ddnewton.quadratic.trial_loss import trial_loss
 from ddnewton.transforms import any_known
 from ddnewton.trees import flattened, tree_leaves, tree_map, unflattened
 from ddnewton.types import PyTree
@@ -79,7 +80,7 @@ def loss_at(
     moved = added(local.params, vector)
     pairs = zip(tree_leaves(moved), local.model.linearization.leaves, strict=True)
     leaves = [new.to(leaf) for new, leaf in pairs]
-    return _penalised(losses_at(local.model, leaves, samples).mean(), decay, moved)
+    return _penalised(trial_loss(local.model, leaves, samples), decay, moved)
 
 
 def _penalised(loss: Float[Tensor, ""], decay: float, params: PyTree) -> Float[Tensor, ""]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ddnewton.columns.factors import Jacobian
 from ddnewton.columns.gram import matmat
-from ddnewton.criteria.expand import AnyCriterion, as_loss, expand_batch, losses, weight
+from ddnewton.criteria.expand import AnyCriterion, as_loss, expand_batch
 from ddnewton.criteria.loss import Expansion, Loss, slopes_of
 from ddnewton.inputs.checks import check_batch, check_functions, check_options, check_params
 from ddnewton.inputs.groups import Block, Group, blocks_of
@@ -28,7 +28,7 @@ from ddnewton.inputs.samples import Indices, Samples, indices, rows_among
 from ddnewton.linearize.linearization import Linearization, linearized
 from ddnewton.linearize.precision import resolved_in_float32
 from ddnewton.quadratic.gauss_newton import GaussNewton, block_matrices, block_vectors
-from ddnewton.trees import chunks, take, tree_leaves
+from ddnewton.trees import tree_leaves
 from ddnewton.types import DampingRule, ModelFn, PyTree, Select
 
 
@@ -155,21 +155,6 @@ def gradients(model: QuadraticModel) -> list[Float[Tensor, " _"]]:
     """Return every block's gradient, A z / N."""
     weights = [model.gradient_weights[None] for _ in model.blocks]
     return [gradient[0] for gradient in matmat(model.jacobians, model.leaves, weights)]
-
-
-def losses_at(
-    model: QuadraticModel, leaves: Sequence[Tensor], samples: Int[Tensor, " n"] | None
-) -> Float[Tensor, " n"]:
-    """Return the losses of some samples, None for all, at other parameters, a chunk at a time."""
-    loss, y = model.objective.loss, model.objective.y
-    linearization, outputs = model.linearization, model.linearization.outputs
-    if samples is None:
-        samples = torch.arange(outputs.shape[0], device=outputs.device)
-    size = model.jacobians[0].chunks[0].stop
-    parts = [samples[chunk] for chunk in chunks(len(samples), size)]
-    values = [losses(loss, linearization.function(leaves, part), take(y, part)) for part in parts]
-    scaled: Tensor = weight(loss, outputs, linearization.precise, y) * torch.cat(values)
-    return scaled
 
 
 def _expanded(

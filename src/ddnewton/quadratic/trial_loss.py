@@ -1,0 +1,49 @@
+"""The loss of a batch, or of a sub-sample, at other parameters than those it is expanded around."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ddnewton.criteria.expand import joint_loss, losses, weight
+from ddnewton.quadratic.quadratic_model import QuadraticModel
+from ddnewton.trees import chunks, take
+
+
+def trial_loss(
+    model: QuadraticModel, leaves: Sequence[Tensor], samples: Int[Tensor, " s"] | None
+) -> Float[Tensor, ""]:
+    r"""Return the mean loss of some samples, None for all, at other parameters.
+
+    Where samples have no losses of their own, it is the batch's loss L with the samples that are
+    not asked for left at their outputs f, and of s samples the change counts N / s times,
+
+    .. math:: L(f) + \frac{N}{s} \bigl(L(f') - L(f)\bigr),
+
+    as the mean of their parts of the gradient does. For a plain mean that is the same change.
+    """
+    loss, y = model.objective.loss, model.objective.y
+    linearization, outputs = model.linearization, model.linearization.outputs
+    # The outputs a chunk of samples at a time, as many as their Jacobians are.
+    asked = samples
+    if asked is None:
+        asked = torch.arange(outputs.shape[0], device=outputs.device)
+    size = model.jacobians[0].chunks[0].stop
+    parts = [asked[chunk] for chunk in chunks(len(asked), size)]
+    moved = (linearization.function(leaves, part) for part in parts)
+    # Every sample's own loss, or the loss of all outputs together.
+    scale = weight(loss, outputs, linearization.precise, y)
+    together = joint_loss(loss, outputs, linearization.precise, y)
+    if together is None:
+        pairs = zip(moved, parts, strict=True)
+        values = [losses(loss, part, take(y, indices)) for part, indices in pairs]
+        return torch.as_tensor(scale * torch.cat(values)).mean()
+    changed = torch.cat(list(moved))
+    if samples is None:
+        return torch.as_tensor(scale * together(changed))
+    before = model.losses.mean()
+    after = scale * together(linearization.precise.index_copy(0, samples, changed))
+    return before + outputs.shape[0] / len(samples) * (after - before)
