@@ -1,14 +1,15 @@
 """A model as a graph of operations on one sample, whatever its code looks like.
 
 The graph is taken below every transform and module (`make_fx` after dispatch), from real tensors
-and for a single sample: ``vmap`` maps it over a batch of any size. A trace of the batch would have
-its number of samples baked in, and a trace above dispatch loses what an inner ``vmap`` maps over.
+where that works, and for a single sample: ``vmap`` maps it over a batch of any size. A trace of the
+batch would have its number of samples baked in, and a trace above dispatch loses what an inner
+``vmap`` maps over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def trace(function: ModelFn, params: PyTree, x: PyTree) -> GraphModule:
         return outputs[0]
 
     with _plain_kernels(), torch.no_grad():
-        graph = _tidy(make_fx(of_sample, DECOMPOSITIONS)(*leaves))
+        graph = _tidy(_graph(of_sample, leaves))
         if any(map(_writes, graph.graph.nodes)):
             # Writing into a tensor that is the same for all samples does not survive vmap.
             graph = make_fx(functionalize(graph))(*leaves)
@@ -51,6 +52,24 @@ def trace(function: ModelFn, params: PyTree, x: PyTree) -> GraphModule:
         graph = _tidy(_differentiable(graph))
     map_constants(graph, lambda constant: constant.detach().clone())
     return graph
+
+
+def _graph(of_sample: Callable[..., Tensor], leaves: Sequence[Tensor]) -> GraphModule:
+    """Return the operations of a function on tensors with values or, where these fail, without.
+
+    A function may look at values only to choose a shortcut, and ask whether it is being traced:
+    tensors without values, on which it cannot look, tell it so. Whether what it does then is the
+    same is for the caller to see.
+    """
+    try:
+        return make_fx(of_sample, DECOMPOSITIONS)(*leaves)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        with suppress(Exception):  # the first error is about the function, this about our attempt
+            fake = make_fx(of_sample, DECOMPOSITIONS, "fake", _allow_non_fake_inputs=True)
+            return fake(*leaves)
+        raise
 
 
 def _tidy(graph: GraphModule) -> GraphModule:
