@@ -12,7 +12,7 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.func import vjp, vmap
 
-from ddnewton.trees import sample_count, tree_map
+from ddnewton.trees import sample_count, tree_leaves, tree_map
 from ddnewton.types import PyTree
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,14 @@ def untransformed() -> AbstractContextManager[object]:
         return nullcontext()
     cleared: AbstractContextManager[object] = temporarily_clear_interpreter_stack()
     return cleared
+
+
+def without_autocast(X: PyTree) -> AbstractContextManager[object]:
+    """Return a context in which nothing is cast to fewer digits where the samples are."""
+    device = tree_leaves(X)[0].device.type
+    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def linear_map(

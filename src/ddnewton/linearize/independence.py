@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from ddnewton.errors import BadValue, sentence
 from ddnewton.inputs.checks import check_outputs
 from ddnewton.linearize.model import Model
+from ddnewton.linearize.widening import cast_rounding
 from ddnewton.transforms import unwrapped
 from ddnewton.trees import batches, on_copies, sample_count
 from ddnewton.types import ModelFn, PyTree
@@ -59,11 +60,15 @@ INDEPENDENCE_RULE = (
 
 
 class Watch(TorchFunctionMode):
-    """Refuse, inside a model, the calls that break the rule of independence, before they run."""
+    """Refuse, inside a model, the calls that break the rule of independence, before they run.
+
+    ``rounding`` is the eps of the narrowest dtype that a call has cast to, 0 without casts.
+    """
 
     def __init__(self, rule: str = INDEPENDENCE_RULE) -> None:
         super().__init__()
         self.rule = rule
+        self.rounding = 0.0
 
     def __torch_function__(
         self,
@@ -77,7 +82,11 @@ class Watch(TorchFunctionMode):
         if got:
             got += _running_module()
             raise BadValue(sentence(self.rule, got, "Call .eval() on the module first."))
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        # What an assignment writes to is its first argument.
+        written = args[0] if result is None and args else result
+        self.rounding = max(self.rounding, cast_rounding(written, (*args, *kwargs.values())))
+        return result
 
 
 def _violation(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -137,13 +146,13 @@ def _running_module() -> str:
 def evaluate(model_fn: ModelFn, params: PyTree, X: PyTree, chunk_size: int | None) -> Model:
     """Run the model on a batch, some samples at a time; refuse calls that break the rule."""
     model_fn = on_copies(model_fn)
-    outputs = []
+    outputs, watch = [], Watch()
     for batch in batches(X, chunk_size):
-        with Watch():
+        with watch:
             part = model_fn(params, batch)
         check_outputs(part, sample_count(batch))
         outputs.append(part)
-    return Model(model_fn, params, X, torch.cat(outputs))
+    return Model(model_fn, params, X, torch.cat(outputs), watch.rounding)
 
 
 class SamplesMix(BadValue):
@@ -156,14 +165,15 @@ def check_independent(
     scale: Float[Tensor, ""],
     floor: Float[Tensor, ""],
     quantity: str,
+    rounding: float = 0.0,
 ) -> None:
     """Require a quantity of a batch to be that of its samples by themselves, up to rounding.
 
     Rounding is √eps of the quantity's scale, plus some eps of the floor: the scale of the terms
-    that may have cancelled in it.
+    that may have cancelled in it. eps is that of its dtype, or what the model rounds to inside.
     """
     error = unwrapped((of_batch - of_samples).abs().amax())
-    eps = _rounding(of_batch)
+    eps = max(_rounding(of_batch), rounding)
     if not (
         error <= unwrapped(math.sqrt(eps) * scale + CANCELLATION_ROUNDINGS * eps * floor)
     ).all():

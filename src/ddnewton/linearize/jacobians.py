@@ -67,7 +67,8 @@ def _jacobian_by(
     columns = _columns(sample_map, model, first_chunk, basis)
     _check_pullback(model, first_chunk, basis, columns)
     # Every leaf is a factor of its own, in the order of the parameters.
-    eps = max(torch.finfo(leaf.dtype).eps for leaf in (model.outputs, *tree_leaves(model.params)))
+    dtypes = {leaf.dtype for leaf in (model.outputs, *tree_leaves(model.params))}
+    eps = max(model.rounding, *(torch.finfo(dtype).eps for dtype in dtypes))
     sizes = [leaf.numel() for leaf in tree_leaves(model.params)]
     pieces = [[piece] for piece in enumerate(sizes)]
     record = partial(Jacobian, samples=n, columns=m, sizes=sizes, pieces=pieces, order=None)
@@ -90,7 +91,7 @@ def _columns(
     of_samples, leaves = sample_map(of_sample, take(model.X, chunk), basis[chunk])
     of_batch = model.outputs[chunk]
     size = of_batch.abs().amax()
-    check_independent(of_batch, of_samples, size, size, "outputs")
+    check_independent(of_batch, of_samples, size, size, "outputs", model.rounding)
     rows = basis[chunk].shape[0] * basis.shape[2]
     return [leaf.reshape(rows, leaf.numel() // rows) for leaf in leaves]
 
@@ -127,7 +128,8 @@ def _check_pullback(
         if leaf.numel():
             check_derivatives(leaf)
             of_samples, floor = weights.to(leaf_columns) @ leaf_columns, largest.to(leaf_columns)
-            check_independent(leaf.reshape(-1), of_samples, size, floor, "derivatives")
+            of_leaf, rounding = leaf.reshape(-1), model.rounding
+            check_independent(of_leaf, of_samples, size, floor, "derivatives", rounding)
 
 
 def _samples_at_once(model: Model, m: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from ddnewton.linearize.structured.program import Program
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.linearize.structured.visit import Visit, run, visit
 from ddnewton.linearize.widening import widen_leaf
+from ddnewton.transforms import without_autocast
 from ddnewton.trees import batches, chunks, parameter_count, take, tree_flatten, tree_unflatten
 from ddnewton.types import ModelFn, PyTree
 
@@ -60,7 +62,8 @@ def linearized(
 ) -> Iterator[Linearization]:
     """Linearize a model by its layers or by its Jacobians; its buffers are put back at the end."""
     if isinstance(model_fn, Prepared) and gram != "dense":
-        yield _by_layers(model_fn, params, X, chunk_size)
+        with without_autocast(X):  # its casts are in the graph, and products of columns need none
+            yield _by_layers(model_fn, params, X, chunk_size)
         return
     with kept_buffers(model_fn) as check_buffers:
         model = evaluate(model_fn, params, X, chunk_size)
@@ -118,8 +121,10 @@ def _by_layers(
         wide_leaves, wide_samples = ([*map(widen_leaf, tensors)] for tensors in (leaves, samples))
         return _by_program(prepared, wide, wide_leaves, wide_samples, chunk_size)
 
-    # In float64 at once, or in its own dtype with float64 on demand.
-    if float64_throughout(lambda: _cost(narrow, samples[0].shape[0], prepared.width)):
+    # In float64 at once, or in its own dtype with float64 on demand. Casts below its own dtype
+    # round more than small curvatures can bear.
+    cost = partial(_cost, narrow, samples[0].shape[0], prepared.width)
+    if narrow.rounding or float64_throughout(cost):
         return in_float64()
     in_own_dtype = _by_program(prepared, narrow, leaves, samples, chunk_size)
     return in_own_dtype._replace(in_float64=in_float64)
@@ -146,7 +151,7 @@ def _by_program(
     if further_chunks:
         outputs = torch.cat([outputs, *(visit_of(chunk).outputs for chunk in further_chunks)])
     check_outputs(outputs, n)
-    eps = max(torch.finfo(x.dtype).eps for x in (outputs, *leaves))
+    eps = max(program.rounding, *(torch.finfo(x.dtype).eps for x in (outputs, *leaves)))
 
     def jacobian(basis: Float[Tensor, "n c m"], indices: Int[Tensor, " n"] | None) -> Jacobian:
         parts = chunks(basis.shape[0], size)
@@ -193,7 +198,7 @@ def _cost(program: Program, n: int, m: int) -> float:
         b = torch.empty(n, m, g, o, layer.positions, device="meta")
         total += flops(Outer(a, b, widths)) + 2 * (m + 3) * a.numel() * o
     # Dense columns, of leaves without rules and of summed ones, are multiplied as they are.
-    dense_entries = program.size - sum(shape.numel() for shape in program.sites)
+    dense_entries = program.size - sum(site.shape.numel() for site in program.sites)
     dense_entries += sum(leaf.size for leaf in program.summed_leaves)
     return total + 2 * dense_entries * (n * m) ** 2
 

@@ -18,6 +18,7 @@ class Model(NamedTuple):
     params: PyTree
     X: PyTree
     outputs: Float[Tensor, "n ..."]
+    rounding: float = 0.0  # the eps of the narrowest dtype that it casts to inside, 0 without any
 
 
 def at_samples(model: Model, samples: Int[Tensor, " _"] | slice) -> Model:

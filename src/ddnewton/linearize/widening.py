@@ -3,13 +3,13 @@
 Buffers, constants and casts inside a model are in the way of float64. In a function a
 `TorchFunctionMode` widens every tensor that an operation takes or gives; in a graph the dtypes that
 operations name and the constants that they refer to are replaced. A cast to fewer digits than the
-model's own is meant to round: it is left, where that can be, and reported. Whether the result is
-used is decided in precision.py.
+model's own, by hand or by autocast, rounds no longer, and is reported. Whether the result is used
+is decided in precision.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -76,6 +76,15 @@ def widen_leaf(leaf: Any) -> Any:
     return leaf
 
 
+def cast_rounding(result: Any, sources: Iterable[Any]) -> float:
+    """Return the eps of a result that has fewer digits than what it was made of, 0 otherwise."""
+    if not (isinstance(result, Tensor) and result.is_floating_point()):
+        return 0.0
+    eps = torch.finfo(result.dtype).eps
+    floats = (x.dtype for x in sources if isinstance(x, Tensor) and x.is_floating_point())
+    return eps if any(torch.finfo(dtype).eps < eps for dtype in floats) else 0.0
+
+
 def _narrower(result: Any, source: Any) -> bool:
     """Return whether a cast lost digits."""
     floats = all(isinstance(x, Tensor) and x.is_floating_point() for x in (result, source))
@@ -83,17 +92,14 @@ def _narrower(result: Any, source: Any) -> bool:
 
 
 def widened_graph(graph: GraphModule, dtype: torch.dtype) -> tuple[GraphModule, bool]:
-    """Return a copy that computes in float64 what the graph computes in ``dtype`` or wider.
-
-    Also returns whether something narrower than ``dtype`` is left, and rounds.
-    """
+    """Return a copy that computes in float64, and whether the graph rounds below ``dtype``."""
     rounded = False
 
     def widened_dtype(argument: Any) -> Any:
         nonlocal rounded
         if isinstance(argument, torch.dtype) and argument.is_floating_point:
             rounded |= argument.itemsize < dtype.itemsize
-            return argument if argument.itemsize < dtype.itemsize else torch.float64
+            return torch.float64
         return argument
 
     # Copy the graph, for its operations are changed in place.
@@ -102,9 +108,11 @@ def widened_graph(graph: GraphModule, dtype: torch.dtype) -> tuple[GraphModule, 
     copy = GraphModule(graph, nodes)
     # Widen every dtype among the arguments of an operation, and every constant.
     for node in copy.graph.nodes:
+        if node.target == torch.ops.aten._softmax.default:  # which may go from half to float32
+            node.args = (*node.args[:2], False)
         node.args = map_aggregate(node.args, widened_dtype)
         node.kwargs = map_aggregate(node.kwargs, widened_dtype)
-    map_constants(copy, lambda x: x.double() if x.dtype == dtype else x)
+    map_constants(copy, widen_leaf)
     copy.recompile()
     return copy, rounded
 

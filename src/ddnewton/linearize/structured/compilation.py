@@ -12,8 +12,8 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from ddnewton.linearize.structured.program import Layer, Part, Path, Program, SummedLeaf
-from ddnewton.linearize.structured.rules import SHAPE, aten
+from ddnewton.linearize.structured.program import Layer, Part, Path, Program, Site, SummedLeaf
+from ddnewton.linearize.structured.rules import DTYPE, SHAPE, aten
 from ddnewton.linearize.structured.uses import (
     Survey,
     WeightUses,
@@ -64,18 +64,18 @@ def compile_program(
         for number, leaf_weights in overlapping
     ]
     # The columns of summed and direct leaves are dense, and come after those of the layers.
-    shapes = [site.meta[SHAPE] for site in sites]
     dense = [*(leaf.leaf for leaf in summed_leaves), *direct]
     return Program(
         graph=_probed(graph, sites, sources),
-        sites=shapes,
-        size=sum(map(torch.Size.numel, shapes)) + sum(sizes[i] for i in direct),
+        sites=[Site(site.meta[SHAPE], site.meta[DTYPE]) for site in sites],
+        size=sum(site.meta[SHAPE].numel() for site in sites) + sum(sizes[i] for i in direct),
         layers=layers,
         summed_leaves=summed_leaves,
         direct=direct,
         paths=paths,
         pieces=[*(_pieces(layer, sizes) for layer in layers), *([(i, sizes[i])] for i in dense)],
         order=_order(layers, sizes, dense, leaves[0].device),
+        rounding=survey.rounding,
     )
 
 

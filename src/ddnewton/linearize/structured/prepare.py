@@ -93,9 +93,9 @@ def prepared_model(model: Model) -> Prepared:
     """
     # Of an ensemble, its first member; and the model on the first sample alone.
     params, X, outputs = tree_map(first_member, (model.params, model.X, model.outputs))
-    model = Model(model.function, params, X, outputs)
+    model = model._replace(params=params, X=X, outputs=outputs)
     x = take(X, slice(0, 1))
-    on_one_sample = Model(model.function, params, x, model.function(params, x))
+    on_one_sample = model._replace(X=x, outputs=model.function(params, x))
     # The program is made from the first sample, and must agree with the model there.
     leaves, samples = tree_leaves(params), tree_leaves(X)
     try:
@@ -130,7 +130,8 @@ def _check_agreement(program: Program, model: Model) -> tuple[Tensor, Tensor]:
     # The outputs: the program takes every sample by itself, the model all of them as a batch.
     visited = visit(program, tree_leaves(model.params), tree_leaves(model.X))
     size = model.outputs.abs().amax()
-    check_independent(model.outputs, visited.outputs, size, size, "outputs")
+    rounding = max(model.rounding, program.rounding)
+    check_independent(model.outputs, visited.outputs, size, size, "outputs", rounding)
     # The pullback, leaf by leaf, up to the rounding of the model's own dtype.
     expected, pullback = _model_pullback(model), _program_pullback(program, visited)
     leaves = tree_leaves(model.params)
@@ -141,7 +142,7 @@ def _check_agreement(program: Program, model: Model) -> tuple[Tensor, Tensor]:
     for of_model, of_program in pieces:
         if of_model.numel():
             scale = of_model.abs().amax()
-            check_independent(of_model, of_program, scale, largest, "derivatives")
+            check_independent(of_model, of_program, scale, largest, "derivatives", rounding)
     return visited.outputs, pullback
 
 
@@ -179,7 +180,8 @@ def _widened_program(
     if dtype == torch.float64:
         return None
     graph, rounded = widened_graph(program.graph, dtype)
-    wide = program._replace(graph=graph)
+    sites = [site._replace(dtype=torch.float64) for site in program.sites]
+    wide = program._replace(graph=graph, sites=sites, rounding=0.0)
 
     def evaluate() -> Widened[Program]:
         visited = visit(wide, *tree_map(widen_leaf, (leaves, samples)))

@@ -25,11 +25,18 @@ class Path(NamedTuple):
         return f"directly ({self.obstacle})" if self.obstacle else ", ".join(self.operations)
 
 
+class Site(NamedTuple):
+    """The result of an operation for one sample, to which a probe is added."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 class Part(NamedTuple):
     """One use of a layer, with its site and the sources of a by their numbers in the program.
 
     Weight and bias have a source each, and a function that reads a off it. Without a source a is 1,
-    and the function takes any tensor of the batch.
+    and the function takes the cotangents at the site.
     """
 
     site: int
@@ -62,7 +69,7 @@ class Program(NamedTuple):
     """
 
     graph: GraphModule  # (*params, *x, *probes) -> (outputs, sources)
-    sites: Sequence[torch.Size]  # the shapes of the probes
+    sites: Sequence[Site]
     size: int  # the number of cotangents of a sample and column
     layers: Sequence[Layer]
     summed_leaves: Sequence[SummedLeaf]
@@ -70,3 +77,4 @@ class Program(NamedTuple):
     paths: Sequence[Path]  # of every leaf
     pieces: Sequence[Sequence[tuple[int, int]]]  # the leaf and size of every factor's pieces
     order: Int[Tensor, " d"] | None  # the places of the parameters in all factors; None: in order
+    rounding: float  # the eps of the narrowest dtype that the graph casts to, 0 without casts

@@ -28,6 +28,9 @@ aten = torch.ops.aten
 SHAPE = "shape"
 """Where a node's metadata hold the shape of its result for one sample."""
 
+DTYPE = "dtype"
+"""Where they hold its dtype."""
+
 
 class Use(NamedTuple):
     """One use of a weight: where a and b are found, and how they are read off the tensors there.

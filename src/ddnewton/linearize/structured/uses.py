@@ -1,7 +1,7 @@
 """The uses of parameters in the graph of a model, from which its layers are made.
 
-Every parameter is followed through transposes, reshapes and selections to the operations that
-compute with its entries. Uses of the same entries are further positions of one weight.
+Every parameter is followed through transposes, reshapes, selections and casts to the operations
+that compute with its entries. Uses of the same entries are further positions of one weight.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from ddnewton.linearize.structured.program import Path
-from ddnewton.linearize.structured.rules import RULES, SHAPE, Use, aten
+from ddnewton.linearize.structured.rules import DTYPE, RULES, SHAPE, Use, aten
+from ddnewton.linearize.widening import cast_rounding
 
 REARRANGING = {
     *(aten.t.default, aten.permute.default, aten.transpose.int, aten.view.default),
@@ -27,6 +28,9 @@ REARRANGING = {
     *(aten.diagonal.default, aten._reshape_alias.default, operator.getitem),
 }
 """Operations whose results consist of entries of their first argument."""
+
+CASTING = {aten._to_copy.default, torch.ops.prims.convert_element_type.default}
+"""Operations whose results are their first argument, in another dtype."""
 
 RESHAPING = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 
@@ -39,15 +43,17 @@ class WeightUses(NamedTuple):
 
 
 class Survey(Interpreter):
-    """Run a graph once; note the shapes, and the operands that consist of parameters.
+    """Run a graph once; note shapes and dtypes, and the operands that consist of parameters.
 
     ``indices`` holds for such an operand which parameter each entry is, and ``leaf_of`` the leaf.
+    ``rounding`` is the eps of the narrowest dtype that an operation casts to, 0 without casts.
     """
 
     def __init__(self, graph: GraphModule, leaves: Sequence[Tensor]) -> None:
         super().__init__(graph)
         self.indices: dict[Node, Any] = {}
         self.leaf_of: dict[Node, int] = {}
+        self.rounding = 0.0
         inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
         start = 0
         for number, (node, leaf) in enumerate(zip(inputs, leaves, strict=False)):
@@ -57,14 +63,22 @@ class Survey(Interpreter):
             start = stop
 
     def run_node(self, n: Node) -> Any:
-        """Run an operation on the sample, and a rearrangement on the indices as well."""
+        """Run an operation on the sample, and one that computes nothing on the indices as well."""
         result = super().run_node(n)
         n.meta[SHAPE] = getattr(result, "shape", None)
+        n.meta[DTYPE] = getattr(result, "dtype", None)
+        operands, _ = self.fetch_args_kwargs_from_env(n)
+        self.rounding = max(self.rounding, cast_rounding(result, operands))
+        # The indices of what a rearrangement, or a cast to another floating dtype, gives.
         source = n.args[0] if n.args else None
-        if n.target in REARRANGING and isinstance(source, Node) and source in self.indices:
+        if not (isinstance(source, Node) and source in self.indices):
+            return result
+        if n.target in REARRANGING:
             rearrange: Any = n.target
             self.indices[n] = rearrange(self.indices[source], *n.args[1:], **n.kwargs)
             self.leaf_of[n] = self.leaf_of[source]
+        elif n.target in CASTING and result.is_floating_point():
+            self.indices[n], self.leaf_of[n] = self.indices[source], self.leaf_of[source]
         return result
 
 

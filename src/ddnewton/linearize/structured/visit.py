@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ def run(
 ) -> Float[Tensor, "n ..."]:
     """Return the model's outputs, which can be differentiated along parameters or samples."""
     n = samples[0].shape[0]
-    probes = [leaves[0].new_zeros(()).expand(n, *shape) for shape in program.sites]
+    probes = _probes(program, leaves[0], n)
     mapped = (*(None for _ in leaves), *(0 for _ in (*samples, *probes)))
     outputs: Tensor = vmap(program.graph.forward, mapped)(*leaves, *samples, *probes)[0]
     return outputs
@@ -42,8 +43,7 @@ def visit(program: Program, leaves: Sequence[Tensor], samples: Sequence[Tensor])
     # The variables of the pullback: probes, zeros that are added at the sites of the layers, and
     # copies, one a sample, of the parameters that are differentiated directly.
     n = samples[0].shape[0]
-    zero = leaves[0].new_zeros(())
-    probes = [zero.expand(n, *shape) for shape in program.sites]
+    probes = _probes(program, leaves[0], n)
     copies = [leaves[i].expand(n, *leaves[i].shape) for i in program.direct]
     mapped = [0 if i in program.direct else None for i in range(len(leaves))]
     of_samples = vmap(program.graph.forward, (*mapped, *(0 for _ in (*samples, *probes))))
@@ -72,12 +72,21 @@ def visit(program: Program, leaves: Sequence[Tensor], samples: Sequence[Tensor])
             start = stop
         # Read b off the probes and a off the sources; a copy's cotangents are columns themselves.
         at_sites, rows = pulled[: len(probes)], pulled[len(probes) :]
-        outer = partial(_outer, at_sites, sources, outputs)
-        factors: list[Factor] = [outer(layer) for layer in program.layers]
-        factors += [_summed(leaf, map(outer, leaf.layers)) for leaf in program.summed_leaves]
+        outer = partial(_outer, at_sites, sources)
+        firsts = [leaves[pieces[0][0]] for pieces in program.pieces[: len(program.layers)]]
+        factors: list[Factor] = list(map(outer, program.layers, firsts))
+        factors += [
+            _summed(leaf, map(outer, leaf.layers, repeat(leaves[leaf.leaf])))
+            for leaf in program.summed_leaves
+        ]
         return [*factors, *(row.reshape(row.shape[0] * row.shape[1], -1) for row in rows)]
 
     return Visit(outputs, pullback)
+
+
+def _probes(program: Program, leaf: Tensor, n: int) -> list[Float[Tensor, "n ..."]]:
+    """Return zeros for the sites of n samples, in the dtypes of these, where the leaf is."""
+    return [leaf.new_zeros((), dtype=site.dtype).expand(n, *site.shape) for site in program.sites]
 
 
 def _summed(leaf: SummedLeaf, uses: Iterable[Outer]) -> Float[Tensor, "nm d"]:
@@ -91,19 +100,24 @@ def _summed(leaf: SummedLeaf, uses: Iterable[Outer]) -> Float[Tensor, "nm d"]:
 
 
 def _outer(
-    at_sites: Sequence[Tensor], sources: Sequence[Tensor], batch: Tensor, layer: Layer
+    at_sites: Sequence[Tensor], sources: Sequence[Tensor], layer: Layer, leaf: Tensor
 ) -> Outer:
     """Read a and b of a layer off its sources and the cotangents at its sites.
 
-    Weight and bias stand side by side along axis p of a, and the uses along the positions t.
+    Weight and bias stand side by side along axis p of a, and the uses along the positions t. What
+    they are made of may be narrower than the leaf, which has been cast; they are multiplied in the
+    widest dtype of all.
     """
-    a = [
-        _concatenated([read(batch if i is None else sources[i]) for i, read in part.read_a], -1)
-        for part in layer.parts
-    ]
-    b = [part.read_b(at_sites[part.site]) for part in layer.parts]
+    inputs, cotangents = [], []
+    for part in layer.parts:
+        at_site = at_sites[part.site]
+        reads = [read(at_site if i is None else sources[i]) for i, read in part.read_a]
+        inputs.append(_concatenated(reads, -1))
+        cotangents.append(part.read_b(at_site))
+    a, b = _concatenated(inputs, 2), _concatenated(cotangents, -1)
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), leaf.dtype)
     widths = tuple(index.shape[-1] for index in layer.indices)
-    return Outer(_concatenated(a, 2), _concatenated(b, -1).contiguous(), widths)
+    return Outer(a.to(dtype) if a.is_floating_point() else a, b.to(dtype).contiguous(), widths)
 
 
 def _concatenated(parts: Sequence[Tensor], axis: int) -> Tensor:
