@@ -8,6 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from ddnewton.criteria.trained import check_options_are_constant
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.transforms import any_known, unwrapped
 
@@ -23,11 +24,14 @@ def check_number(rule: str, value: object, holds: Callable[[float], bool], usual
 
 def check_weight(name: str, weight: object) -> None:
     """Require a tensor of finite numbers that keep the loss convex, or None."""
+    # A constant tensor, before its values can be looked at.
     if weight is None:
         return
     if not isinstance(weight, Tensor):
         rule = f"{name} must be a tensor or None"
         raise BadType(sentence(rule, type(weight).__name__, "Pass torch.tensor([…])."))
+    check_options_are_constant({name: weight})
+    # With a negative weight a loss is not convex.
     if any_known(~((weight >= 0) & weight.isfinite())):
         values = unwrapped(weight)
         rule = f"{name} must hold finite numbers ≥ 0"

@@ -15,8 +15,13 @@ from ddnewton.criteria.likelihoods import bce_with_logits, gaussian_nll, poisson
 from ddnewton.criteria.loss import Loss, check_reduction
 from ddnewton.criteria.regression import huber, mse, smooth_l1
 from ddnewton.criteria.softmax import cross_entropy
+from ddnewton.criteria.trained import (
+    check_constant,
+    check_holds_no_parameters,
+    check_options_are_constant,
+)
 from ddnewton.errors import BadType, sentence
-from ddnewton.types import Criterion
+from ddnewton.types import Criterion, PyTree
 
 
 class TorchLoss(NamedTuple):
@@ -52,22 +57,34 @@ TORCH_LOSSES = [
 
 
 def record_of(criterion: Criterion | Loss) -> Loss:
-    """Return the record of a criterion: in closed form for a torch loss, else by torch.func."""
+    """Return the record of a criterion: in closed form for a torch loss, else by torch.func.
+
+    Criteria with parameters of their own are refused, and others that read what is trained in the
+    check of the record.
+    """
     if isinstance(criterion, Loss):
         return criterion
     if not callable(criterion) or isinstance(criterion, type):
         rule = "criterion must be a loss function"
         remedy = "Pass a loss module such as torch.nn.MSELoss(), a function, or a Loss record."
         raise BadType(sentence(rule, repr(criterion), remedy))
+    check_holds_no_parameters(criterion)
     # A loss of the table, as module, function or partial, with the options it was given.
     for loss in TORCH_LOSSES:
         options = _options_of(criterion, loss)
         if options is not None:
+            check_options_are_constant(options)
             return loss.factory(**options)
     # Any other function, and torch's own with options of no closed form.
     if isinstance(criterion, nn.Module) and getattr(criterion, "reduction", "mean") == "none":
         check_reduction("none")
-    return convex(criterion)
+    record = convex(criterion)
+
+    def check(outputs: Tensor, y: PyTree) -> None:
+        check_constant(criterion, outputs, y)
+        record.check(outputs, y)
+
+    return record._replace(check=check)
 
 
 def _options_of(criterion: Criterion, loss: TorchLoss) -> dict[str, Any] | None:

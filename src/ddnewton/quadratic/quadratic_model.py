@@ -22,6 +22,7 @@ from ddnewton.columns.factors import Jacobian
 from ddnewton.columns.gram import matmat
 from ddnewton.criteria.expand import AnyCriterion, as_loss, expand_batch
 from ddnewton.criteria.loss import Expansion, Loss, slopes_of
+from ddnewton.criteria.trained import without_params
 from ddnewton.inputs.checks import check_batch, check_functions, check_options, check_params
 from ddnewton.inputs.groups import Block, Group, blocks_of
 from ddnewton.inputs.samples import Indices, Samples, indices, rows_among
@@ -118,7 +119,8 @@ def quadratic_model(
         directions=indices("subsampling_ggn", subsampling_ggn, n, device),
         curvatures=indices("subsampling_curvature", subsampling_curvature, n, device),
     )
-    objective = Objective(as_loss(criterion), y, samples, gradient)
+    loss = without_params(as_loss(criterion), params)
+    objective = Objective(loss, y, samples, gradient)
     # Run the model, and keep it as it is for as long as its columns are asked for.
     with linearized(model_fn, params, X, gram, chunk_size) as linearization:
         yield _expanded(linearization, objective, blocks)
