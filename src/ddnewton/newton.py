@@ -24,6 +24,7 @@ from ddnewton.errors import public
 from ddnewton.inputs.groups import Group, grouped
 from ddnewton.inputs.samples import Indices
 from ddnewton.quadratic.directions import directions_of
+from ddnewton.quadratic.flat import check_slopes
 from ddnewton.quadratic.info import NewtonInfo
 from ddnewton.quadratic.quadratic_model import (
     gauss_newton_matrices,
@@ -146,6 +147,7 @@ def newton_step(
         chunk_size=chunk_size,
     ) as expanded:
         model, matrices = gauss_newton_matrices(expanded)
+        check_slopes(model, matrices, curved=complement is None)
         coordinates = without_eigenpairs(model, matrices, [complement] * len(matrices))
         if coordinates is None:
             blocks = directions_of(model, matrices, only_kept=complement is None)
@@ -200,6 +202,7 @@ def newton_step_and_info(
         chunk_size=chunk_size,
     ) as expanded:
         model, matrices = gauss_newton_matrices(expanded)
+        check_slopes(model, matrices, curved=complement is None)
         blocks = directions_of(model, matrices)  # all, for the rank
         solutions = [solve(model, block, complement) for block in blocks]
         vectors = to_parameters(model, matrices, [step.coordinates for step in solutions])

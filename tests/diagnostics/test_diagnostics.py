@@ -192,6 +192,7 @@ def test_a_step_without_an_optimizer_has_the_totals_of_its_blocks(tmp_path):
     one, summed_up, together = read(tmp_path)
     assert one == summed_up
     assert set(one) == {"loss", "predicted_decrease", "gradient_norm", "gradient_share"} | {
+        "flat_share",
         "rank",
         "step",
     }

@@ -15,6 +15,7 @@ apart. A sample whose loss is locally flat (h = 0) but not level (z ≠ 0) is no
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -111,6 +112,12 @@ def sample_values(loss: Loss, outputs: Float[Tensor, "n ..."], y: PyTree) -> Flo
     if loss.gradient is not None:
         return loss.gradient(outputs, y)[0]
     return loss.expand(outputs, y).value
+
+
+def name_of(criterion: object) -> str:
+    """Return the name of a criterion for messages: of a function its own, else that of its type."""
+    function = criterion.func if isinstance(criterion, partial) else criterion
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def per_element(reduction: Reduction) -> Callable[[Tensor, PyTree], float]:

@@ -8,13 +8,12 @@ sample, where the exact Hessian of a softmax has C − 1: fewer columns make a c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddnewton.criteria.loss import Expansion, Loss, Uniform, value_and_gradient
+from ddnewton.criteria.loss import Expansion, Loss, Uniform, name_of, value_and_gradient
 from ddnewton.criteria.torch_losses import TORCH_LOSSES, record_of
 from ddnewton.errors import BadType, BadValue, public, sentence
 from ddnewton.transforms import untransformed
@@ -138,12 +137,11 @@ def _uniform(seed: int, device: torch.device) -> Uniform:
 
 def _without_likelihood(criterion: Criterion | Loss) -> str:
     """Return the message for a criterion without a likelihood: what it is, and which have one."""
-    function = criterion.func if isinstance(criterion, partial) else criterion
-    kind = "a Loss without scores" if isinstance(criterion, Loss) else type(function).__name__
+    got = "a Loss without scores" if isinstance(criterion, Loss) else name_of(criterion)
     names = [loss.module.__name__ for loss in TORCH_LOSSES if loss.factory().scores is not None]
     rule = "criterion must have a likelihood to draw targets from"
     remedy = (
         f"{', '.join(names)} have one (Poisson with log_input=True), themselves and not wrapped in "
         "another function, as has a Loss with scores."
     )
-    return sentence(rule, getattr(function, "__name__", kind), remedy)
+    return sentence(rule, got, remedy)

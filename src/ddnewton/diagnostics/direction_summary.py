@@ -38,6 +38,7 @@ class Summary(NamedTuple):
     """Number of samples of the slopes."""
     curvature_samples: Int[Tensor, ""]
     """Number of samples of the curvatures."""
+    flat_share: Float[Tensor, ""]
 
 
 Info: TypeAlias = NewtonInfo | Summary
@@ -92,6 +93,7 @@ def summary(info: Info) -> Summary:
         rank=info.rank,
         samples=torch.full_like(info.rank, info.gammas.shape[0]),
         curvature_samples=torch.full_like(info.rank, info.lambdas.shape[0]),
+        flat_share=info.flat_share.double(),
     )
 
 

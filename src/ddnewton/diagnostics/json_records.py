@@ -95,6 +95,7 @@ def from_json(value: Any) -> Any:
 
 def _restored(fields: Mapping[str, Any]) -> Summary:
     """Return the summary whose fields were written as `plain` numbers."""
+    fields = {"flat_share": None, **fields}  # which older runs lack
     values = {name: from_json(fields[name]) for name in Summary._fields}
     dtypes = {name: torch.int64 if name in COUNT_FIELDS else torch.float64 for name in values}
     return Summary(

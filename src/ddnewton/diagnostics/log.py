@@ -25,6 +25,9 @@ from ddnewton.quadratic.info import NewtonInfo
 
 logger = logging.getLogger(__name__)
 
+SMALLEST_SQUARE = 1e-300
+"""In place of the square of a gradient that is zero."""
+
 
 @public
 def append(
@@ -43,8 +46,8 @@ def append(
     info
         The info of an optimizer's ``update``, or any NamedTuple of scalars. Or the info of
         `newton_step_and_info`, of which the loss, the predicted decrease (of the full step),
-        gradient norm, gradient share and rank are written: those of all groups together, and the
-        smallest share of a group.
+        gradient norm, gradient share, rank and flat share are written: those of all groups
+        together, and the smallest gradient share of a group.
     directions
         The info of `newton_step_and_info`, to write the `summary` of every direction as well.
     more
@@ -150,12 +153,16 @@ def _scalars(info: object) -> dict[str, Any]:
         return as_plain(info)
     norms = torch.stack([block.gradient_norm.double() for block in blocks])
     decreases = torch.stack([block.predicted_decrease.double().sum(-1) for block in blocks])
+    flat = [
+        block.flat_share.double() * norm.square() for block, norm in zip(blocks, norms, strict=True)
+    ]
     totals = {
         "loss": blocks[0].loss,
         "predicted_decrease": decreases.sum(0),
         "gradient_norm": norms.square().sum(0).sqrt(),
         "gradient_share": torch.stack([block.gradient_share for block in blocks]).amin(0),
         "rank": torch.stack([block.rank for block in blocks]).sum(0),
+        "flat_share": torch.stack(flat).sum(0) / norms.square().sum(0).clamp(min=SMALLEST_SQUARE),
     }
     return {name: to_json(name, value) for name, value in totals.items()}
 

@@ -96,6 +96,21 @@ def check_outputs(outputs: object, samples: int) -> None:
         raise BadValue(sentence(rule, got, "Check params and X; lower the last step."))
 
 
+class Independent(BadValue):
+    """A model whose outputs depend on no parameter."""
+
+
+def check_dependence(depends: bool) -> None:
+    """Require an output to depend on a parameter."""
+    if not depends:
+        rule, got = "model_fn must use params", "outputs of which none depends on any parameter"
+        remedy = (
+            "No output depends on any parameter: let the model read params, by names that "
+            "functional_call knows, and detach none on the way."
+        )
+        raise Independent(sentence(rule, got, remedy))
+
+
 def check_sample_axis(outputs: Tensor, samples: int) -> None:
     """Require outputs with all samples on axis 0, for a single sample too."""
     if outputs.ndim == 0 or outputs.shape[0] != samples:

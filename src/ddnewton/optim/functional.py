@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -22,21 +24,50 @@ from ddnewton.optim.adaptation import (
     as_adaptation,
     levenberg_marquardt,
 )
+from ddnewton.optim.notices import Notices, notice
 from ddnewton.optim.search import added, search
 from ddnewton.optim.settings import Complement, Settings, check_settings
 from ddnewton.optim.state import State, UpdateInfo, check_state, first_state
 from ddnewton.optim.update import local_model, next_state, update_info
-from ddnewton.quadratic.quadratic_model import quadratic_model
+from ddnewton.quadratic.quadratic_model import QuadraticModel, quadratic_model
 from ddnewton.transforms import any_known
 from ddnewton.trees import sample_count, tree_leaves
 from ddnewton.types import DampingRule, GramWay, ModelFn, PyTree, Select
 
 
+@dataclass(frozen=True, eq=False)
+class FirstState:
+    """``init``: from parameters to the state before the first update."""
+
+    momentum: bool
+
+    def __call__(self, params: PyTree) -> State:
+        """Return the state before the first update."""
+        return init(self, params)
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """``update``: from parameters, their state and a batch to the next ones."""
+
+    settings: Settings
+    model_of: Callable[..., AbstractContextManager[QuadraticModel]]
+    subsampling_grad: Indices | None
+    subsampling_ggn: Indices | None
+    notices: Notices
+
+    def __call__(
+        self, params: PyTree, state: State, X: PyTree, y: PyTree
+    ) -> tuple[PyTree, State, UpdateInfo]:
+        """Return the parameters after a step on a batch, the state for the next, and a record."""
+        return update(self, params, state, X, y)
+
+
 class FunctionalOptimizer(NamedTuple):
     """An optimizer as two pure functions."""
 
-    init: Callable[[PyTree], State]
-    update: Callable[[PyTree, State, PyTree, PyTree], tuple[PyTree, State, UpdateInfo]]
+    init: FirstState
+    update: Update
 
 
 @public
@@ -158,29 +189,41 @@ def directional_newton(
         chunk_size=chunk_size,
     )
 
-    @torch.no_grad()
-    def init(params: PyTree) -> State:
-        check_params(params)
-        return first_state(params, bool(settings.momentum))
+    first = FirstState(bool(settings.momentum))
+    return FunctionalOptimizer(
+        first, Update(settings, model_of, subsampling_grad, subsampling_ggn, Notices())
+    )
 
-    @torch.no_grad()
-    def update(
-        params: PyTree, state: State, X: PyTree, y: PyTree
-    ) -> tuple[PyTree, State, UpdateInfo]:
-        check_params(params)
-        check_state(state, params, bool(settings.momentum))
-        # Samples that a damping is chosen on are in no step.
-        first, held_out = _split(adaptation.choice, state, X)
-        grad = first if subsampling_grad is None else subsampling_grad
-        ggn = first if subsampling_ggn is None else subsampling_ggn
-        # Expand the loss, search for a step, and take it.
-        with model_of(params, X, y, subsampling_grad=grad, subsampling_ggn=ggn) as model:
-            local = local_model(model, settings, params, state, held_out)
-            step = search(local, settings, state.control)
-            moved = added(params, torch.where(step.taken, step.rate * step.vector, 0))
-            return moved, next_state(state, step, params), update_info(local, step, settings)
 
-    return FunctionalOptimizer(public(init), public(update))
+@public
+@torch.no_grad()
+def init(first: FirstState, params: PyTree) -> State:
+    """Return the state before the first update, as the public ``init`` does."""
+    check_params(params)
+    return first_state(params, first.momentum)
+
+
+@public
+@torch.no_grad()
+def update(
+    plan: Update, params: PyTree, state: State, X: PyTree, y: PyTree
+) -> tuple[PyTree, State, UpdateInfo]:
+    """Return parameters, state and record after a step, as the public ``update`` does."""
+    settings = plan.settings
+    check_params(params)
+    check_state(state, params, bool(settings.momentum))
+    # Samples that a damping is chosen on are in no step.
+    first, held_out = _split(settings.adaptation.choice, state, X)
+    grad = first if plan.subsampling_grad is None else plan.subsampling_grad
+    ggn = first if plan.subsampling_ggn is None else plan.subsampling_ggn
+    # Expand the loss, search for a step, and take it.
+    with plan.model_of(params, X, y, subsampling_grad=grad, subsampling_ggn=ggn) as model:
+        local = local_model(model, settings, params, state, held_out)
+        step = search(local, settings, state.control)
+        info = update_info(local, step, settings)
+        notice(plan.notices, local, settings, step, info)
+        moved = added(params, torch.where(step.taken, step.rate * step.vector, 0))
+        return moved, next_state(state, step, params), info
 
 
 def _split(

@@ -145,7 +145,7 @@ def _tried(
     # The decrease that the quadratic model promises, −(gᵀs + ½ sᵀG s).
     slopes, curvatures = quadratic_along(local.trials, moved[None])
     predicted = -(slopes[0] + curvatures[0, 0] / 2)
-    noise = _noise(local, before)
+    noise = noise_of(local, before)
     settled = (predicted.abs() <= noise) & ((before - after).abs() <= noise)
     outcome = Outcome(
         before=before,
@@ -162,7 +162,7 @@ def _tried(
     return Step(vector, rate, delta, outcome, taken, settled, following, outcome.attempts + 1)
 
 
-def _noise(local: LocalModel, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+def noise_of(local: LocalModel, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """Return by how much the rounding of the loss and of the parameters moves the loss."""
     dtype = narrowest(tree_leaves(local.params))
     apart = torch.finfo(dtype).eps * flattened(local.params).norm()

@@ -53,6 +53,9 @@ class UpdateInfo(NamedTuple):
     """How many steps were tried."""
     accepted: Bool[Tensor, ""]
     """Whether one was taken; if not, the parameters are what they were."""
+    flat_share: Float[Tensor, ""]
+    """Share of the squared gradient norm without any curvature, as in `NewtonInfo`, of all groups
+    together; nan where no eigenpairs were needed, or only leading ones."""
 
 
 def first_state(params: PyTree, momentum: bool) -> State:

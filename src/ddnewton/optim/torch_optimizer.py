@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ddnewton.optim.adaptation import Adaptation, as_adaptation, levenberg_marqu
 from ddnewton.optim.closures import batch_of_step
 from ddnewton.optim.functional import FunctionalOptimizer, directional_newton
 from ddnewton.optim.modules import Forward, TracedModule, as_function, traced_module
+from ddnewton.optim.notices import Notices
 from ddnewton.optim.parameter_groups import as_blocks, group_rates, without_options
 from ddnewton.optim.settings import Complement
 from ddnewton.optim.state import UpdateInfo
@@ -122,6 +124,7 @@ class DirectionalNewton(Optimizer):
         }
         self._group_options: list[dict[str, Any]] = []
         self._traced: TracedModule | None = None
+        self._notices = Notices()
         self.info = None
         # Make the groups, and check the other options, by making an optimizer of them.
         if params is None:
@@ -202,7 +205,7 @@ class DirectionalNewton(Optimizer):
         """
         names = ("_module", "_forward", "_criterion", "_base_rate", "_options", "_group_options")
         attributes: dict[str, Any] = super().__getstate__()
-        attributes |= {name: getattr(self, name) for name in (*names, "info")}
+        attributes |= {name: getattr(self, name) for name in (*names, "_notices", "info")}
         return attributes | {"_traced": None}
 
     @contextmanager
@@ -233,13 +236,14 @@ class DirectionalNewton(Optimizer):
 
     def _optimizer(self, model_fn: ModelFn) -> FunctionalOptimizer:
         """Return the optimizer as pure functions, with the groups as they are now."""
-        return directional_newton(
+        optimizer = directional_newton(
             model_fn,
             self._criterion,
             learning_rate="exact" if self._base_rate == "exact" else self._rate,
             groups=as_blocks(self.param_groups, self._group_options, self._trained()),
             **self._options,
         )
+        return optimizer._replace(update=replace(optimizer.update, notices=self._notices))
 
     def _rate(self, updates: Tensor) -> float | Tensor:
         """Return the learning rate: that of the damping, times those of the groups."""

@@ -10,6 +10,7 @@ from ddnewton.optim.search import LocalModel, Step
 from ddnewton.optim.settings import Settings
 from ddnewton.optim.state import State, UpdateInfo
 from ddnewton.optim.trial_steps import curvature_of, trial_steps
+from ddnewton.quadratic.flat import check_slopes, flat_share, has_flat_samples
 from ddnewton.quadratic.proximal import Proximal
 from ddnewton.quadratic.quadratic_model import QuadraticModel, gauss_newton_matrices, gradients
 from ddnewton.trees import flattened, unflattened
@@ -37,6 +38,7 @@ def local_model(
             params=theta if settings.weight_decay else theta[:0],
             decay=settings.weight_decay,
         )
+    check_slopes(model, matrices, curved=settings.complement is None)
     return LocalModel(
         model=model,
         trials=trial_steps(model, matrices, settings.complement, proximal),
@@ -80,7 +82,18 @@ def update_info(local: LocalModel, step: Step, settings: Settings) -> UpdateInfo
         rank=rank,
         attempts=step.tried,
         accepted=step.taken,
+        flat_share=_flat_share(local),
     )
+
+
+def _flat_share(local: LocalModel) -> Float[Tensor, ""]:
+    """Return the share of the gradient that has no curvature, nan where it is not known."""
+    if not has_flat_samples(local.model):
+        return torch.zeros_like(local.gradient_norm)
+    blocks, count = local.trials.known_directions(), len(local.model.curvature_weights)
+    if blocks is None or any(len(block.spectrum.evals) < count for block in blocks):
+        return torch.full_like(local.gradient_norm, torch.nan)
+    return flat_share(local.model, blocks, local.gradient_norm)
 
 
 def _rank_and_share(local: LocalModel) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:

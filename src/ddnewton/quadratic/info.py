@@ -30,3 +30,6 @@ class NewtonInfo(NamedTuple):
     """Σ_k γ_k² / ‖g‖²: the share of the squared gradient norm inside the kept directions."""
     rank: Int[Tensor, ""]
     """Number of eigenvalues above the rank tolerance."""
+    flat_share: Float[Tensor, ""]
+    """Share of the squared gradient norm that comes from samples whose loss has a slope and no
+    curvature, and lies outside all directions with curvature. Only ``complement`` follows it."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from ddnewton.columns.factors import Jacobian
 from ddnewton.columns.gram import matmat
 from ddnewton.criteria.expand import AnyCriterion, as_loss, expand_batch
-from ddnewton.criteria.loss import Expansion, Loss, slopes_of
+from ddnewton.criteria.loss import Expansion, Loss, name_of, slopes_of
 from ddnewton.criteria.trained import without_params
 from ddnewton.inputs.checks import check_batch, check_functions, check_options, check_params
 from ddnewton.inputs.groups import Block, Group, blocks_of
@@ -36,6 +36,7 @@ from ddnewton.types import DampingRule, ModelFn, PyTree, Select
 class Objective(NamedTuple):
     """The loss of a batch, and which samples its derivatives are of."""
 
+    name: str  # of the criterion, for messages
     loss: Loss
     y: PyTree
     samples: Samples
@@ -120,7 +121,7 @@ def quadratic_model(
         curvatures=indices("subsampling_curvature", subsampling_curvature, n, device),
     )
     loss = without_params(as_loss(criterion), params)
-    objective = Objective(loss, y, samples, gradient)
+    objective = Objective(name_of(criterion), loss, y, samples, gradient)
     # Run the model, and keep it as it is for as long as its columns are asked for.
     with linearized(model_fn, params, X, gram, chunk_size) as linearization:
         yield _expanded(linearization, objective, blocks)
@@ -163,7 +164,7 @@ def _expanded(
     linearization: Linearization, objective: Objective, blocks: Sequence[Block]
 ) -> QuadraticModel:
     """Expand the loss around the outputs, and pull its columns back to the parameters."""
-    loss, y, samples, gradient = objective
+    _, loss, y, samples, gradient = objective
     expansion = expand_batch(loss, linearization.outputs, linearization.precise, y)
     n = len(expansion.value)
     # The columns of the curvature: those of L, of the samples that give the directions.

@@ -18,6 +18,7 @@ from torch import Tensor
 from ddnewton.damping import as_rule, check_dampings
 from ddnewton.quadratic.cholesky import CHOLESKY_CONDITION, damped_step
 from ddnewton.quadratic.complement import outside, vanishing
+from ddnewton.quadratic.flat import flat_share
 from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.info import NewtonInfo
 from ddnewton.quadratic.kept import BlockDirections
@@ -123,6 +124,7 @@ def info_of(
         gradient_norm=square.sqrt(),
         gradient_share=torch.where(square > 0, inside / square, 1).clamp(max=1),
         rank=directions.spectrum.live.sum(),
+        flat_share=flat_share(model, [directions], square.sqrt()),
     )
     cast = (x if x.dtype == torch.int64 else x.to(model.dtype) for x in info)
     return NewtonInfo(*cast)

@@ -8,10 +8,16 @@ from torch import Tensor
 
 from ddnewton.columns.factors import in_order, weighted_sums
 from ddnewton.errors import BadValue, public, sentence
-from ddnewton.inputs.checks import check_batch, check_functions, check_params
-from ddnewton.linearize.buffers import kept_buffers
+from ddnewton.inputs.checks import (
+    Independent,
+    check_batch,
+    check_dependence,
+    check_functions,
+    check_params,
+)
 from ddnewton.linearize.independence import SamplesMix, check_independent, evaluate
 from ddnewton.linearize.model import Model
+from ddnewton.linearize.buffers import kept_buffers
 from ddnewton.linearize.precision import Widened, if_same_function, narrowest, pulled_back, ramp
 from ddnewton.linearize.structured.compilation import compile_program
 from ddnewton.linearize.structured.program import Program
@@ -101,8 +107,9 @@ def prepared_model(model: Model) -> Prepared:
     try:
         graph = trace(model.function, params, tree_map(lambda x: x[0], X))
         narrow = compile_program(graph, leaves, [sample[0] for sample in samples])
+        check_dependence(narrow.size > 0)
         _check_agreement(narrow, on_one_sample)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, Independent):
         raise
     except SamplesMix as error:
         got = "other values or derivatives, as of an autograd.Function with a backward of its own"

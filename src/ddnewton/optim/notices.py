@@ -1,0 +1,64 @@
+"""What an optimizer says once, as a warning: that of the gradient no step, or no part, is made."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ddnewton.optim.search import LocalModel, Step, noise_of
+from ddnewton.optim.settings import Settings
+from ddnewton.optim.state import UpdateInfo
+from ddnewton.quadratic.flat import check_slopes
+from ddnewton.transforms import any_known, unwrapped
+
+FLAT_SHARE_WARNED = 0.01
+"""From which share without curvature upwards a gradient is worth a warning."""
+
+
+@dataclass(frozen=True)
+class Notices:
+    """The kinds of warnings that an optimizer has given; no result depends on them."""
+
+    given: set[str] = field(default_factory=set)
+
+    def once(self, kind: str, message: str) -> None:
+        """Warn, unless there was a warning of this kind before."""
+        if kind not in self.given:
+            self.given.add(kind)
+            warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def notice(
+    notices: Notices, local: LocalModel, settings: Settings, step: Step, info: UpdateInfo
+) -> None:
+    """Warn, once each, of slopes without curvature and of an update that moves nothing."""
+    if torch.compiler.is_compiling():
+        return
+    # Without a complement, a step follows only what has curvature.
+    name = local.model.objective.name
+    if settings.complement is None and any_known(info.flat_share > FLAT_SHARE_WARNED):
+        share = float(unwrapped(info.flat_share).nan_to_num().amax())
+        notices.once(
+            "flat",
+            f"{share:.0%} of the squared gradient of {name} has no curvature, and steps leave it "
+            "out: at some samples the loss is flat, but not level. Pass majorized(criterion), "
+            "fisher(criterion), or a complement, with which all of the gradient counts.",
+        )
+    # A step of no length is none, unless the gradient is zero or the learning rate is.
+    if any_known(_stands_still(local, step)):
+        check_slopes(local.model, local.trials.matrices, curved=True)
+        notices.once(
+            "still",
+            f"an update moved nothing, though the gradient of {name} is not zero: every direction "
+            "along which it has a slope was skipped, by select or by an infinite damping.",
+        )
+
+
+def _stands_still(local: LocalModel, step: Step) -> Tensor:
+    """Return whether a step of no length is taken where the gradient stands out from rounding."""
+    asked = step.taken & (step.outcome.length == 0) & (torch.as_tensor(step.rate) > 0).any()
+    noise = noise_of(local, step.outcome.before) * local.curvature.trace
+    return asked & (local.gradient_norm.square() > noise)

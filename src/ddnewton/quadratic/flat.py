@@ -1,0 +1,119 @@
+r"""Slopes without curvature: what no Gauss-Newton step can follow, and is not to hide.
+
+A sample whose loss has a slope and no curvature, h = 0 and z ≠ 0, pulls on the parameters by its
+column a, but the matrix G does not know of it. Of the gradient g, the part
+
+    g_⊥ = (I − P) A z_flat / N,        P the projection onto the directions with curvature,
+
+has none at all. A step along the directions leaves it out; a loss that has nothing else, such as an
+absolute error or the mean of −log p of a model that returns log p, would never move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ddnewton.errors import BadValue, sentence
+from ddnewton.inputs.checks import check_dependence
+from ddnewton.linearize.linearization import Linearization
+from ddnewton.quadratic.complement import outside_live
+from ddnewton.quadratic.gauss_newton import GaussNewton
+from ddnewton.quadratic.kept import BlockDirections
+from ddnewton.quadratic.quadratic_model import QuadraticModel, gradients
+from ddnewton.quadratic.spectrum import Spectrum, decompose
+from ddnewton.transforms import any_known, any_possible, is_batched, unwrapped
+
+LEAST_SLOPE = 1e-13
+"""Slopes of a loss along its outputs up to this size count as none: where a net is right and
+certain, slope and curvature of its loss vanish together, and rounding may leave a slope alone."""
+
+WAYS_OUT = (
+    "In place of log_softmax in the model and NLLLoss return logits and pass CrossEntropyLoss. Of "
+    "an absolute error, a pinball loss, or Huber's far from the data pass majorized(criterion); of "
+    "another log-likelihood fisher(criterion). Or follow the gradient: pass a number as complement."
+)
+
+
+def check_slopes(model: QuadraticModel, matrices: Sequence[GaussNewton], *, curved: bool) -> None:
+    """Require outputs that depend on parameters; if ``curved``, some curvature where slopes are.
+
+    Both are looked at only where there is no curvature at all. A derivative may be zero by value,
+    as in a dead net, but not for want of parameters.
+    """
+    traces = torch.stack([matrix.trace() for matrix in matrices])
+    if not any_known(traces.amax() <= 0):
+        return
+    sloping = any(any_known(g != 0) for g in gradients(model))
+    check_dependence(sloping or _depends(model.linearization))
+    if not curved:
+        return
+    # All that the gradient is made of but slopes of rounding.
+    count = len(model.curvature_weights)
+    steep = F.pad(_steep(model), (0, len(model.gradient_weights) - count), value=True)
+    weights = torch.where(steep, model.gradient_weights, 0)
+    norm = torch.stack([_square(decompose(matrix), weights) for matrix in matrices]).sum().sqrt()
+    if any_known((traces.amax() <= 0) & (norm > 0)):
+        rule = "the loss must have curvature where its gradient is not zero"
+        size = float(unwrapped(norm).amax())
+        got = f"{model.objective.name} with a gradient of norm {size:.3g} and no curvature at all"
+        raise BadValue(sentence(rule, got, WAYS_OUT))
+
+
+def flat_square(
+    model: QuadraticModel, spectrum: Spectrum, gradient_weights: Float[Tensor, " a"]
+) -> Float[Tensor, ""]:
+    """Return the squared norm of the part of a block's gradient that has no curvature, ‖g_⊥‖²."""
+    flat = (model.h.reshape(-1) <= 0) & _steep(model)
+    padding = (0, len(gradient_weights) - len(flat))
+    return _square(spectrum, torch.where(F.pad(flat, padding), gradient_weights, 0))
+
+
+def flat_share(
+    model: QuadraticModel, blocks: Sequence[BlockDirections], norm: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """Return ‖g_⊥‖² / ‖g‖², of all blocks together."""
+    squares = [flat_square(model, block.spectrum, model.gradient_weights) for block in blocks]
+    share: Tensor = torch.stack(squares).sum() / norm.square()
+    return torch.where(norm > 0, share, 0).clamp(max=1)
+
+
+def has_flat_samples(model: QuadraticModel) -> bool:
+    """Return whether a sample has, or may have, a slope without curvature."""
+    return any_possible((model.h <= 0) & (model.z.abs() > LEAST_SLOPE))
+
+
+def _steep(model: QuadraticModel) -> Bool[Tensor, " i"]:
+    """Return a mask of the columns along which the loss has a slope beyond rounding."""
+    return model.z.reshape(-1).abs() > LEAST_SLOPE
+
+
+def _square(spectrum: Spectrum, weights: Float[Tensor, " a"]) -> Float[Tensor, ""]:
+    """Return the squared norm of Σ_i w_i a_i outside the directions with curvature."""
+    if not any_possible(weights != 0):
+        return weights.new_zeros(())
+    return spectrum.to_parameters(outside_live(spectrum, weights)[None]).square().sum()
+
+
+def _depends(linearization: Linearization) -> bool:
+    """Return whether the first sample's outputs depend on a parameter, by the graph of autograd.
+
+    Under ``vmap`` it cannot be told, nor where autograd fails: they count as dependent.
+    """
+    if is_batched(linearization.outputs):
+        return True
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves = [leaf.detach().clone().requires_grad_() for leaf in linearization.leaves]
+            first = torch.arange(1, device=linearization.outputs.device)
+            outputs = linearization.function(leaves, first)
+            if not outputs.requires_grad:
+                return False
+            grads = torch.autograd.grad(outputs.sum(), leaves, allow_unused=True)
+    except Exception:  # noqa: BLE001 - the model was never asked to run so
+        return True
+    return any(grad is not None for grad in grads)
