@@ -15,9 +15,9 @@ from ddnewton.inputs.checks import (
     check_functions,
     check_params,
 )
+from ddnewton.linearize.buffers import kept_buffers
 from ddnewton.linearize.independence import SamplesMix, check_independent, evaluate
 from ddnewton.linearize.model import Model
-from ddnewton.linearize.buffers import kept_buffers
 from ddnewton.linearize.precision import Widened, if_same_function, narrowest, pulled_back, ramp
 from ddnewton.linearize.structured.compilation import compile_program
 from ddnewton.linearize.structured.program import Program
