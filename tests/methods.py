@@ -17,15 +17,20 @@ from torch import Tensor, nn
 
 from ddnewton import (
     above,
+    clipped,
     criteria,
     empirical_fisher,
     energy,
+    fisher,
     fixed,
     held_out,
     levenberg_marquardt,
+    majorized,
     monte_carlo,
     top_k,
     trust_region,
+    weighted,
+    with_curvature,
 )
 from ddnewton.damping import bootstrap, constant, relative, signal_to_noise
 from tests.models import problem
@@ -206,6 +211,10 @@ TORCH_LOSSES = {
 }
 
 
+OWN_LOSSES = {criteria.heteroscedastic_nll: "test_fisher.py"}
+"""Those that torch does not have in this form, and where their cases are."""
+
+
 # --- what curvature is made of a loss ----------------------------------------------------------
 
 
@@ -224,4 +233,16 @@ CURVATURES = {
     "monte_carlo": Curvature(
         lambda criterion, seed: monte_carlo(criterion, 1, seeded(seed)), monte_carlo, draws=True
     ),
+    "weighted": Curvature(lambda criterion, seed: weighted(criterion, 2.0), weighted),
+    "fisher": Curvature(lambda criterion, seed: fisher(criterion), fisher),
+    "clipped": Curvature(lambda criterion, seed: clipped(criterion), clipped),
+    "with_curvature": Curvature(
+        lambda criterion, seed: with_curvature(criterion, empirical_fisher(criterion)),
+        with_curvature,
+    ),
 }
+
+OF_RESIDUALS = {
+    "majorized": Curvature(lambda criterion, seed: majorized(criterion), majorized),
+}
+"""Those that take no other loss than one of residuals, with suites of their own."""

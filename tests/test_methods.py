@@ -50,8 +50,9 @@ def test_all_losses_are_in_the_tables():
             losses.add(function)
         elif "criterion" in arguments and function is not criteria.as_loss:
             wrappers.add(function)
-    assert {loss.record for loss in methods.TORCH_LOSSES.values()} == losses
-    assert entered(methods.CURVATURES) == wrappers
+    of_torch = {loss.record for loss in methods.TORCH_LOSSES.values()}
+    assert of_torch | set(methods.OWN_LOSSES) == losses
+    assert entered(methods.CURVATURES | methods.OF_RESIDUALS) == wrappers
 
 
 def test_all_losses_have_cases_of_their_options():

@@ -1,6 +1,14 @@
 """Directionally damped Newton steps for PyTorch, as pure functions on torch.func."""
 
-from ddnewton.criteria import empirical_fisher, monte_carlo
+from ddnewton.criteria import (
+    clipped,
+    empirical_fisher,
+    fisher,
+    majorized,
+    monte_carlo,
+    weighted,
+    with_curvature,
+)
 from ddnewton.curvature import directional_derivatives, ggn_eigh, ggn_eigvalsh, gram_matrix
 from ddnewton.inputs.groups import Group, per_layer, per_parameter
 from ddnewton.linearize.structured.prepare import prepare
@@ -20,16 +28,19 @@ __all__ = [
     "State",
     "UpdateInfo",
     "above",
+    "clipped",
     "directional_derivatives",
     "directional_newton",
     "empirical_fisher",
     "energy",
+    "fisher",
     "fixed",
     "ggn_eigh",
     "ggn_eigvalsh",
     "gram_matrix",
     "held_out",
     "levenberg_marquardt",
+    "majorized",
     "monte_carlo",
     "newton_step",
     "newton_step_and_info",
@@ -38,4 +49,6 @@ __all__ = [
     "prepare",
     "top_k",
     "trust_region",
+    "weighted",
+    "with_curvature",
 ]

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ddnewton import newton_step, prepare
-from tests.linearize.layer_cases import DTYPES, FLOAT32, FLOAT64, TOLERANCE
+from tests.linearize.layer_cases import TOLERANCE
 from tests.linearize.transformers_zoo import MODELS, Exact, language_problem
+from tests.methods import DTYPES, FLOAT32, FLOAT64
 from tests.models import Problem
 from tests.reference import dense, error, solve
 

@@ -20,7 +20,7 @@ from tests.methods import (
     truth,
 )
 from tests.models import cast, problem
-from tests.reference import dense, directions, error, flat, solve, step
+from tests.reference import dense, directions, error, solve, step
 from tests.whole.dense_steps import (
     CALLABLES,
     TOLERANCE,
@@ -138,13 +138,15 @@ def test_the_complement_takes_what_no_direction_holds(function, reduction, dtype
 
 
 @DTYPES
-def test_a_loss_without_curvature_leaves_gradient_descent(dtype):
+def test_a_loss_without_curvature_is_refused_or_leaves_gradient_descent(dtype):
     """The absolute error is convex; its curvature is zero and its gradient is not."""
     given = problem("tanh_mlp", dtype)._replace(criterion=F.l1_loss)
     gradient = dense(*problem("tanh_mlp")._replace(criterion=F.l1_loss)).gradient
-    result, info = newton_step_and_info(*given, 0.1)
-    assert flat(result).abs().max() == 0
+    with pytest.raises(ValueError, match="must have curvature where its gradient is not zero"):
+        newton_step_and_info(*given, 0.1)
+    result, info = newton_step_and_info(*given, 0.1, complement=0.5)
     assert len(info.evals) == 0
+    assert error(result, -2 * gradient) < TOLERANCE[dtype]
     assert error(newton_step(*given, 0.1, complement=0.5), -2 * gradient) < TOLERANCE[dtype]
 
 

@@ -1,13 +1,19 @@
 """Losses as records of functions: in closed form for torch's, by torch.func for any convex one."""
 
+from ddnewton.criteria.clipped import clipped
 from ddnewton.criteria.convex import convex
 from ddnewton.criteria.empirical import empirical_fisher
-from ddnewton.criteria.expand import AnyCriterion, as_loss, expand_batch, joint_loss, losses, weight
+from ddnewton.criteria.expand import as_loss, expand_batch, joint_loss, losses, weight
+from ddnewton.criteria.fisher import fisher
+from ddnewton.criteria.heteroscedastic import heteroscedastic_nll
 from ddnewton.criteria.likelihoods import bce_with_logits, gaussian_nll, poisson_nll
 from ddnewton.criteria.loss import Expansion, Loss, slopes_of, spanned
-from ddnewton.criteria.monte_carlo import MonteCarlo, monte_carlo
+from ddnewton.criteria.majorized import majorized
+from ddnewton.criteria.monte_carlo import AnyCriterion, MonteCarlo, monte_carlo
 from ddnewton.criteria.regression import huber, mse, smooth_l1
 from ddnewton.criteria.softmax import cross_entropy
+from ddnewton.criteria.weighted import weighted
+from ddnewton.criteria.with_curvature import with_curvature
 
 __all__ = [
     "AnyCriterion",
@@ -16,14 +22,18 @@ __all__ = [
     "MonteCarlo",
     "as_loss",
     "bce_with_logits",
+    "clipped",
     "convex",
     "cross_entropy",
     "empirical_fisher",
     "expand_batch",
+    "fisher",
     "gaussian_nll",
+    "heteroscedastic_nll",
     "huber",
     "joint_loss",
     "losses",
+    "majorized",
     "monte_carlo",
     "mse",
     "poisson_nll",
@@ -31,4 +41,6 @@ __all__ = [
     "smooth_l1",
     "spanned",
     "weight",
+    "weighted",
+    "with_curvature",
 ]

@@ -33,8 +33,12 @@ def elementwise(
     denominator: Callable[[Tensor, PyTree], float | Tensor],
     check: Callable[[Tensor, PyTree], None],
     score: Score | None = None,
+    information: Callable[[Tensor, PyTree], Tensor] | None = None,
 ) -> Loss:
-    """Return the record of a loss that is a sum of terms, one for each output."""
+    """Return the record of a loss that is a sum of terms, one for each output.
+
+    The Fisher ``information`` of a term is given where it is not h.
+    """
 
     def expand(f: Float[Tensor, "n ..."], y: PyTree) -> Expansion:
         return separable(*(part.reshape(f.shape[0], -1) for part in terms(f.double(), y)))
@@ -43,24 +47,41 @@ def elementwise(
         values, z, _ = (part.reshape(f.shape[0], -1) for part in terms(f.double(), y))
         return values.sum(1), z  # ∇ℓ = L z, and L = I
 
-    if score is None:
-        return Loss(expand, denominator, check, None, gradient)
+    def fisher(f: Float[Tensor, "n ..."], y: PyTree) -> Expansion:
+        assert information is not None
+        value, z = gradient(f, y)
+        return diagonal(value, z, information(f.double(), y).reshape(z.shape))
 
     def scores(
         f: Float[Tensor, "n ..."], y: PyTree, count: int, uniform: Uniform
     ) -> Float[Tensor, "n c m"]:
+        assert score is not None
         return score(f.double(), y, uniform((*f.shape, count))).reshape(f.shape[0], -1, count)
 
-    return Loss(expand, denominator, check, scores, gradient)
+    return Loss(
+        expand,
+        denominator,
+        check,
+        scores=scores if score else None,
+        gradient=gradient,
+        fisher=fisher if information else None,
+    )
 
 
 def separable(
     values: Float[Tensor, "n c"], z: Float[Tensor, "n c"], h: Float[Tensor, "n c"]
 ) -> Expansion:
     """Return the expansion of a loss whose outputs do not interact: L = I."""
+    return diagonal(values.sum(1), z, h)
+
+
+def diagonal(
+    value: Float[Tensor, " n"], z: Float[Tensor, "n c"], h: Float[Tensor, "n c"]
+) -> Expansion:
+    """Return the expansion of losses [n] with gradient z and a diagonal curvature h: L = I."""
     n, c = z.shape
     identity = torch.eye(c, dtype=z.dtype, device=z.device)
-    return spanned(values.sum(1), identity.expand(n, c, c), z, h)
+    return spanned(value, identity.expand(n, c, c), z, h)
 
 
 def broadcast_to_outputs(weight: Tensor | None, f: Float[Tensor, "*c"]) -> Float[Tensor, "*c"]:

@@ -7,14 +7,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.criteria.loss import Expansion, Loss, spanned, value_and_gradient
-from ddnewton.criteria.monte_carlo import MonteCarlo
-from ddnewton.criteria.torch_losses import record_of
-from ddnewton.errors import BadValue, public, sentence
-from ddnewton.types import Criterion, PyTree
+from ddnewton.criteria.monte_carlo import AnyCriterion, undrawn
+from ddnewton.errors import public
+from ddnewton.types import PyTree
 
 
 @public
-def empirical_fisher(criterion: Criterion | Loss) -> Loss:
+def empirical_fisher(criterion: AnyCriterion) -> Loss:
     r"""Return a criterion whose curvature is the empirical Fisher matrix; its gradient is exact.
 
     .. math:: G = \frac{1}{d} \sum_n J_n^\top r_n r_n^\top J_n, \qquad r_n = \nabla_f \ell_n
@@ -52,10 +51,7 @@ def empirical_fisher(criterion: Criterion | Loss) -> Loss:
     >>> expansion.basis.tolist(), expansion.z.tolist(), expansion.h.tolist()
     ([[[2.0], [6.0]]], [[1.0]], [[1.0]])
     """
-    if isinstance(criterion, MonteCarlo):
-        rule, got = "criterion must be a loss", "monte_carlo of one"
-        raise BadValue(sentence(rule, got, "Pass the loss itself: nothing is drawn here."))
-    loss = record_of(criterion)
+    loss = undrawn(criterion, "Pass the loss itself: nothing is drawn here.")
 
     def expand(outputs: Float[Tensor, "n ..."], y: PyTree) -> Expansion:
         # L = r with z = h = 1: the gradient is L z = r, the curvature L h Lᵀ = r rᵀ.
@@ -63,4 +59,4 @@ def empirical_fisher(criterion: Criterion | Loss) -> Loss:
         ones = torch.ones_like(r[:, :1])
         return spanned(value, r[:, :, None], ones, ones)
 
-    return loss._replace(expand=expand, scores=None)
+    return loss._replace(expand=expand, scores=None, fisher=None)

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.criteria.loss import Expansion, Loss, sample_values
-from ddnewton.criteria.monte_carlo import MonteCarlo, sampled
+from ddnewton.criteria.monte_carlo import AnyCriterion, MonteCarlo, sampled
 from ddnewton.criteria.torch_losses import record_of
 from ddnewton.errors import BadValue, sentence
 from ddnewton.linearize.precision import loss_in_float64
 from ddnewton.transforms import any_known, unwrapped
-from ddnewton.types import Criterion, PyTree
-
-AnyCriterion: TypeAlias = Criterion | Loss | MonteCarlo
-"""What the public functions take as a criterion."""
+from ddnewton.types import PyTree
 
 CONVEXITY_TOLERANCE = 1e-6
 """How negative an eigenvalue of a loss Hessian may be, relative to the largest of the batch."""
@@ -93,5 +89,8 @@ def _check_expansion(expansion: Expansion) -> None:
         h = unwrapped(h)
         rule = "criterion must be convex in the outputs"
         got = f"a Hessian eigenvalue of {h.min().item():.3g}"
-        remedy = "The Gauss-Newton matrix needs a convex loss: move what bends it into the model."
+        remedy = (
+            "The Gauss-Newton matrix needs a convex loss: move what bends it into the model, or "
+            "pass clipped(criterion), which leaves negative curvature out."
+        )
         raise BadValue(sentence(rule, got, remedy))

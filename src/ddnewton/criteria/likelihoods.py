@@ -131,7 +131,12 @@ def poisson_nll(
             got = f"{unwrapped(outputs).amin().item():.3g}"
             raise BadValue(sentence(rule, got, "Let the model return logarithms: log_input=True."))
 
-    return elementwise(terms, per_element(reduction), check, score if log_input else None)
+    # A linear rate's Fisher information is 1 / rate, whatever the target.
+    if not log_input:
+        return elementwise(
+            terms, per_element(reduction), check, information=lambda f, y: 1 / (f + eps)
+        )
+    return elementwise(terms, per_element(reduction), check, score)
 
 
 def gaussian_nll(

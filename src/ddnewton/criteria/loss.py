@@ -53,9 +53,11 @@ class Loss(NamedTuple):
     ``denominator(outputs, y)`` is what the reduction divides Σ_n ℓ_n by; ``check(outputs, y)``
     raises where a batch does not fit the loss. ``scores(outputs, y, count, uniform)`` returns
     columns s [n c m], gradients of the loss at ``count`` targets drawn from the model's likelihood,
-    with the Hessian as their mean square E[s sᵀ]; it is None for a loss without a likelihood.
-    ``gradient(outputs, y)`` returns values [n] and gradients [n c] without the Hessian; it is None
-    where they are taken from the expansion.
+    with its Fisher information as their mean square E[s sᵀ]; it is None for a loss without a
+    likelihood that can be drawn from. ``gradient(outputs, y)`` returns values [n] and gradients
+    [n c] without the Hessian; it is None where they are taken from the expansion.
+    ``fisher(outputs, y)`` is ``expand`` with the Fisher information for the Hessian; it is None
+    where the two are the same, as they are for a loss with ``scores``, or where there is none.
 
     The samples of some losses have no values of their own, as where a mean divides by what all of
     them have in y. For such a batch ``joint(outputs, y)`` returns the batch's loss as a function of
@@ -69,6 +71,7 @@ class Loss(NamedTuple):
     scores: Callable[[Tensor, PyTree, int, Uniform], Tensor] | None = None
     gradient: Callable[[Tensor, PyTree], tuple[Tensor, Tensor]] | None = None
     joint: Callable[[Tensor, PyTree], Callable[[Tensor], Tensor] | None] | None = None
+    fisher: Callable[[Tensor, PyTree], Expansion] | None = None
 
 
 def spanned(

@@ -8,7 +8,7 @@ sample, where the exact Hessian of a softmax has C − 1: fewer columns make a c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,10 +31,12 @@ class MonteCarlo(NamedTuple):
     generator: torch.Generator
 
 
+AnyCriterion: TypeAlias = Criterion | Loss | MonteCarlo
+"""What the public functions take as a criterion."""
+
+
 @public
-def monte_carlo(
-    criterion: Criterion | Loss, samples: int, generator: torch.Generator
-) -> MonteCarlo:
+def monte_carlo(criterion: AnyCriterion, samples: int, generator: torch.Generator) -> MonteCarlo:
     r"""Return a criterion whose curvature is estimated from drawn targets; its gradient is exact.
 
     .. math:: \nabla^2 \ell_n \approx \frac{1}{S} \sum_{s=1}^S \nabla \ell(f_n, \hat y_{ns})
@@ -50,7 +52,7 @@ def monte_carlo(
     criterion
         Loss that is the negative logarithm of a likelihood: squared error, cross-entropy, binary
         cross-entropy of logits, Poisson of log-rates, or Gaussian with given variances, in any
-        form; or a `Loss` with ``scores``.
+        form; or a `Loss` with ``scores``, such as `heteroscedastic_nll`.
     samples
         How many targets are drawn for every sample of the batch: S ≥ 1.
     generator
@@ -118,7 +120,14 @@ def sampled(criterion: MonteCarlo) -> Loss:
         zeros = columns.new_zeros(columns.shape[0], columns.shape[2])
         return Expansion(value, columns, z=zeros, h=zeros + 1 / samples, R=gradient[:, :, None])
 
-    return loss._replace(expand=expand, scores=None)
+    return loss._replace(expand=expand, scores=None, fisher=None)
+
+
+def undrawn(criterion: AnyCriterion, remedy: str) -> Loss:
+    """Return the record of a criterion whose curvature is replaced: not one that is drawn."""
+    if isinstance(criterion, MonteCarlo):
+        raise BadValue(sentence("criterion must be a loss", "monte_carlo of one", remedy))
+    return record_of(criterion)
 
 
 def _uniform(seed: int, device: torch.device) -> Uniform:
@@ -135,13 +144,17 @@ def _uniform(seed: int, device: torch.device) -> Uniform:
     return uniform
 
 
-def _without_likelihood(criterion: Criterion | Loss) -> str:
+def kind_of(criterion: AnyCriterion) -> str:
+    """Return the name of a criterion in a message."""
+    return "a Loss without scores" if isinstance(criterion, Loss) else name_of(criterion)
+
+
+def _without_likelihood(criterion: AnyCriterion) -> str:
     """Return the message for a criterion without a likelihood: what it is, and which have one."""
-    got = "a Loss without scores" if isinstance(criterion, Loss) else name_of(criterion)
     names = [loss.module.__name__ for loss in TORCH_LOSSES if loss.factory().scores is not None]
     rule = "criterion must have a likelihood to draw targets from"
     remedy = (
         f"{', '.join(names)} have one (Poisson with log_input=True), themselves and not wrapped in "
         "another function, as has a Loss with scores."
     )
-    return sentence(rule, got, remedy)
+    return sentence(rule, kind_of(criterion), remedy)

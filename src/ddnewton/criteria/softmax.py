@@ -73,9 +73,9 @@ def cross_entropy(
 
     def targets(f: Float[Tensor, "n ..."], y: Num[Tensor, "n ..."]) -> Float[Tensor, "n t c"]:
         # t_c = w_c ((1 − ε) y_c + ε / C), and 0 at ignored positions.
-        labels, counted = _labels(f, y, ignore_index)
+        labels, counted = class_labels(f, y, ignore_index)
         smooth = (1 - label_smoothing) * labels + label_smoothing / f.shape[1]
-        return torch.where(counted, _weighted(smooth, weight), 0)
+        return torch.where(counted, class_weighted(smooth, weight), 0)
 
     def expand(f: Float[Tensor, "n ..."], y: Num[Tensor, "n ..."]) -> Expansion:
         n, c = f.shape[:2]
@@ -84,7 +84,7 @@ def cross_entropy(
         if c == 1:
             return separable(*(0 * f.double()).reshape(n, -1).expand(3, n, -1))
         # Every position is a softmax of its own, as if it were a sample.
-        logits, t = _classes_last(f), targets(f, y)
+        logits, t = classes_last(f), targets(f, y)
         parts = _position_expansions(logits.reshape(-1, c), t.reshape(-1, c))
         value, basis, z, h = (x.reshape(*t.shape[:2], *x.shape[1:]) for x in parts)
         # The sample's loss is the sum over its positions, and L is block-diagonal in them.
@@ -93,7 +93,7 @@ def cross_entropy(
     def gradient(
         f: Float[Tensor, "n ..."], y: Num[Tensor, "n ..."]
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n c"]]:
-        log_p, t = _classes_last(f).log_softmax(2), targets(f, y)
+        log_p, t = classes_last(f).log_softmax(2), targets(f, y)
         # p_c Σt − t_c = p_c Σ_{i≠c} t_i − t_c Σ_{i≠c} p_i, as Σp = 1: p_c t_c, which would cancel
         # on a net that is certain, is left out of both products.
         gradients = log_p.exp() * _leave_one_out_sums(t) - t * _leave_one_out_sums(log_p.exp())
@@ -102,7 +102,7 @@ def cross_entropy(
     def scores(
         f: Float[Tensor, "n ..."], y: Num[Tensor, "n ..."], count: int, uniform: Uniform
     ) -> Float[Tensor, "n c m"]:
-        p, t = _classes_last(f).softmax(2), targets(f, y)
+        p, t = classes_last(f).softmax(2), targets(f, y)
         drawn = _draw_classes(p, uniform((*p.shape[:2], count)))
         # p − e, the gradient at a drawn class: there it is p − 1, minus the sum of all other p.
         p_not_drawn = torch.where(drawn, 0, p[..., None])
@@ -116,8 +116,8 @@ def cross_entropy(
         # For probabilities the number of positions, whatever the weights, as in torch.
         if y.is_floating_point():
             return outputs.numel() / outputs.shape[1]
-        labels, counted = _labels(outputs, y, ignore_index)
-        return torch.where(counted, _weighted(labels, weight), 0).sum()
+        labels, counted = class_labels(outputs, y, ignore_index)
+        return torch.where(counted, class_weighted(labels, weight), 0).sum()
 
     def check(outputs: Tensor, y: PyTree) -> None:
         check_classes(outputs, y, ignore_index)
@@ -127,23 +127,23 @@ def cross_entropy(
     return Loss(expand, denominator, check, scores, gradient)
 
 
-def _classes_last(f: Float[Tensor, "n ..."]) -> Float[Tensor, "n t c"]:
+def classes_last(f: Float[Tensor, "n ..."]) -> Float[Tensor, "n t c"]:
     """Return [N, C, …] as [N, T, C] in float64: all positions on one axis, the classes last."""
     return f.double().reshape(*f.shape[:2], -1).mT
 
 
-def _labels(
+def class_labels(
     f: Float[Tensor, "n ..."], y: Num[Tensor, "n ..."], ignore_index: int
 ) -> tuple[Float[Tensor, "n t c"], Bool[Tensor, "n t 1"]]:
     """Return the probabilities that y gives the classes, and a mask of positions not ignored."""
     if y.is_floating_point():
-        labels = _classes_last(y)
+        labels = classes_last(y)
         return labels, torch.ones_like(labels[..., :1], dtype=torch.bool)
     y = y.reshape(y.shape[0], -1, 1)
     return (y == torch.arange(f.shape[1], device=y.device)).double(), y != ignore_index
 
 
-def _weighted(x: Float[Tensor, "n t c"], weight: Tensor | None) -> Float[Tensor, "n t c"]:
+def class_weighted(x: Float[Tensor, "n t c"], weight: Tensor | None) -> Float[Tensor, "n t c"]:
     """Multiply every class by its weight, if there are weights."""
     return x if weight is None else x * weight.to(x)
 

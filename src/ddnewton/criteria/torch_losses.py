@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddnewton.criteria.convex import convex
+from ddnewton.criteria.gaussian import with_gaussian_fisher
 from ddnewton.criteria.likelihoods import bce_with_logits, gaussian_nll, poisson_nll
 from ddnewton.criteria.loss import Loss, check_reduction
+from ddnewton.criteria.probabilities import bce, nll
 from ddnewton.criteria.regression import huber, mse, smooth_l1
 from ddnewton.criteria.softmax import cross_entropy
 from ddnewton.criteria.trained import (
@@ -53,6 +55,8 @@ TORCH_LOSSES = [
     _torch_loss(nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits, bce_with_logits),
     _torch_loss(nn.PoissonNLLLoss, F.poisson_nll_loss, poisson_nll),
     _torch_loss(nn.GaussianNLLLoss, F.gaussian_nll_loss, gaussian_nll),
+    _torch_loss(nn.NLLLoss, F.nll_loss, nll),
+    _torch_loss(nn.BCELoss, F.binary_cross_entropy, bce),
 ]
 
 
@@ -78,11 +82,11 @@ def record_of(criterion: Criterion | Loss) -> Loss:
     # Any other function, and torch's own with options of no closed form.
     if isinstance(criterion, nn.Module) and getattr(criterion, "reduction", "mean") == "none":
         check_reduction("none")
-    record = convex(criterion)
+    record = with_gaussian_fisher(convex(criterion))
 
     def check(outputs: Tensor, y: PyTree) -> None:
-        check_constant(criterion, outputs, y)
         record.check(outputs, y)
+        check_constant(criterion, outputs, y)
 
     return record._replace(check=check)
 

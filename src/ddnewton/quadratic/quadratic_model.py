@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ddnewton.columns.factors import Jacobian
 from ddnewton.columns.gram import matmat
-from ddnewton.criteria.expand import AnyCriterion, as_loss, expand_batch
+from ddnewton.criteria.expand import as_loss, expand_batch
 from ddnewton.criteria.loss import Expansion, Loss, name_of, slopes_of
+from ddnewton.criteria.monte_carlo import AnyCriterion
 from ddnewton.criteria.trained import without_params
 from ddnewton.inputs.checks import check_batch, check_functions, check_options, check_params
 from ddnewton.inputs.groups import Block, Group, blocks_of
