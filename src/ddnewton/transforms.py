@@ -41,7 +41,7 @@ def is_batched(tensor: Tensor) -> bool:
 
 def first_member(tensor: Tensor) -> Tensor:
     """Return the plain tensor, of the first member where ``vmap`` maps over an ensemble."""
-    while _functorch.is_functorch_wrapped_tensor(tensor):
+    while not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(tensor):
         batched = _functorch.is_batchedtensor(tensor)
         axis = _functorch.maybe_get_bdim(tensor) if batched else None
         tensor = _functorch.get_unwrapped(tensor)

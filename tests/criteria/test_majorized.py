@@ -162,6 +162,14 @@ def test_weights_keep_their_meaning():
     torch.testing.assert_close(h, 2 / (sigma**2 + (f - y) ** 2), rtol=1e-6, atol=1e-14)
 
 
+def test_targets_without_the_outputs_axis_of_one():
+    y, f = targets()[:, :1], (targets() + residuals())[:, :1]
+    whole = majorized(nn.HuberLoss()).expand(f, y)
+    flat = majorized(lambda outputs, y: F.huber_loss(outputs[:, 0], y)).expand(f, y[:, 0])
+    for left, right in zip(whole, flat, strict=True):
+        torch.testing.assert_close(left, right)
+
+
 def test_it_is_what_it_was():
     """Of a majorized criterion it is the same; nothing of the criterion itself is changed."""
     criterion = nn.HuberLoss()

@@ -37,6 +37,42 @@ for delta, options in (
 print("compiled")
 """
 
+CRITERIA_SCRIPT = """
+import torch
+from ddnewton import newton_step, prepare
+from ddnewton.criteria import majorized, weighted, with_curvature
+
+def mean(outputs, y):
+    return (outputs - y).square().mean()
+
+def over_valid(outputs, y):
+    valid = y > 0
+    return torch.where(valid, (outputs - y) ** 2, 0).sum() / valid.sum()
+
+def of_the_mean(outputs, y):
+    return (outputs - y).mean(0).square().sum()
+
+generator = torch.Generator().manual_seed(0)
+params, X, y = torch.randn(3, 2, generator=generator), *torch.randn(2, 6, 3, generator=generator)
+y = y[:, :2]
+prepared = prepare(lambda w, x: torch.tanh(x @ w), params, X)
+
+def compiled(criterion):
+    torch.compiler.reset()
+    step = lambda params, X, y: newton_step(prepared, params, X, y, criterion, 0.1)
+    return torch.compile(step, fullgraph=True, backend="aot_eager")(params, X, y)
+
+huber = majorized(lambda outputs, y: torch.nn.functional.huber_loss(outputs, y))
+for criterion in (with_curvature(weighted(over_valid, 3.0), mean), huber):
+    truth = newton_step(prepared, params, X, y, criterion, 0.1)
+    torch.testing.assert_close(compiled(criterion), truth, rtol=1e-6, atol=1e-9)
+try:
+    compiled(of_the_mean)
+except RuntimeError as error:
+    assert "samples interact" in str(error)
+    print("compiled")
+"""
+
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
@@ -48,8 +84,16 @@ print("compiled")
     ],
 )
 def test_a_step_on_a_prepared_model_compiles_to_one_graph(name, dtype):
+    run(SCRIPT, name, dtype)
+
+
+def test_callable_criteria_compile_to_one_graph_and_are_refused_where_samples_interact():
+    run(CRITERIA_SCRIPT)
+
+
+def run(script, *arguments):
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, name, dtype],
+        [sys.executable, "-c", script, *arguments],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

@@ -42,7 +42,8 @@ def convex(criterion: Criterion) -> Loss:
     left at their outputs, and its change counted as often as their number goes into N.
 
     An eigenvalue within the rounding error of its Hessian counts as zero; closed forms have no such
-    error.
+    error. What `torch.compile` compiles cannot choose by values, and takes every criterion in the
+    second way.
 
     Raises
     ------
@@ -82,6 +83,8 @@ def convex(criterion: Criterion) -> Loss:
 
     # Which of these it is, of the first member of an ensemble.
     def of_samples(outputs: Float[Tensor, "n ..."], y: PyTree) -> float | None:
+        if torch.compiler.is_compiling():  # what is compiled cannot tell, and both are right
+            return None
         outputs = first_member(outputs)
         return _denominator(in_dtype_of(outputs, criterion), outputs, tree_map(first_member, y))
 
@@ -94,6 +97,8 @@ def convex(criterion: Criterion) -> Loss:
         return lambda f: in_dtype_of(f, criterion)(f, y)
 
     def check(outputs: Tensor, y: PyTree) -> None:
+        if torch.compiler.is_compiling():  # a mode would be left out of the graph
+            return
         with Watch("criterion must not depend on chance or on the call before"):
             value = criterion(first_member(outputs), tree_map(first_member, y))
         _check_scalar(value)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.criteria.loss import Expansion, Loss, sample_values
+from ddnewton.criteria.loss import Expansion, Loss, sample_gradient
 from ddnewton.criteria.monte_carlo import AnyCriterion, MonteCarlo, sampled
 from ddnewton.criteria.torch_losses import record_of
 from ddnewton.errors import BadValue, sentence
@@ -55,7 +55,7 @@ def losses(loss: Loss, outputs: Float[Tensor, "n ..."], y: PyTree) -> Float[Tens
 
     For samples of a batch that have losses of their own; for any other there is `joint_loss`.
     """
-    return loss_in_float64(lambda f: sample_values(loss, f, y).double(), outputs, outputs)
+    return loss_in_float64(lambda f: sample_gradient(loss, f, y)[0].double(), outputs, outputs)
 
 
 def joint_loss(

@@ -110,7 +110,7 @@ def _blocks(
     image = derivatives.product(probe[None])[0]
     eps, c = torch.finfo(outputs.dtype).eps, outputs[0].numel()
     *smaller, all_axes = _interacting_axes(outputs.ndim)
-    if torch.compiler.is_compiling():  # what is compiled cannot tell whether blocks are all
+    if torch.compiler.is_compiling():  # which cannot choose by values
         smaller = []
     for axes in (*smaller, all_axes):
         H = _blocks_over(derivatives, outputs, axes)
@@ -122,7 +122,10 @@ def _blocks(
         rounding = HESSIAN_ROUNDINGS * eps * c * largest
         if axes == all_axes:
             rounding = eps**0.5 * largest + rounding.amax()
-        if not any_known(distance > rounding):
+        within = distance <= rounding
+        if torch.compiler.is_compiling():  # but raises when it runs
+            torch._assert_async(within.all(), _interaction())
+        if not any_known(~within):
             return Blocks(axes, H)
     raise BadValue(_interaction())
 

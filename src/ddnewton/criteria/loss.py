@@ -104,17 +104,17 @@ def value_and_gradient(
         n = outputs.shape[0]
         gradient, value = grad_and_value(together)(outputs)
         return value.double().expand(n), n * gradient.double().reshape(n, -1)
+    return sample_gradient(loss, outputs, y)
+
+
+def sample_gradient(
+    loss: Loss, outputs: Float[Tensor, "n ..."], y: PyTree
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "n c"]]:
+    """Return the same of some samples of a batch whose samples have losses of their own."""
     if loss.gradient is not None:
         return loss.gradient(outputs, y)
     expansion = loss.expand(outputs, y)
     return expansion.value, slopes_of(expansion)
-
-
-def sample_values(loss: Loss, outputs: Float[Tensor, "n ..."], y: PyTree) -> Float[Tensor, " n"]:
-    """Return the losses of some samples of a batch whose samples have losses of their own."""
-    if loss.gradient is not None:
-        return loss.gradient(outputs, y)[0]
-    return loss.expand(outputs, y).value
 
 
 def name_of(criterion: object) -> str:

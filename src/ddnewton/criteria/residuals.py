@@ -49,12 +49,13 @@ class Residuals(NamedTuple):
 def residuals_of(loss: Loss, f: Float[Tensor, "n ..."], y: PyTree) -> Residuals:
     """Return a loss as one of residuals, by the part of y that the outputs are compared with.
 
-    It is the part whose gradient is minus that of the outputs, at these and at shifted ones.
+    It is the part whose gradient is minus that of the outputs, at these and at shifted ones; of
+    outputs [n, 1] it may have the shape [n].
     """
     candidates = [
         index
         for index, leaf in enumerate(tree_leaves(y))
-        if leaf.is_floating_point() and leaf.shape == f.shape
+        if leaf.is_floating_point() and leaf.shape in (f.shape, _without_last_one(f.shape))
     ]
     if torch.compiler.is_compiling() and candidates:
         return _compared_with(loss, f, y, candidates[0])
@@ -65,7 +66,7 @@ def residuals_of(loss: Loss, f: Float[Tensor, "n ..."], y: PyTree) -> Residuals:
     got = "one whose gradients in the outputs and in y are not opposite"
     remedy = (
         "majorized takes HuberLoss, SmoothL1Loss, L1Loss and functions of outputs − y, with y "
-        "floating-point and of the outputs' shape; clipped takes any that is differentiable twice."
+        "floating-point and as many numbers as outputs; clipped takes any that is differentiable twice."
     )
     raise BadValue(sentence(RESIDUAL_RULE, got, remedy))
 
@@ -111,7 +112,12 @@ def _compared_with(loss: Loss, f: Tensor, y: PyTree, index: int) -> Residuals:
     """Return a loss as one of the outputs minus the leaf of y with this index."""
     leaves, spec = tree_flatten(y)
     leaves[index] = leaves[index].to(f.dtype)
-    return Residuals(loss, leaves[index], tree_unflatten(leaves, spec))
+    return Residuals(loss, leaves[index].reshape(f.shape), tree_unflatten(leaves, spec))
+
+
+def _without_last_one(shape: torch.Size) -> torch.Size:
+    """Return a shape without its last axis, if that has a length of 1 and is not the only one."""
+    return shape[:-1] if len(shape) > 1 and shape[-1] == 1 else shape
 
 
 def _is_compared_with(residuals: Residuals, f: Tensor, index: int) -> bool:
@@ -120,7 +126,7 @@ def _is_compared_with(residuals: Residuals, f: Tensor, index: int) -> bool:
     leaves, spec = tree_flatten(y)
 
     def of_target(t: Tensor, point: Tensor) -> Tensor:
-        parts = [t if i == index else leaf for i, leaf in enumerate(leaves)]
+        parts = [t.reshape(x.shape) if i == index else x for i, x in enumerate(leaves)]
         return value_and_gradient(loss, point, tree_unflatten(parts, spec))[0].sum()
 
     for point in (f, f + (1 + f.abs()) * _ramp(f) / 64):

@@ -9,7 +9,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ddnewton.criteria.loss import Expansion, Loss, Uniform, value_and_gradient
+from ddnewton.criteria.loss import Expansion, Loss, Uniform, sample_gradient
 from ddnewton.criteria.monte_carlo import AnyCriterion, MonteCarlo
 from ddnewton.criteria.torch_losses import record_of
 from ddnewton.errors import BadType, BadValue, public, sentence
@@ -75,7 +75,7 @@ def _times(loss: Loss, weight: float | Tensor) -> Loss:
         return Expansion(scaled(value), basis, scaled(z), scaled(h), scaled(R))
 
     def gradient(outputs: Tensor, y: PyTree) -> tuple[Tensor, Tensor]:
-        value, r = value_and_gradient(loss, outputs, y)
+        value, r = sample_gradient(loss, outputs, y)
         return scaled(value), scaled(r)
 
     def scores(outputs: Tensor, y: PyTree, count: int, uniform: Uniform) -> Tensor:

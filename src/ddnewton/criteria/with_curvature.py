@@ -9,7 +9,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ddnewton.criteria.loss import Expansion, Loss, Uniform, value_and_gradient
+from ddnewton.criteria.loss import Expansion, Loss, Uniform, sample_gradient, value_and_gradient
 from ddnewton.criteria.monte_carlo import AnyCriterion, MonteCarlo, undrawn
 from ddnewton.criteria.torch_losses import record_of
 from ddnewton.errors import public
@@ -102,7 +102,7 @@ def _with_metric(loss: Loss, metric: Loss) -> Loss:
         denominator=loss.denominator,
         check=check,
         scores=scores if metric.scores else None,
-        gradient=partial(value_and_gradient, loss),
+        gradient=partial(sample_gradient, loss),
         fisher=with_slopes(metric.fisher) if metric.fisher else None,
         joint=loss.joint,
     )
