@@ -98,10 +98,26 @@ def pieces(factor: Factor, wanted: Sequence[bool]) -> Factor | None:
 
 def dense_columns(factor: Factor) -> Float[Tensor, "nm _"]:
     """Return columns as the rows of a matrix, outer products summed over positions."""
+    return torch.cat(dense_pieces(factor), 1) if isinstance(factor, Outer) else factor
+
+
+def dense_pieces(factor: Factor) -> list[Float[Tensor, "nm _"]]:
+    """Return the same piece by piece, to be put beside those of other factors."""
     if not isinstance(factor, Outer):
-        return factor
+        return [factor]
     whole = torch.einsum("nmgot,ngtp->nmgop", factor.b, rows_of(factor))
-    return torch.cat([part.flatten(2).flatten(0, 1) for part in whole.split(factor.widths, -1)], 1)
+    return [part.flatten(2).flatten(0, 1) for part in whole.split(factor.widths, -1)]
+
+
+def scaled_columns(factor: Factor, scales: Float[Tensor, "n m"], samples: slice) -> Factor:
+    """Return the columns of some of the samples, each times a number."""
+    n, m = scales.shape
+    scales = scales[samples]
+    if isinstance(factor, Outer):
+        b = factor.b[samples] * scales.to(factor.b.dtype)[:, :, None, None, None]
+        return factor._replace(a=factor.a[samples], b=b)
+    rows = factor.reshape(n, m, -1)[samples] * scales.to(factor.dtype)[:, :, None]
+    return rows.flatten(0, 1)
 
 
 def in_order(

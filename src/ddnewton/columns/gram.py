@@ -24,18 +24,24 @@ from ddnewton.columns.contraction import completed, inner, product
 from ddnewton.columns.factors import (
     Factor,
     Jacobian,
-    dense_columns,
+    dense_pieces,
     entry_count,
     from_order,
     in_order,
     inner_products,
     pieces,
+    scaled_columns,
     weighted_sums,
 )
 from ddnewton.transforms import summed
+from ddnewton.trees import chunks
 
 Leaves: TypeAlias = Sequence[int]
 """The numbers of the leaves that make up a block."""
+
+CACHED_ENTRIES, ROWS_PER_ENTRY = 2**17, 4
+"""How many entries of dense rows are made at a time, and how many rows at least for each entry of
+one, so that the sum of their products is not what takes the time."""
 
 
 class Columns(NamedTuple):
@@ -89,13 +95,18 @@ def outer_products(
     """Return A diag(w) Aᵀ for every block."""
     cut = _cuts(jacobian, blocks)
     orders = [_order(jacobian, block) for block in blocks]
-    totals: list[list[Tensor]] = [[] for _ in blocks]
+    totals: list[Tensor | float] = [0.0 for _ in blocks]
     for chunk in jacobian.chunks:
-        root = _of_chunk(jacobian, weights[None], chunk).sqrt().reshape(-1, 1)
+        root = _of_chunk(jacobian, weights[None], chunk)[0].sqrt()
         for b, factors in enumerate(cut(jacobian.visit(chunk))):
-            a = (root * _side_by_side(factors, orders[b], root)).mT
-            totals[b].append(product(a, a))
-    return [completed(_total(chunk_sums), symmetric=True) for chunk_sums in totals]
+            # Rows √w a, so many at a time that they stay in the cache where there are few entries.
+            d = sum(map(entry_count, factors))
+            rows = max(CACHED_ENTRIES // max(1, d), ROWS_PER_ENTRY * d)
+            for samples in chunks(len(root), max(1, rows // jacobian.columns)):
+                scaled = [scaled_columns(factor, root, samples) for factor in factors]
+                a = _side_by_side(scaled, orders[b], root[samples].reshape(-1, 1)).mT
+                totals[b] = totals[b] + product(a, a)
+    return [completed(torch.as_tensor(total), symmetric=True) for total in totals]
 
 
 def matmat(
@@ -196,7 +207,7 @@ def _side_by_side(
     factors: Sequence[Factor], order: Int[Tensor, " d"] | None, rows: Float[Tensor, "nm _"]
 ) -> Float[Tensor, "nm d"]:
     """Return the columns themselves, one in every row; there are as many as ``rows``."""
-    entries = [dense_columns(factor).double() for factor in factors]
+    entries = (piece.double() for factor in factors for piece in dense_pieces(factor))
     columns: Tensor = in_order(torch.cat([rows[:, :0], *entries], 1), order)
     return columns
 

@@ -189,18 +189,23 @@ def _by_program(
 
 def _cost(program: Program, n: int, m: int) -> float:
     """Return an estimate of the flops of a step."""
-    total = 0.0
+    pulled, products, d = 0.0, 0.0, 0
     for layer in program.layers:
         g, o, _ = layer.indices[0].shape
         widths = tuple(index.shape[2] for index in layer.indices)
         # Their inner products, by the shapes of a and b, and m pullbacks and about three runs.
         a = torch.empty(n, g, layer.positions, sum(widths), device="meta")
         b = torch.empty(n, m, g, o, layer.positions, device="meta")
-        total += flops(Outer(a, b, widths)) + 2 * (m + 3) * a.numel() * o
+        products += flops(Outer(a, b, widths))
+        pulled += 2 * (m + 3) * a.numel() * o
+        d += g * o * sum(widths)
     # Dense columns, of leaves without rules and of summed ones, are multiplied as they are.
     dense_entries = program.size - sum(site.shape.numel() for site in program.sites)
     dense_entries += sum(leaf.size for leaf in program.summed_leaves)
-    return total + 2 * dense_entries * (n * m) ** 2
+    products += 2 * dense_entries * (n * m) ** 2
+    # All columns are dense on the side of the parameters, where these are fewer.
+    d += dense_entries
+    return pulled + (products if n * m <= d else 2 * n * m * d**2)
 
 
 def _samples_at_once(program: Program, leaves: Sequence[Tensor], m: int) -> int:
