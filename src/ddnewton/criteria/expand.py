@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -11,8 +12,10 @@ from ddnewton.criteria.loss import Expansion, Loss, sample_gradient
 from ddnewton.criteria.monte_carlo import AnyCriterion, MonteCarlo, sampled
 from ddnewton.criteria.torch_losses import record_of
 from ddnewton.errors import BadValue, sentence
+from ddnewton.inputs.memory import NEVER_ASKED_BYTES, check_fits, free_bytes
 from ddnewton.linearize.precision import loss_in_float64
-from ddnewton.transforms import any_known, unwrapped
+from ddnewton.transforms import any_known, first_member, unwrapped
+from ddnewton.trees import tree_map
 from ddnewton.types import PyTree
 
 CONVEXITY_TOLERANCE = 1e-6
@@ -35,6 +38,7 @@ def expand_batch(
     They are taken at the ``precise`` outputs in float64, or at ``outputs`` if the loss refuses.
     """
     loss.check(outputs, y)
+    _check_basis_fits(loss, outputs, precise, y)
     expansion, denominator = loss_in_float64(
         lambda f: (loss.expand(f, y), loss.denominator(f, y)), precise, outputs
     )
@@ -77,6 +81,29 @@ def weight(
     """Return N / d: multiplied with it, the samples' losses have the batch's loss as their mean."""
     denominator = loss_in_float64(lambda f: loss.denominator(f, y), precise, outputs)
     return outputs.shape[0] / denominator
+
+
+def _check_basis_fits(
+    loss: Loss, outputs: Float[Tensor, "n ..."], precise: Float[Tensor, "n ..."], y: PyTree
+) -> None:
+    """Require the bases L of all samples, and as many cotangents, to fit into memory."""
+    n, c = outputs.shape[0], outputs[0].numel()
+    m = c if loss.columns is None else loss.columns(outputs)
+    size = 2 * n * c * m * torch.float64.itemsize
+    if size <= NEVER_ASKED_BYTES or torch.compiler.is_compiling():
+        return
+    # It may be fewer columns, or one basis for all samples: two of them show it, if they fit.
+    if n > 2 and 2 * size // n <= free_bytes(outputs.device):
+        f, targets = tree_map(lambda x: first_member(x)[:2], (precise, y))
+        basis = loss_in_float64(lambda f: loss.expand(f, targets).basis, f, f)
+        m, shared = basis.shape[2], basis.stride(0) == 0
+        size = 2 * (1 if shared else n) * basis[0].nbytes
+    what = f"the basis of the loss, {m} columns for each of {n} samples of {c} outputs"
+    remedy = (
+        "Pass monte_carlo(criterion, 1, generator) or empirical_fisher(criterion), which have few "
+        "columns, or fewer samples; make one sample's many outputs samples of their own."
+    )
+    check_fits(size, what, remedy, outputs.device)
 
 
 def _check_expansion(expansion: Expansion) -> None:

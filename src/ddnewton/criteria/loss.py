@@ -56,7 +56,8 @@ class Loss(NamedTuple):
     with its Fisher information as their mean square E[s sᵀ]; it is None for a loss without a
     likelihood that can be drawn from. ``gradient(outputs, y)`` returns values [n] and gradients
     [n c] without the Hessian; it is None where they are taken from the expansion.
-    ``fisher(outputs, y)`` is ``expand`` with the Fisher information for the Hessian; it is None
+    ``columns(outputs)`` is how many columns m at most a sample's L has, which must be known before
+    it is made; it is None for as many as outputs. ``fisher(outputs, y)`` is ``expand`` with the Fisher information for the Hessian; it is None
     where the two are the same, as they are for a loss with ``scores``, or where there is none.
 
     The samples of some losses have no values of their own, as where a mean divides by what all of
@@ -72,6 +73,7 @@ class Loss(NamedTuple):
     gradient: Callable[[Tensor, PyTree], tuple[Tensor, Tensor]] | None = None
     joint: Callable[[Tensor, PyTree], Callable[[Tensor], Tensor] | None] | None = None
     fisher: Callable[[Tensor, PyTree], Expansion] | None = None
+    columns: Callable[[Tensor], int] | None = None
 
 
 def spanned(

@@ -120,7 +120,11 @@ def sampled(criterion: MonteCarlo) -> Loss:
         zeros = columns.new_zeros(columns.shape[0], columns.shape[2])
         return Expansion(value, columns, z=zeros, h=zeros + 1 / samples, R=gradient[:, :, None])
 
-    return loss._replace(expand=expand, scores=None, fisher=None)
+    def columns(outputs: Tensor) -> int:
+        # One draw a sample, or one a position beyond the classes on axis 1.
+        return samples * outputs[:1, :1].numel()
+
+    return loss._replace(expand=expand, scores=None, fisher=None, columns=columns)
 
 
 def undrawn(criterion: AnyCriterion, remedy: str) -> Loss:

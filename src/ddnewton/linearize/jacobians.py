@@ -7,7 +7,6 @@ of them make A [d, i].
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias
@@ -19,6 +18,7 @@ from torch.func import vjp
 
 from ddnewton.columns.factors import Jacobian
 from ddnewton.inputs.checks import check_derivatives, check_sample_axis
+from ddnewton.inputs.memory import memory_bytes
 from ddnewton.linearize.independence import SamplesMix, check_independent
 from ddnewton.linearize.model import Model, at_samples
 from ddnewton.transforms import one_by_one, over_samples
@@ -140,14 +140,3 @@ def _samples_at_once(model: Model, m: int) -> int:
     n, width = model.outputs.shape[0], model.outputs.element_size()
     sample_bytes = 2 * width * m * parameter_count(model.params) + 1
     return max(1, min(n, memory_bytes(model.outputs.device) // 4 // sample_bytes))
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Return the memory of a device in bytes: what is free on a GPU, all of it elsewhere."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free
-    plain = not torch.compiler.is_compiling()  # which knows nothing of the system
-    if plain and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 2**33

@@ -19,9 +19,10 @@ from torch import Tensor
 from ddnewton.columns.contraction import flops
 from ddnewton.columns.factors import Factor, Jacobian, Outer
 from ddnewton.inputs.checks import check_outputs
+from ddnewton.inputs.memory import memory_bytes
 from ddnewton.linearize.buffers import kept_buffers
 from ddnewton.linearize.independence import SamplesMix, evaluate
-from ddnewton.linearize.jacobians import jacobian, memory_bytes
+from ddnewton.linearize.jacobians import jacobian
 from ddnewton.linearize.model import Model, at_samples
 from ddnewton.linearize.precision import float64_throughout, widened
 from ddnewton.linearize.structured.prepare import TRACED_SAMPLES, Untraceable, prepared_model

@@ -20,6 +20,7 @@ from torch import Tensor
 from ddnewton.columns.factors import Jacobian
 from ddnewton.columns.gram import Columns, Leaves, columns_of, matmat, outer_products, products
 from ddnewton.inputs.checks import check_derivatives
+from ddnewton.inputs.memory import NEVER_ASKED_BYTES, check_fits
 
 
 class GaussNewton(NamedTuple):
@@ -60,6 +61,27 @@ class GaussNewton(NamedTuple):
     def to_parameters(self, coordinates: Float[Tensor, "k j"]) -> Float[Tensor, "k d"]:
         """Return vectors of parameters from weights of all columns, or from themselves."""
         return self.columns.matmat(coordinates) if self.on_columns else coordinates
+
+
+def check_matrices_fit(
+    leaves: Sequence[Tensor], blocks: Sequence[Leaves], h: Float[Tensor, "n m"]
+) -> None:
+    """Require the matrices of the blocks, a copy of each and its vectors to fit into memory."""
+    n, m = h.shape
+    lengths = [sum(leaves[leaf].numel() for leaf in block) for block in blocks]
+    sides = [min(n * m, d) for d in lengths]
+    size = 3 * sum(side**2 for side in sides) * torch.float64.itemsize
+    if size <= NEVER_ASKED_BYTES:
+        return
+    what = (
+        f"Gauss-Newton matrices of side {', '.join(map(str, sides))}, a copy and vectors of each, "
+        f"of N·M = {n}·{m} columns along {', '.join(map(str, lengths))} parameters"
+    )
+    remedy = (
+        "Pass monte_carlo(criterion, 1, generator) or empirical_fisher(criterion) for fewer "
+        "columns, subsampling_ggn for fewer samples, or groups for smaller matrices."
+    )
+    check_fits(size, what, remedy, h.device)
 
 
 def block_matrices(

@@ -29,7 +29,12 @@ from ddnewton.inputs.groups import Block, Group, blocks_of
 from ddnewton.inputs.samples import Indices, Samples, indices, rows_among
 from ddnewton.linearize.linearization import Linearization, linearized
 from ddnewton.linearize.precision import resolved_in_float32
-from ddnewton.quadratic.gauss_newton import GaussNewton, block_matrices, block_vectors
+from ddnewton.quadratic.gauss_newton import (
+    GaussNewton,
+    block_matrices,
+    block_vectors,
+    check_matrices_fit,
+)
 from ddnewton.trees import tree_leaves
 from ddnewton.types import DampingRule, ModelFn, PyTree, Select
 
@@ -170,6 +175,8 @@ def _expanded(
     n = len(expansion.value)
     # The columns of the curvature: those of L, of the samples that give the directions.
     of_directions = _of_samples(expansion, samples.directions)
+    leaves = [block.leaves for block in blocks]
+    check_matrices_fit(linearization.leaves, leaves, of_directions.h)
     jacobians = [linearization.jacobian(of_directions.basis, samples.directions)]
     # The gradient is made of the same columns, and of gradients that these do not span.
     gradient_weights, gamma_rows = of_directions.z.T.reshape(-1) / n, None

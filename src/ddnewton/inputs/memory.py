@@ -1,0 +1,94 @@
+"""What fits into the memory at hand, told before the work begins.
+
+Without this the allocator would fail in the middle of a step with a number of bytes and no reason,
+or, where a system promises more memory than it has, end the process.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from ddnewton.errors import BadValue, sentence
+
+NEVER_ASKED_BYTES = 2**27
+"""Up to how many bytes nobody asks what is free: every machine has them."""
+
+UNKNOWN_BYTES = 2**33
+"""The memory of a system that does not tell."""
+
+GROUP_LIMITS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+"""Where Linux says what a container may use, and what it uses."""
+
+
+class TooLarge(BadValue, MemoryError):
+    """A step that does not fit into the memory at hand."""
+
+
+def check_fits(size: int, what: str, remedy: str, device: torch.device) -> None:
+    """Require something of a step to fit into what is free of the memory."""
+    # What is compiled knows nothing of the system.
+    if size <= NEVER_ASKED_BYTES or torch.compiler.is_compiling():
+        return
+    free = free_bytes(device)
+    if size > free:
+        got = f"{what}: {size / 1e9:.3g} GB, where {free / 1e9:.3g} GB are free"
+        raise TooLarge(sentence("a step must fit into the memory at hand", got, remedy))
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Return the memory of a device in bytes: what is free on a GPU, all of it elsewhere."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    if torch.compiler.is_compiling():  # which knows nothing of the system
+        return UNKNOWN_BYTES
+    limits = [limit for limit, _ in _limits()]
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(limits, default=UNKNOWN_BYTES)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the free memory of a device in bytes."""
+    if device.type == "cuda":
+        return memory_bytes(device)
+    free = [limit - used for limit, used in _limits()]
+    for line in _text("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            free.append(1024 * int(line.split()[1]))
+    return max(0, min(free, default=memory_bytes(device)))
+
+
+def _limits() -> list[tuple[int, int]]:
+    """Return the limits of this process and of its container, and what is used of each."""
+    limits = []
+    for limit_file, used_file in GROUP_LIMITS:
+        limit, used = _text(limit_file).strip(), _text(used_file).strip()
+        if limit.isdigit() and used.isdigit():
+            limits.append((int(limit), int(used)))
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return limits
+    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    pages = _text("/proc/self/statm").split()[:1]
+    if address_space != resource.RLIM_INFINITY and pages:
+        limits.append((address_space, int(pages[0]) * resource.getpagesize()))
+    return limits
+
+
+def _text(path: str) -> str:
+    """Return the text of a file of the system, nothing where there is none."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

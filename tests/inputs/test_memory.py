@@ -1,0 +1,83 @@
+"""Steps that do not fit into the memory at hand are refused before the work, with the figures."""
+
+import pytest
+import torch
+from torch import nn
+
+from ddnewton import Group, empirical_fisher, ggn_eigvalsh, monte_carlo, newton_step
+from ddnewton.inputs import memory
+
+FREE = 2**27
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _little_memory(monkeypatch):
+    monkeypatch.setattr(memory, "_limits", lambda: [(FREE + 1000, 1000)])
+
+
+def case(n, classes, positions=()):
+    generator = torch.Generator().manual_seed(0)
+    params = torch.randn(4, classes, generator=generator)
+    X = torch.randn(n, *positions, 4, generator=generator)
+    y = torch.randint(0, classes, (n, *positions), generator=generator)
+    return (lambda p, x: (x @ p).movedim(-1, 1)), params, X, y
+
+
+def test_a_basis_that_does_not_fit_is_refused_with_its_figures():
+    # 2 · 8 B · 2 · 6,400 outputs · 6,400 columns
+    match = "6400 columns for each of 2 samples of 6400 outputs: 1.31 GB, where 0.134 GB are free"
+    with pytest.raises(MemoryError, match=match):
+        newton_step(*case(2, 64, (100,)), nn.CrossEntropyLoss(), 0.1)
+
+
+def wide_case(n, halves):
+    """Logits of 5 classes that depend on 2,400 parameters, in two leaves."""
+    generator = torch.Generator().manual_seed(0)
+    params = {name: torch.randn(4, 1200 // 4, generator=generator) for name in halves}
+
+    def model_fn(p, x):
+        hidden = torch.tanh(torch.cat([x @ weight for weight in p.values()], 1))
+        return hidden.unflatten(1, (5, -1)).sum(2)
+
+    X = torch.randn(n, 4, generator=generator)
+    return model_fn, params, X, torch.randint(0, 5, (n,), generator=generator)
+
+
+def test_a_matrix_that_does_not_fit_is_refused_with_its_figures():
+    # 3 · 8 B · 2,400²
+    problem = (*wide_case(1200, ("left", "right")), nn.CrossEntropyLoss())
+    match = r"side 2400, .* N·M = 1200·4 columns along 2400 parameters: 0.138 GB"
+    with pytest.raises(ValueError, match=match):
+        newton_step(*problem, 0.1)
+    with pytest.raises(MemoryError, match=match):
+        ggn_eigvalsh(*problem)
+
+
+def test_the_ways_out_do_fit():
+    model_fn, params, X, y = case(2, 64, (100,))
+    for criterion in (
+        monte_carlo(nn.CrossEntropyLoss(), 1, torch.Generator().manual_seed(0)),
+        empirical_fisher(nn.CrossEntropyLoss()),
+    ):
+        assert newton_step(model_fn, params, X, y, criterion, 0.1).isfinite().all()
+    problem = (*wide_case(1200, ("left", "right")), nn.CrossEntropyLoss())
+    step = newton_step(*problem, 0.1, groups=[Group(["left"]), Group(["right"])])
+    assert step["right"].isfinite().all()
+    few = newton_step(*problem, 0.1, subsampling_ggn=torch.arange(100))
+    assert few["left"].isfinite().all()
+
+
+def test_one_basis_for_all_samples_is_counted_once():
+    # As n bases it would be 2 · 8 B · 1,000 · 300 · 300.
+    generator = torch.Generator().manual_seed(0)
+    params, X = torch.randn(2, 300, generator=generator), torch.randn(1000, 2, generator=generator)
+    problem = (lambda p, x: x @ p, params, X, torch.zeros(1000, 300))
+    step = newton_step(*problem, nn.MSELoss(reduction="sum"), 1e-3)
+    torch.testing.assert_close(step, -params, rtol=1e-5, atol=0)
+
+
+def test_what_is_free_is_what_the_smallest_limit_leaves(monkeypatch):
+    assert memory.free_bytes(CPU) <= FREE
+    monkeypatch.setattr(memory, "_limits", list)
+    assert FREE < memory.free_bytes(CPU) <= memory.memory_bytes(CPU)
