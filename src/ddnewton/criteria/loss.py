@@ -56,9 +56,10 @@ class Loss(NamedTuple):
     with its Fisher information as their mean square E[s sᵀ]; it is None for a loss without a
     likelihood that can be drawn from. ``gradient(outputs, y)`` returns values [n] and gradients
     [n c] without the Hessian; it is None where they are taken from the expansion.
-    ``columns(outputs)`` is how many columns m at most a sample's L has, which must be known before
-    it is made; it is None for as many as outputs. ``fisher(outputs, y)`` is ``expand`` with the Fisher information for the Hessian; it is None
+    ``fisher(outputs, y)`` is ``expand`` with the Fisher information for the Hessian; it is None
     where the two are the same, as they are for a loss with ``scores``, or where there is none.
+    ``columns(outputs)`` is the largest m that a sample's L may have, which is asked for before L is
+    made; it is None for as many as outputs.
 
     The samples of some losses have no values of their own, as where a mean divides by what all of
     them have in y. For such a batch ``joint(outputs, y)`` returns the batch's loss as a function of

@@ -66,7 +66,8 @@ def residuals_of(loss: Loss, f: Float[Tensor, "n ..."], y: PyTree) -> Residuals:
     got = "one whose gradients in the outputs and in y are not opposite"
     remedy = (
         "majorized takes HuberLoss, SmoothL1Loss, L1Loss and functions of outputs − y, with y "
-        "floating-point and as many numbers as outputs; clipped takes any that is differentiable twice."
+        "floating-point and as many numbers as outputs; clipped takes any that is twice "
+        "differentiable."
     )
     raise BadValue(sentence(RESIDUAL_RULE, got, remedy))
 

@@ -7,11 +7,17 @@ or, where a system promises more memory than it has, end the process.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import torch
 
 from ddnewton.errors import BadValue, sentence
+
+try:
+    import resource
+except ImportError:  # not a Unix
+    resource = None  # type: ignore[assignment]
 
 NEVER_ASKED_BYTES = 2**27
 """Up to how many bytes nobody asks what is free: every machine has them."""
@@ -62,9 +68,8 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return memory_bytes(device)
     free = [limit - used for limit, used in _limits()]
-    for line in _text("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            free.append(1024 * int(line.split()[1]))
+    available = re.findall(r"MemAvailable: *(\d+)", _text("/proc/meminfo"))
+    free += [1024 * int(kilobytes) for kilobytes in available]
     return max(0, min(free, default=memory_bytes(device)))
 
 
@@ -75,9 +80,7 @@ def _limits() -> list[tuple[int, int]]:
         limit, used = _text(limit_file).strip(), _text(used_file).strip()
         if limit.isdigit() and used.isdigit():
             limits.append((int(limit), int(used)))
-    try:
-        import resource
-    except ImportError:  # not a Unix
+    if resource is None:
         return limits
     address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
     pages = _text("/proc/self/statm").split()[:1]
