@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -94,15 +94,43 @@ def linear_map(
 ) -> tuple[Tensor, Callable[[Tensor], list[Tensor]], PyTree]:
     """Return a function's value, its pullback, and its auxiliary outputs.
 
-    The pullback takes several cotangents, stacked on axis 0. This is `torch.func.vjp` under
-    ``vmap``. Plain autograd takes half the time, and is used outside transforms and inference mode.
+    The pullback takes several cotangents, stacked on axis 0. Plain autograd takes half the time of
+    `torch.func.vjp`, and models that this refuses; inside transforms and inference mode it is
+    `torch.func.vjp` under ``vmap``.
     """
-    if not _autograd_records():
-        value, pull, auxiliary = vjp(function, *primals, has_aux=True)  # type: ignore[misc]
-        return value, lambda cotangents: list(vmap(pull)(cotangents)), auxiliary
+    if is_transformed():
+        return _by_vjp(function, *primals)
+    if torch.is_inference_mode_enabled():  # which autograd needs copies to leave
+        try:
+            return _by_vjp(function, *primals)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as reason:  # noqa: BLE001 - torch raises all kinds
+            logger.info("plain autograd in place of torch.func: %s", reason)
+    return _by_autograd(function, *primals)
+
+
+def _by_vjp(
+    function: Callable[..., tuple[Tensor, PyTree]], *primals: Tensor
+) -> tuple[Tensor, Callable[[Tensor], list[Tensor]], PyTree]:
+    """Return a linear map by `torch.func.vjp`."""
+    value, pull, auxiliary = vjp(function, *primals, has_aux=True)  # type: ignore[misc]
+
+    def pullback(cotangents: Tensor) -> list[Tensor]:
+        if cotangents.shape[0] > 1:
+            return list(vmap(pull)(cotangents))
+        return [pulled[None] for pulled in pull(cotangents[0])]  # vmap knows not every operation
+
+    return value, pullback, auxiliary
+
+
+def _by_autograd(
+    function: Callable[..., tuple[Tensor, PyTree]], *primals: Tensor
+) -> tuple[Tensor, Callable[[Tensor], list[Tensor]], PyTree]:
+    """Return a linear map by plain autograd."""
     # The forward pass, with the primals as leaves of a graph of their own.
-    with torch.enable_grad():
-        inputs = [primal.detach().requires_grad_() for primal in primals]
+    with torch.inference_mode(False), torch.enable_grad(), _without_saving_hooks():
+        inputs = [_normal(primal).detach().requires_grad_() for primal in primals]
         value, auxiliary = function(*inputs)
 
     def pullback(cotangents: Tensor) -> list[Tensor]:
@@ -114,25 +142,45 @@ def linear_map(
         if not value.requires_grad:
             return list(map(zeros, primals))
         single = cotangents.shape[0] == 1  # cheaper without a batch of one
-        pulled = torch.autograd.grad(
-            value,
-            inputs,
-            cotangents[0] if single else cotangents,
-            retain_graph=True,
-            is_grads_batched=not single,
-            allow_unused=True,
-        )
-        batched = (p[None] if single and p is not None else p for p in pulled)
+        with torch.inference_mode(False):
+            pulled = torch.autograd.grad(
+                value,
+                inputs,
+                _normal(cotangents[0] if single else cotangents),
+                retain_graph=True,
+                is_grads_batched=not single,
+                allow_unused=True,
+            )
+        # The gradient of an embedding may be sparse.
+        dense = (p.to_dense() if p is not None and p.layout != torch.strided else p for p in pulled)
+        batched = (p[None] if single and p is not None else p for p in dense)
         return [zeros(x) if p is None else p for x, p in zip(primals, batched, strict=True)]
 
     return value.detach(), pullback, tree_map(torch.detach, auxiliary)
 
 
-def _autograd_records() -> bool:
-    """Return whether autograd can record: no transform, no compilation, no inference mode."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return False
-    return _functorch.peek_interpreter_stack() is None
+def _normal(tensor: Tensor) -> Tensor:
+    """Return a tensor that autograd may record: a copy, if it was made in inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+@contextmanager
+def _without_saving_hooks() -> Iterator[None]:
+    """Save for the backward pass what the forward pass has computed, without hooks.
+
+    A checkpoint computes it anew in the backward pass, when `torch.func.functional_call` has put
+    the module's own parameters back: the derivatives would be those at other parameters.
+    """
+    before = torch._C._autograd._saved_tensors_hooks_set_tracing(True)
+    try:
+        yield
+    finally:
+        torch._C._autograd._saved_tensors_hooks_set_tracing(before)
+
+
+def is_transformed() -> bool:
+    """Return whether a transform of torch.func, or a compilation, is under way."""
+    return torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None
 
 
 def over_samples(function: Callable[..., PyTree], *batches: PyTree) -> PyTree:

@@ -21,10 +21,11 @@ from torch.overrides import TorchFunctionMode
 
 from ddnewton.errors import BadValue, sentence
 from ddnewton.inputs.checks import check_outputs
+from ddnewton.linearize.calls import called
 from ddnewton.linearize.model import Model
 from ddnewton.linearize.widening import cast_rounding
 from ddnewton.transforms import unwrapped
-from ddnewton.trees import batches, on_copies, sample_count
+from ddnewton.trees import batches, sample_count
 from ddnewton.types import ModelFn, PyTree
 
 RANDOM_FUNCTIONS = {
@@ -145,14 +146,17 @@ def _running_module() -> str:
 
 def evaluate(model_fn: ModelFn, params: PyTree, X: PyTree, chunk_size: int | None) -> Model:
     """Run the model on a batch, some samples at a time; refuse calls that break the rule."""
-    model_fn = on_copies(model_fn)
-    outputs, watch = [], Watch()
-    for batch in batches(X, chunk_size):
-        with watch:
-            part = model_fn(params, batch)
-        check_outputs(part, sample_count(batch))
-        outputs.append(part)
-    return Model(model_fn, params, X, torch.cat(outputs), watch.rounding)
+
+    def evaluated(function: ModelFn) -> Model:
+        outputs, watch = [], Watch()
+        for batch in batches(X, chunk_size):
+            with watch:
+                part = function(params, batch)
+            check_outputs(part, sample_count(batch))
+            outputs.append(part.detach())
+        return Model(function, params, X, torch.cat(outputs), watch.rounding)
+
+    return called(evaluated, model_fn, params, X)
 
 
 class SamplesMix(BadValue):

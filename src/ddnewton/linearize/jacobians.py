@@ -6,6 +6,7 @@ of them make A [d, i].
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,19 +15,24 @@ from typing import TypeAlias
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.func import vjp
+from torch.func import vjp, vmap
 
 from ddnewton.columns.factors import Jacobian
 from ddnewton.inputs.checks import check_derivatives, check_sample_axis
 from ddnewton.inputs.memory import memory_bytes
+from ddnewton.linearize.calls import refusal
 from ddnewton.linearize.independence import SamplesMix, check_independent
-from ddnewton.linearize.model import Model, at_samples
-from ddnewton.transforms import one_by_one, over_samples
+from ddnewton.linearize.model import Model, at_samples, pullback_of
+from ddnewton.transforms import one_by_one
 from ddnewton.trees import as_batch, chunks, parameter_count, take, tree_leaves
 from ddnewton.types import ModelFn, PyTree
 
-SampleMap: TypeAlias = Callable[..., PyTree]
-"""`over_samples`, by ``vmap``, or `one_by_one`, a loop."""
+logger = logging.getLogger(__name__)
+
+Way: TypeAlias = Callable[
+    [ModelFn, PyTree, PyTree, Float[Tensor, "n c m"]], tuple[Tensor, Sequence[Tensor]]
+]
+"""A way from a function, its parameters, samples and their basis to outputs and columns."""
 
 
 def jacobian(
@@ -38,25 +44,30 @@ def jacobian(
     """Return the columns of some samples by the first of the models that can be differentiated.
 
     For every model ``vmap`` is tried first, then a loop over the samples where that fails or is
-    wrong: in torch 2.13 it mistakes an axis of PReLU's weight for one of the samples.
+    wrong: in torch 2.13 it mistakes an axis of PReLU's weight for one of the samples. The loop is
+    by plain autograd, which takes what torch.func refuses: all columns of a sample at once or, where
+    an operation has no rule for several, one by one.
     """
     errors: list[Exception] = []
     if samples is not None:
         models = [at_samples(model, samples) for model in models]
     for model in models:
-        for sample_map in (over_samples, one_by_one):
+        for way, cost in WAYS:
+            if errors and cost:
+                logger.info("Jacobian columns %s: %s", cost, errors[-1])
             try:
-                return _jacobian_by(sample_map, model, basis.to(model.outputs.dtype), chunk_size)
+                return _jacobian_by(way, model, basis.to(model.outputs.dtype), chunk_size)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # noqa: BLE001 - torch raises all kinds, and the last is raised
+            except Exception as error:  # noqa: BLE001 - torch raises all kinds, and one is told
                 errors.append(error)
     # Samples that mix are the user's to mend; any other error is the last one's.
-    raise next((error for error in errors if isinstance(error, SamplesMix)), errors[-1])
+    mixing = [error for error in errors if isinstance(error, SamplesMix)]
+    raise mixing[0] if mixing else refusal(models[-1], errors[-1])
 
 
 def _jacobian_by(
-    sample_map: SampleMap, model: Model, basis: Float[Tensor, "n c m"], chunk_size: int | None
+    way: Way, model: Model, basis: Float[Tensor, "n c m"], chunk_size: int | None
 ) -> Jacobian:
     """Return the columns of all samples, those of the first and the last chunk checked."""
     # The columns of the first chunk, of two samples at least: one cannot show that samples mix.
@@ -64,7 +75,7 @@ def _jacobian_by(
     size = chunk_size or _samples_at_once(model, m)
     parts = chunks(n, size)
     first_chunk = slice(0, min(max(2, size), n))
-    columns = _columns(sample_map, model, first_chunk, basis)
+    columns = _columns(way, model, first_chunk, basis)
     _check_pullback(model, first_chunk, basis, columns)
     # Every leaf is a factor of its own, in the order of the parameters.
     dtypes = {leaf.dtype for leaf in (model.outputs, *tree_leaves(model.params))}
@@ -75,25 +86,60 @@ def _jacobian_by(
     record = partial(record, device=basis.device, eps=eps, sums=0.0)
     if first_chunk.stop == n:  # all samples are in it: keep the columns
         return record(lambda _: columns, [first_chunk])
-    _check_pullback(model, parts[-1], basis, _columns(sample_map, model, parts[-1], basis))
-    return record(lambda chunk: _columns(sample_map, model, chunk, basis), parts)
+    _check_pullback(model, parts[-1], basis, _columns(way, model, parts[-1], basis))
+    return record(lambda chunk: _columns(way, model, chunk, basis), parts)
 
 
 def _columns(
-    sample_map: SampleMap, model: Model, chunk: slice, basis: Float[Tensor, "n c m"]
+    way: Way, model: Model, chunk: slice, basis: Float[Tensor, "n c m"]
 ) -> list[Float[Tensor, "nm _"]]:
     """Return the columns of some samples along every leaf, each sample evaluated by itself."""
-
-    def of_sample(x: PyTree, L: Float[Tensor, "c m"]) -> tuple[Tensor, list[Tensor]]:
-        f, pullback, *_ = vjp(lambda p: _sample_outputs(model.function, p, x), model.params)
-        return f, sample_map(lambda g: tree_leaves(pullback(g.reshape(f.shape))), L.mT)
-
-    of_samples, leaves = sample_map(of_sample, take(model.X, chunk), basis[chunk])
+    X, basis = take(model.X, chunk), basis[chunk]
+    of_samples, leaves = way(model.function, model.params, X, basis)
     of_batch = model.outputs[chunk]
     size = of_batch.abs().amax()
     check_independent(of_batch, of_samples, size, size, "outputs", model.rounding)
-    rows = basis[chunk].shape[0] * basis.shape[2]
+    rows = basis.shape[0] * basis.shape[2]
     return [leaf.reshape(rows, leaf.numel() // rows) for leaf in leaves]
+
+
+def _by_vmap(
+    function: ModelFn, params: PyTree, X: PyTree, basis: Float[Tensor, "n c m"]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return outputs and columns by ``vmap`` of `torch.func.vjp`, over samples and over columns."""
+
+    def of_sample(x: PyTree, L: Float[Tensor, "c m"]) -> tuple[Tensor, list[Tensor]]:
+        f, pullback, *_ = vjp(lambda p: _sample_outputs(function, p, x), params)
+        return f, vmap(lambda g: tree_leaves(pullback(g.reshape(f.shape))))(L.mT)
+
+    outputs, columns = vmap(of_sample)(X, basis)
+    return outputs, columns
+
+
+def _by_loop(
+    at_once: int | None,
+    function: ModelFn,
+    params: PyTree,
+    X: PyTree,
+    basis: Float[Tensor, "n c m"],
+) -> tuple[Tensor, list[Tensor]]:
+    """Return outputs and columns sample by sample, so many columns of it at once, None for all."""
+
+    def of_sample(x: PyTree, L: Float[Tensor, "c m"]) -> tuple[Tensor, list[Tensor]]:
+        f, pullback = pullback_of(lambda p: _sample_outputs(function, p, x), params)
+        parts = [pullback(part.reshape(-1, *f.shape)) for part in L.mT.split(at_once or L.shape[1])]
+        return f, [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+
+    outputs, columns = one_by_one(of_sample, X, basis)
+    return outputs, columns
+
+
+WAYS: tuple[tuple[Way, str], ...] = (
+    (_by_vmap, ""),
+    (partial(_by_loop, None), "in a loop, one backward pass per sample"),
+    (partial(_by_loop, 1), "in a loop, one backward pass per sample and column"),
+)
+"""The ways to the columns, the fastest first, and what they cost."""
 
 
 def _sample_outputs(function: ModelFn, params: PyTree, x: PyTree) -> Float[Tensor, "..."]:
@@ -114,7 +160,7 @@ def _check_pullback(
     X, basis = take(model.X, chunk), basis[chunk]
     n, _, m = basis.shape
     weights = torch.arange(1, n * m + 1, device=basis.device, dtype=basis.dtype).cos()
-    outputs, pullback, *_ = vjp(lambda p: model.function(p, X), model.params)
+    outputs, pullback = pullback_of(lambda p: model.function(p, X), model.params)
     cotangent = torch.einsum("ncm,nm->nc", basis, weights.reshape(n, m)).reshape(outputs.shape)
     # The scale of the sum, were all its terms as large as the largest: what may cancel.
     sizes = [
@@ -123,8 +169,7 @@ def _check_pullback(
     ]
     largest = torch.stack([outputs.abs().amax(), *(size.to(outputs) for size in sizes)]).amax()
     # Compare it with the same sum of the samples' columns, leaf by leaf.
-    pulled_back = tree_leaves(pullback(cotangent))
-    for leaf, leaf_columns, size in zip(pulled_back, columns, sizes, strict=True):
+    for leaf, leaf_columns, size in zip(pullback(cotangent[None]), columns, sizes, strict=True):
         if leaf.numel():
             check_derivatives(leaf)
             of_samples, floor = weights.to(leaf_columns) @ leaf_columns, largest.to(leaf_columns)

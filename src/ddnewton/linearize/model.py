@@ -1,13 +1,15 @@
-"""A model at a point: the record that its linearization starts from."""
+"""A model at a point: the record that its linearization starts from, and its pullback."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ddnewton.trees import take
+from ddnewton.transforms import linear_map
+from ddnewton.trees import take, tree_flatten, tree_unflatten
 from ddnewton.types import ModelFn, PyTree
 
 
@@ -24,3 +26,12 @@ class Model(NamedTuple):
 def at_samples(model: Model, samples: Int[Tensor, " _"] | slice) -> Model:
     """Return the model at some samples of its batch."""
     return model._replace(X=take(model.X, samples), outputs=model.outputs[samples])
+
+
+def pullback_of(
+    function: Callable[[PyTree], Tensor], params: PyTree
+) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
+    """Return a function's value, and its pullback of stacked cotangents to leaves of ``params``."""
+    leaves, spec = tree_flatten(params)
+    value, pullback, _ = linear_map(lambda *p: (function(tree_unflatten(p, spec)), ()), *leaves)
+    return value, pullback

@@ -31,10 +31,9 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import vjp
 
 from ddnewton.errors import BadType, BadValue
-from ddnewton.linearize.model import Model
+from ddnewton.linearize.model import Model, pullback_of
 from ddnewton.linearize.widening import Widen, in_float64, widen_leaf
 from ddnewton.transforms import any_known, unwrapped
 from ddnewton.trees import tree_leaves, tree_map
@@ -160,9 +159,8 @@ def narrowest(tensors: Sequence[Tensor]) -> torch.dtype:
 
 def pulled_back(model: Model, X: PyTree) -> Float[Tensor, " d"]:
     """Return the pullback of the ramp over a batch, to be compared with another's."""
-    outputs, pullback, *_ = vjp(lambda p: model.function(p, X), model.params)
-    leaves = tree_leaves(pullback(ramp(outputs)))
-    return torch.cat([leaf.double().reshape(-1) for leaf in leaves])
+    outputs, pullback = pullback_of(lambda p: model.function(p, X), model.params)
+    return torch.cat([leaf.double().reshape(-1) for leaf in pullback(ramp(outputs)[None])])
 
 
 def ramp(outputs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

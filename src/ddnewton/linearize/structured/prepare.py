@@ -16,6 +16,7 @@ from ddnewton.inputs.checks import (
     check_params,
 )
 from ddnewton.linearize.buffers import kept_buffers
+from ddnewton.linearize.calls import alone, first_line
 from ddnewton.linearize.independence import SamplesMix, check_independent, evaluate
 from ddnewton.linearize.model import Model
 from ddnewton.linearize.precision import Widened, if_same_function, narrowest, pulled_back, ramp
@@ -100,8 +101,7 @@ def prepared_model(model: Model) -> Prepared:
     # Of an ensemble, its first member; and the model on the first sample alone.
     params, X, outputs = tree_map(first_member, (model.params, model.X, model.outputs))
     model = model._replace(params=params, X=X, outputs=outputs)
-    x = take(X, slice(0, 1))
-    on_one_sample = model._replace(X=x, outputs=model.function(params, x))
+    on_one_sample = model._replace(X=take(X, slice(0, 1)), outputs=alone(model))
     # The program is made from the first sample, and must agree with the model there.
     leaves, samples = tree_leaves(params), tree_leaves(X)
     try:
@@ -117,8 +117,8 @@ def prepared_model(model: Model) -> Prepared:
             sentence("the trace of model_fn must agree with it", got, TRACE_REMEDY)
         ) from error
     except Exception as error:
-        got = " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-        raise Untraceable(sentence("model_fn must be traceable", got, TRACE_REMEDY)) from error
+        rule = "model_fn must be traceable"
+        raise Untraceable(sentence(rule, first_line(error), TRACE_REMEDY)) from error
     # It must agree on the batch too, and its version in float64 with it.
     program_outputs, pullback = _check_agreement(narrow, model)
     return Prepared(

@@ -1,0 +1,111 @@
+"""How a model is called, and what it means where a call fails.
+
+A model may need autograd: `torch.autograd.grad` inside it, as in a physics-informed net or a force
+field. It is then called with autograd recording, as it would be in anyone's own loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ddnewton.errors import BadType, BadValue, sentence
+from ddnewton.linearize.model import Model
+from ddnewton.transforms import first_member, is_transformed, untransformed
+from ddnewton.trees import on_copies, take, tree_leaves, tree_map
+from ddnewton.types import ModelFn, PyTree
+
+
+def recording(model_fn: ModelFn, X: PyTree) -> ModelFn:
+    """Return a function called on copies, with autograd recording.
+
+    Samples require a gradient where those of ``X`` do, for the model may differentiate by them.
+    """
+    flags = [leaf.requires_grad for leaf in tree_leaves(X)]
+    on_own_copies = on_copies(model_fn)
+
+    def recorded(params: PyTree, X: PyTree) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            if any(flags) and not is_transformed():
+                X = tree_map(torch.clone, X)
+                for leaf, flag in zip(tree_leaves(X), flags, strict=True):
+                    if flag and leaf.is_leaf:
+                        leaf.requires_grad_()
+            return on_own_copies(params, X)
+
+    return recorded
+
+
+def called(
+    evaluate: Callable[[ModelFn], Model], model_fn: ModelFn, params: PyTree, X: PyTree
+) -> Model:
+    """Evaluate a model as it is or, where that fails, with autograd recording."""
+    try:
+        return evaluate(on_copies(model_fn))
+    except (torch.OutOfMemoryError, BadValue, BadType):
+        raise
+    except Exception as error:
+        if torch.compiler.is_compiling():
+            raise
+        # The model's own error is the one with autograd, or the first, where both are the same.
+        try:
+            return evaluate(recording(model_fn, X))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as again:
+            _check_outside_transforms(model_fn, params, X, error)
+            if (type(again), str(again)) == (type(error), str(error)):
+                raise error from None
+            raise
+
+
+def refusal(model: Model, error: Exception) -> Exception:
+    """Return the error of a model that gave outputs, but no derivatives."""
+    if isinstance(error, (BadValue, BadType)) or torch.compiler.is_compiling():
+        return error
+    alone(model)
+    _check_outside_transforms(model.function, model.params, model.X, error)
+    rule = "model_fn must be differentiable by torch.func or by torch.autograd.grad"
+    remedy = "Mend what the error names; a checkpoint takes use_reentrant=False."
+    named = BadValue(sentence(rule, first_line(error), remedy))
+    named.__cause__ = error
+    return named
+
+
+def alone(model: Model) -> Tensor:
+    """Return the outputs of the first sample alone; say so where it cannot be called on one."""
+    try:
+        return model.function(model.params, take(model.X, slice(0, 1))).detach()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        rule = "model_fn must take a batch of any size, one sample included"
+        remedy = (
+            "Keep in model_fn what all samples share, such as the edges of a graph, and in X what "
+            "each has of its own; or make one graph one sample."
+        )
+        raise BadValue(sentence(rule, first_line(error), remedy)) from error
+
+
+def _check_outside_transforms(
+    model_fn: ModelFn, params: PyTree, X: PyTree, error: Exception
+) -> None:
+    """Say that ``vmap`` is what a model fails under, where it does not fail outside."""
+    if not is_transformed():
+        return
+    params, X = tree_map(first_member, (params, X))
+    try:
+        with untransformed():
+            recording(model_fn, X)(params, X)
+    except Exception:  # noqa: BLE001 - it fails there too: its own error is raised by the caller
+        return
+    rule = "under torch.func.vmap, model_fn must be one that torch.func differentiates"
+    remedy = "Call it for one member of the ensemble at a time, in a loop."
+    raise BadValue(sentence(rule, first_line(error), remedy)) from error
+
+
+def first_line(error: Exception) -> str:
+    """Return an error in a line: its type, and the first line of its message."""
+    return " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
