@@ -95,19 +95,17 @@ def linear_map(
     """Return a function's value, its pullback, and its auxiliary outputs.
 
     The pullback takes several cotangents, stacked on axis 0. Plain autograd takes half the time of
-    `torch.func.vjp`, and models that this refuses; inside transforms and inference mode it is
-    `torch.func.vjp` under ``vmap``.
+    `torch.func.vjp`, and functions that this refuses. Under ``vmap``, and with constants that were
+    made in inference mode, it is `torch.func.vjp`.
     """
     if is_transformed():
         return _by_vjp(function, *primals)
-    if torch.is_inference_mode_enabled():  # which autograd needs copies to leave
-        try:
-            return _by_vjp(function, *primals)
-        except torch.OutOfMemoryError:
+    try:
+        return _by_autograd(function, *primals)
+    except RuntimeError:
+        if not torch.is_inference_mode_enabled():
             raise
-        except Exception as reason:  # noqa: BLE001 - torch raises all kinds
-            logger.info("plain autograd in place of torch.func: %s", reason)
-    return _by_autograd(function, *primals)
+        return _by_vjp(function, *primals)
 
 
 def _by_vjp(

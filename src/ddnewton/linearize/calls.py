@@ -14,34 +14,44 @@ from torch import Tensor
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.linearize.model import Model
 from ddnewton.transforms import first_member, is_transformed, untransformed
-from ddnewton.trees import on_copies, take, tree_leaves, tree_map
+from ddnewton.trees import on_copies, take, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from ddnewton.types import ModelFn, PyTree
 
 
 def recording(model_fn: ModelFn, X: PyTree) -> ModelFn:
     """Return a function called on copies, with autograd recording.
 
-    Samples require a gradient where those of ``X`` do, for the model may differentiate by them.
+    Parameters require a gradient, and samples do where those of ``X`` do, for the model may
+    differentiate by them.
     """
     flags = [leaf.requires_grad for leaf in tree_leaves(X)]
     on_own_copies = on_copies(model_fn)
 
     def recorded(params: PyTree, X: PyTree) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
-            if any(flags) and not is_transformed():
-                X = tree_map(torch.clone, X)
-                for leaf, flag in zip(tree_leaves(X), flags, strict=True):
-                    if flag and leaf.is_leaf:
-                        leaf.requires_grad_()
+            # In front of the copies, so that the model may write to what it gets.
+            if not is_transformed():
+                params = tree_map(_differentiated, params)
+                leaves, spec = tree_flatten(X)
+                pairs = zip(leaves, flags, strict=True)
+                X = tree_unflatten([_differentiated(x) if flag else x for x, flag in pairs], spec)
             return on_own_copies(params, X)
 
     return recorded
 
 
+def _differentiated(leaf: Tensor) -> Tensor:
+    """Return a leaf that requires a gradient: itself, or a copy."""
+    return leaf if leaf.requires_grad else leaf.detach().clone().requires_grad_()
+
+
 def called(
-    evaluate: Callable[[ModelFn], Model], model_fn: ModelFn, params: PyTree, X: PyTree
+    evaluate: Callable[[ModelFn], Model], model_fn: ModelFn, params: PyTree, X: PyTree, whole: bool
 ) -> Model:
-    """Evaluate a model as it is or, where that fails, with autograd recording."""
+    """Evaluate a model as it is or, where that fails, with autograd recording.
+
+    ``whole`` says whether it is evaluated on the whole batch at once, and not in parts.
+    """
     try:
         return evaluate(on_copies(model_fn))
     except (torch.OutOfMemoryError, BadValue, BadType):
@@ -49,13 +59,16 @@ def called(
     except Exception as error:
         if torch.compiler.is_compiling():
             raise
-        # The model's own error is the one with autograd, or the first, where both are the same.
+        function = recording(model_fn, X)
         try:
-            return evaluate(recording(model_fn, X))
+            return evaluate(function)
         except torch.OutOfMemoryError:
             raise
         except Exception as again:
+            # It may be no error of the model's own, but one of how it is called here.
             _check_outside_transforms(model_fn, params, X, error)
+            if not whole and _succeeds(function, params, X):
+                raise _any_size(again) from again
             if (type(again), str(again)) == (type(error), str(error)):
                 raise error from None
             raise
@@ -81,12 +94,17 @@ def alone(model: Model) -> Tensor:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        rule = "model_fn must take a batch of any size, one sample included"
-        remedy = (
-            "Keep in model_fn what all samples share, such as the edges of a graph, and in X what "
-            "each has of its own; or make one graph one sample."
-        )
-        raise BadValue(sentence(rule, first_line(error), remedy)) from error
+        raise _any_size(error) from error
+
+
+def _any_size(error: Exception) -> BadValue:
+    """Return the error of a model that takes its batch, but not a part of it."""
+    rule = "model_fn must take a batch of any size, one sample included"
+    remedy = (
+        "Keep in model_fn what all samples share, such as the edges of a graph, and in X what "
+        "each has of its own; or make one graph one sample."
+    )
+    return BadValue(sentence(rule, first_line(error), remedy))
 
 
 def _check_outside_transforms(
@@ -96,14 +114,23 @@ def _check_outside_transforms(
     if not is_transformed():
         return
     params, X = tree_map(first_member, (params, X))
+    with untransformed():
+        refused = _succeeds(recording(model_fn, X), params, X)
+    if refused:
+        rule = "under torch.func.vmap, model_fn must be one that torch.func differentiates"
+        remedy = "Call it for one member of the ensemble at a time, in a loop."
+        raise BadValue(sentence(rule, first_line(error), remedy)) from error
+
+
+def _succeeds(function: ModelFn, params: PyTree, X: PyTree) -> bool:
+    """Return whether a call of a model raises nothing."""
     try:
-        with untransformed():
-            recording(model_fn, X)(params, X)
-    except Exception:  # noqa: BLE001 - it fails there too: its own error is raised by the caller
-        return
-    rule = "under torch.func.vmap, model_fn must be one that torch.func differentiates"
-    remedy = "Call it for one member of the ensemble at a time, in a loop."
-    raise BadValue(sentence(rule, first_line(error), remedy)) from error
+        function(params, X)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - an error of the model's own may be of any kind
+        return False
+    return True
 
 
 def first_line(error: Exception) -> str:

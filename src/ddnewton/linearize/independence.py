@@ -25,7 +25,7 @@ from ddnewton.linearize.calls import called
 from ddnewton.linearize.model import Model
 from ddnewton.linearize.widening import cast_rounding
 from ddnewton.transforms import unwrapped
-from ddnewton.trees import batches, sample_count
+from ddnewton.trees import batches, sample_count, take
 from ddnewton.types import ModelFn, PyTree
 
 RANDOM_FUNCTIONS = {
@@ -144,19 +144,28 @@ def _running_module() -> str:
     return f" in {type(culprit).__name__}" + (f" {names[0]!r}" if names else "")
 
 
-def evaluate(model_fn: ModelFn, params: PyTree, X: PyTree, chunk_size: int | None) -> Model:
-    """Run the model on a batch, some samples at a time; refuse calls that break the rule."""
+def evaluate(
+    model_fn: ModelFn, params: PyTree, X: PyTree, chunk_size: int | None, first: int | None = None
+) -> Model:
+    """Run the model on a batch, some samples at a time; refuse calls that break the rule.
 
+    With ``first`` it is run on so many samples alone.
+    """
+    samples = take(X, slice(0, first))
+    parts = batches(samples, chunk_size)
+
+    # Watched call by call, and kept without the graph that a model with derivatives inside records.
     def evaluated(function: ModelFn) -> Model:
         outputs, watch = [], Watch()
-        for batch in batches(X, chunk_size):
+        for batch in parts:
             with watch:
                 part = function(params, batch)
             check_outputs(part, sample_count(batch))
             outputs.append(part.detach())
-        return Model(function, params, X, torch.cat(outputs), watch.rounding)
+        return Model(function, params, samples, torch.cat(outputs), watch.rounding)
 
-    return called(evaluated, model_fn, params, X)
+    whole = sample_count(parts[0]) == sample_count(X)
+    return called(evaluated, model_fn, params, X, whole)
 
 
 class SamplesMix(BadValue):

@@ -23,7 +23,7 @@ from ddnewton.inputs.memory import memory_bytes
 from ddnewton.linearize.calls import refusal
 from ddnewton.linearize.independence import SamplesMix, check_independent
 from ddnewton.linearize.model import Model, at_samples, pullback_of
-from ddnewton.transforms import one_by_one
+from ddnewton.transforms import is_transformed, one_by_one
 from ddnewton.trees import as_batch, chunks, parameter_count, take, tree_leaves
 from ddnewton.types import ModelFn, PyTree
 
@@ -45,16 +45,17 @@ def jacobian(
 
     For every model ``vmap`` is tried first, then a loop over the samples where that fails or is
     wrong: in torch 2.13 it mistakes an axis of PReLU's weight for one of the samples. The loop is
-    by plain autograd, which takes what torch.func refuses: all columns of a sample at once or, where
-    an operation has no rule for several, one by one.
+    by plain autograd, which takes what torch.func refuses: all columns of a sample at once, or one
+    by one, where an operation has no rule for several.
     """
     errors: list[Exception] = []
     if samples is not None:
         models = [at_samples(model, samples) for model in models]
     for model in models:
         for way, cost in WAYS:
-            if errors and cost:
-                logger.info("Jacobian columns %s: %s", cost, errors[-1])
+            if cost:
+                by = "torch.func" if is_transformed() else "plain autograd"
+                logger.info("Jacobian columns by %s, %s: %s", by, cost, errors[-1])
             try:
                 return _jacobian_by(way, model, basis.to(model.outputs.dtype), chunk_size)
             except torch.OutOfMemoryError:
@@ -136,8 +137,8 @@ def _by_loop(
 
 WAYS: tuple[tuple[Way, str], ...] = (
     (_by_vmap, ""),
-    (partial(_by_loop, None), "in a loop, one backward pass per sample"),
-    (partial(_by_loop, 1), "in a loop, one backward pass per sample and column"),
+    (partial(_by_loop, None), "one backward pass per sample"),
+    (partial(_by_loop, 1), "one backward pass per sample and column"),
 )
 """The ways to the columns, the fastest first, and what they cost."""
 

@@ -87,7 +87,7 @@ def prepare(model_fn: ModelFn, params: PyTree, X: PyTree) -> Prepared:
         model_fn.leaves(params, X)
         return model_fn
     with kept_buffers(model_fn) as check_buffers:
-        model = evaluate(model_fn, params, take(X, slice(0, TRACED_SAMPLES)), None)
+        model = evaluate(model_fn, params, X, None, TRACED_SAMPLES)
         check_buffers()
         return prepared_model(model)
 
