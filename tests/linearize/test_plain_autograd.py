@@ -101,8 +101,14 @@ def test_updates(name):
 
 
 MODULES = {
-    "packed": (lambda: Recurrent(nn.LSTM), (normal(5, 4, 2), torch.tensor([4, 1, 3, 2, 4]))),
-    "checkpoint": (lambda: Checkpointed(use_reentrant=False), normal(5, 3)),
+    "packed": (
+        lambda: Recurrent(nn.LSTM),
+        (torch.arange(40.0).sin().reshape(5, 4, 2), torch.tensor([4, 1, 3, 2, 4])),
+    ),
+    "checkpoint": (
+        lambda: Checkpointed(use_reentrant=False),
+        torch.arange(15.0).sin().reshape(5, 3),
+    ),
     "sparse": (
         lambda: nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Linear(6, 2)),
         torch.tensor([[0, 1], [2, 3], [4, 0], [1, 1], [3, 4]]),
@@ -117,7 +123,7 @@ def test_modules_in_training(name):
     net, y = make(), normal(5, 2)
     optimizer = DirectionalNewton(net, MSE)
     losses = [float(optimizer.step(X, y)) for _ in range(4)]
-    assert losses[3] < 0.5 * losses[0]
+    assert losses[3] < losses[2] < losses[1] < losses[0]
     assert all(p.grad is None for p in net.parameters())
 
 
@@ -186,7 +192,7 @@ def test_a_reentrant_checkpoint_is_refused_by_name():
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
-ADJACENCY = normal(6, 6).abs()
+ADJACENCY = torch.arange(36.0).sin().abs().reshape(6, 6)
 
 
 def graph(p, x):
