@@ -42,7 +42,7 @@ def recording(model_fn: ModelFn, X: PyTree) -> ModelFn:
 
 def _differentiated(leaf: Tensor) -> Tensor:
     """Return a leaf that requires a gradient: itself, or a copy."""
-    return leaf if leaf.requires_grad else leaf.detach().clone().requires_grad_()
+    return leaf if leaf.requires_grad else leaf.clone().requires_grad_()
 
 
 def called(

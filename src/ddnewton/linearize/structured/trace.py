@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from ddnewton.inputs.checks import check_sample_axis
 from ddnewton.linearize.structured.rules import DECOMPOSITIONS, aten
@@ -26,6 +28,10 @@ from ddnewton.linearize.widening import map_constants
 from ddnewton.transforms import first_member
 from ddnewton.trees import as_batch, tree_flatten, tree_unflatten
 from ddnewton.types import ModelFn, PyTree
+
+
+DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
+"""The functions by which a model makes a constant of what it has computed."""
 
 
 def trace(function: ModelFn, params: PyTree, x: PyTree) -> GraphModule:
@@ -39,18 +45,47 @@ def trace(function: ModelFn, params: PyTree, x: PyTree) -> GraphModule:
 
     def of_sample(*leaves: Tensor) -> Tensor:
         params, x = tree_unflatten(leaves, spec)
-        outputs = function(params, as_batch(x))
+        with MarkDetached():
+            outputs = function(params, as_batch(x))
         check_sample_axis(outputs, 1)
         return outputs[0]
 
     with _plain_kernels(), torch.no_grad():
-        graph = _tidy(_graph(of_sample, leaves))
+        graph = _tidy(_detached_where_marked(_graph(of_sample, leaves)))
         if any(map(_writes, graph.graph.nodes)):
             # Writing into a tensor that is the same for all samples does not survive vmap.
             graph = make_fx(functionalize(graph))(*leaves)
             ShapeProp(graph).propagate(*leaves)
         graph = _tidy(_differentiable(graph))
     map_constants(graph, lambda constant: constant.detach().clone())
+    return graph
+
+
+class MarkDetached(TorchFunctionMode):
+    """Mark, by a copy, what a model detaches.
+
+    A derivative inside a model, by `torch.autograd.grad`, detaches what it has saved, and the trace
+    would take that for a constant.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return aten.detach_copy.default(result) if func in DETACHING else result
+
+
+def _detached_where_marked(graph: GraphModule) -> GraphModule:
+    """Detach what a model detaches, and nothing else."""
+    for node in graph.graph.nodes:
+        if node.target == aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+        elif node.target == aten.detach_copy.default:
+            node.target = aten.detach.default
     return graph
 
 
