@@ -106,6 +106,46 @@ def inner_steps(dtype) -> Case:
     return Case(adapted, weights(2, 1, dtype), X, adapted)
 
 
+def stopped(dtype) -> Case:
+    """What the model itself detaches stays a constant, whatever autograd detaches of its own."""
+
+    def residual(p, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            u = hidden(p, x)
+            slope = torch.autograd.grad(u.sum(), x, create_graph=True)[0]
+            return u + slope * u.detach() + slope.data.square()
+
+    return Case(residual, weights(1, 1, dtype), normal(N, 1).to(dtype), residual)
+
+
+def laplacian(net):
+    def residual(p, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            u = functional_call(net, p, (x,))
+            slopes = torch.autograd.grad(u.sum(), x, create_graph=True)[0]
+            terms = [
+                torch.autograd.grad(slopes[:, i].sum(), x, create_graph=True)[0][:, i]
+                for i in range(2)
+            ]
+        return torch.stack(terms, 1).sum(1, keepdim=True) + u
+
+    return residual
+
+
+def normalized(dtype) -> Case:
+    """Second derivatives of group norm and layer norm."""
+    net = nn.Sequential(
+        nn.Linear(2, 6), nn.GroupNorm(2, 6), nn.SiLU(), nn.LayerNorm(6), nn.Linear(6, 1)
+    ).to(dtype)
+    params = {name: p.detach() + 0.1 for name, p in net.named_parameters()}
+    twin = nn.Sequential(
+        nn.Linear(2, 6), nn.GroupNorm(2, 6), nn.SiLU(), nn.LayerNorm(6), nn.Linear(6, 1)
+    ).double()
+    return Case(laplacian(net), params, normal(N, 2).to(dtype), laplacian(twin))
+
+
 class Recurrent(nn.Module):
     def __init__(self, kind) -> None:
         super().__init__()
@@ -255,6 +295,8 @@ CASES: dict[str, Callable[[torch.dtype], Case]] = {
     "samples with gradients": samples_that_require_a_gradient,
     "force field": force_field,
     "inner steps": inner_steps,
+    "stop-gradient": stopped,
+    "norms": normalized,
     "packed LSTM": lambda dtype: packed(nn.LSTM, dtype),
     "packed GRU": lambda dtype: packed(nn.GRU, dtype),
     "sparse embedding": sparse_embedding,
@@ -265,3 +307,6 @@ CASES: dict[str, Callable[[torch.dtype], Case]] = {
     "torch.library": own_operation,
     "TorchScript": scripted,
 }
+
+TRACEABLE = set(CASES) - {"packed LSTM", "packed GRU", "sparse bag", "compressed rows"}
+"""Those whose operations torch.func takes once a trace has found them."""

@@ -17,9 +17,16 @@ from ddnewton import (
     newton_step,
     prepare,
 )
-from ddnewton.linearize.jacobians import WAYS
+from ddnewton.linearize.sample_columns import WAYS
 from ddnewton.optim import DirectionalNewton
-from tests.linearize.autograd_cases import CASES, Checkpointed, Recurrent, hidden, weights
+from tests.linearize.autograd_cases import (
+    CASES,
+    TRACEABLE,
+    Checkpointed,
+    Recurrent,
+    hidden,
+    weights,
+)
 from tests.methods import FLOAT32, FLOAT64
 from tests.models import normal
 from tests.reference import Dense, dense, directions, error, flat, solve
@@ -47,6 +54,31 @@ def test_steps(name, dtype):
     tolerance = 1e-11 if dtype == torch.float64 else 1e-6
     for options in ({}, {"chunk_size": 1}, {"chunk_size": 2}, {"gram": "dense"}):
         assert error(newton_step(*given, 0.1, **options), solve(truth, 0.1)) < tolerance, options
+
+
+@pytest.mark.parametrize("dtype", [FLOAT64, FLOAT32])
+@pytest.mark.parametrize("name", sorted(TRACEABLE))
+def test_steps_by_layers(name, dtype):
+    given, truth = given_and_truth(name, dtype)
+    prepared = prepare(*given[:3])
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-6
+    assert error(newton_step(prepared, *given[1:], 0.1), solve(truth, 0.1)) < tolerance
+    if dtype == torch.float64:
+        assert error(prepared(*given[1:3]), value(*given[:3])) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [FLOAT64, FLOAT32])
+@pytest.mark.parametrize("name", ["physics-informed", "ambient autograd", "stop-gradient"])
+def test_many_samples_are_differentiated_by_a_trace(name, dtype, caplog):
+    model_fn, params, X, reference = CASES[name](dtype)
+    X = normal(120, *X.shape[1:]).to(dtype)
+    y = torch.cos(value(model_fn, params, X))
+    with caplog.at_level(logging.INFO, logger="ddnewton"):
+        step = newton_step(model_fn, params, X, y, MSE, 0.1)
+    assert "Jacobian columns by a trace of one sample" in caplog.text
+    assert "by plain autograd" not in caplog.text
+    truth = solve(dense(reference, params, X, y, MSE), 0.1)
+    assert error(step, truth) < (1e-11 if dtype == torch.float64 else 1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -142,7 +174,7 @@ def test_a_checkpoint_trains_like_the_net_without_it():
 def test_ways_to_the_columns_agree():
     """Where torch.func and autograd both take a model, to rounding."""
     params, X, basis = weights(3, 4), normal(5, 3).double(), normal(5, 4, 3).double()
-    results = [way(hidden, params, X, basis) for way, _ in WAYS]
+    results = [way(hidden, params, X, basis) for way, _, _ in WAYS]
     for outputs, columns in results[1:]:
         assert error(outputs, results[0][0]) < 1e-14
         pairs = zip(columns, results[0][1], strict=True)
@@ -151,14 +183,13 @@ def test_ways_to_the_columns_agree():
 
 @pytest.mark.parametrize(
     ("name", "cost"),
-    [("force field", "one backward pass per sample: "), ("sparse bag", "per sample and column: ")],
+    [("force field", "per sample"), ("sparse bag", "per sample and column")],
 )
 def test_the_way_and_its_cost_are_logged(name, cost, caplog):
     given, _ = given_and_truth(name, torch.float64)
     with caplog.at_level(logging.INFO, logger="ddnewton"):
         newton_step(*given, 0.1, gram="dense")
-    assert cost in caplog.text
-    assert "by plain autograd" in caplog.text
+    assert f"by plain autograd, one backward pass {cost}: " in caplog.text
 
 
 def test_nothing_of_the_callers_is_changed():
@@ -177,9 +208,21 @@ def test_an_ensemble_is_refused_by_name():
     model_fn, params, *batch = given
     members = {name: torch.stack([p, p + 0.1]) for name, p in params.items()}
     step = vmap(lambda p: newton_step(model_fn, p, *batch, 0.1))
-    with pytest.raises(ValueError, match=r"under torch\.func\.vmap, .* in a loop") as caught:
+    with pytest.raises(ValueError, match=r"under torch\.func\.vmap, .* Pass prepare") as caught:
         step(members)
     assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_an_ensemble_of_prepared_models():
+    given, _ = given_and_truth("force field", torch.float64)
+    model_fn, params, *batch = given
+    members = {name: torch.stack([p, p + 0.1]) for name, p in params.items()}
+    prepared = prepare(model_fn, params, batch[0])
+    steps = vmap(lambda p: newton_step(prepared, p, *batch, 0.1))(members)
+    for k in range(2):
+        params = {name: p[k] for name, p in members.items()}
+        truth = solve(dense(model_fn, params, *batch), 0.1)
+        assert error({name: p[k] for name, p in steps.items()}, truth) < 1e-11
 
 
 def test_a_reentrant_checkpoint_is_refused_by_name():

@@ -118,7 +118,7 @@ def _check_outside_transforms(
         refused = _succeeds(recording(model_fn, X), params, X)
     if refused:
         rule = "under torch.func.vmap, model_fn must be one that torch.func differentiates"
-        remedy = "Call it for one member of the ensemble at a time, in a loop."
+        remedy = "Pass prepare(model_fn, …) in its place, or loop over the members of the ensemble."
         raise BadValue(sentence(rule, first_line(error), remedy)) from error
 
 

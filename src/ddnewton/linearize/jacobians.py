@@ -8,31 +8,25 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TypeAlias
+from itertools import product
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.func import vjp, vmap
 
 from ddnewton.columns.factors import Jacobian
-from ddnewton.inputs.checks import check_derivatives, check_sample_axis
+from ddnewton.inputs.checks import check_derivatives
 from ddnewton.inputs.memory import memory_bytes
 from ddnewton.linearize.calls import refusal
 from ddnewton.linearize.independence import SamplesMix, check_independent
 from ddnewton.linearize.model import Model, at_samples, pullback_of
-from ddnewton.transforms import is_transformed, one_by_one
-from ddnewton.trees import as_batch, chunks, parameter_count, take, tree_leaves
-from ddnewton.types import ModelFn, PyTree
+from ddnewton.linearize.sample_columns import WAYS, Way
+from ddnewton.transforms import is_transformed
+from ddnewton.trees import chunks, parameter_count, take, tree_leaves
 
 logger = logging.getLogger(__name__)
-
-Way: TypeAlias = Callable[
-    [ModelFn, PyTree, PyTree, Float[Tensor, "n c m"]], tuple[Tensor, Sequence[Tensor]]
-]
-"""A way from a function, its parameters, samples and their basis to outputs and columns."""
 
 
 def jacobian(
@@ -43,19 +37,18 @@ def jacobian(
 ) -> Jacobian:
     """Return the columns of some samples by the first of the models that can be differentiated.
 
-    For every model ``vmap`` is tried first, then a loop over the samples where that fails or is
-    wrong: in torch 2.13 it mistakes an axis of PReLU's weight for one of the samples. The loop is
-    by plain autograd, which takes what torch.func refuses: all columns of a sample at once, or one
-    by one, where an operation has no rule for several.
+    For every model the ways are tried from the fastest to the slowest, as one may fail, or be
+    wrong: in torch 2.13 ``vmap`` mistakes an axis of PReLU's weight for one of the samples.
     """
     errors: list[Exception] = []
     if samples is not None:
         models = [at_samples(model, samples) for model in models]
-    for model in models:
-        for way, cost in WAYS:
+    at_once = min(chunk_size or basis.shape[0], basis.shape[0])
+    for model, (way, cost, least) in product(models, WAYS):
+        if at_once >= least:
             if cost:
                 by = "torch.func" if is_transformed() else "plain autograd"
-                logger.info("Jacobian columns by %s, %s: %s", by, cost, errors[-1])
+                logger.info("Jacobian columns by %s: %s", cost.format(by), errors[-1])
             try:
                 return _jacobian_by(way, model, basis.to(model.outputs.dtype), chunk_size)
             except torch.OutOfMemoryError:
@@ -102,52 +95,6 @@ def _columns(
     check_independent(of_batch, of_samples, size, size, "outputs", model.rounding)
     rows = basis.shape[0] * basis.shape[2]
     return [leaf.reshape(rows, leaf.numel() // rows) for leaf in leaves]
-
-
-def _by_vmap(
-    function: ModelFn, params: PyTree, X: PyTree, basis: Float[Tensor, "n c m"]
-) -> tuple[Tensor, list[Tensor]]:
-    """Return outputs and columns by ``vmap`` of `torch.func.vjp`, over samples and over columns."""
-
-    def of_sample(x: PyTree, L: Float[Tensor, "c m"]) -> tuple[Tensor, list[Tensor]]:
-        f, pullback, *_ = vjp(lambda p: _sample_outputs(function, p, x), params)
-        return f, vmap(lambda g: tree_leaves(pullback(g.reshape(f.shape))))(L.mT)
-
-    outputs, columns = vmap(of_sample)(X, basis)
-    return outputs, columns
-
-
-def _by_loop(
-    at_once: int | None,
-    function: ModelFn,
-    params: PyTree,
-    X: PyTree,
-    basis: Float[Tensor, "n c m"],
-) -> tuple[Tensor, list[Tensor]]:
-    """Return outputs and columns sample by sample, so many columns of it at once, None for all."""
-
-    def of_sample(x: PyTree, L: Float[Tensor, "c m"]) -> tuple[Tensor, list[Tensor]]:
-        f, pullback = pullback_of(lambda p: _sample_outputs(function, p, x), params)
-        parts = [pullback(part.reshape(-1, *f.shape)) for part in L.mT.split(at_once or L.shape[1])]
-        return f, [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
-
-    outputs, columns = one_by_one(of_sample, X, basis)
-    return outputs, columns
-
-
-WAYS: tuple[tuple[Way, str], ...] = (
-    (_by_vmap, ""),
-    (partial(_by_loop, None), "one backward pass per sample"),
-    (partial(_by_loop, 1), "one backward pass per sample and column"),
-)
-"""The ways to the columns, the fastest first, and what they cost."""
-
-
-def _sample_outputs(function: ModelFn, params: PyTree, x: PyTree) -> Float[Tensor, "..."]:
-    """Return the outputs of one sample, as a batch of one."""
-    outputs = function(params, as_batch(x))
-    check_sample_axis(outputs, 1)
-    return outputs[0]
 
 
 def _check_pullback(

@@ -29,7 +29,6 @@ from ddnewton.transforms import first_member
 from ddnewton.trees import as_batch, tree_flatten, tree_unflatten
 from ddnewton.types import ModelFn, PyTree
 
-
 DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
 """The functions by which a model makes a constant of what it has computed."""
 

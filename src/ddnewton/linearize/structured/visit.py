@@ -64,7 +64,7 @@ def visit(program: Program, leaves: Sequence[Tensor], samples: Sequence[Tensor])
         size, start = max(1, COTANGENTS_AT_ONCE // (n * program.size)), 0
         pulled: list[Tensor] = []
         for group in cotangents.split(size):
-            pieces, stop = pull(group), start + group.shape[0]
+            pieces, stop = _pulled(pull, group), start + group.shape[0]
             # In place, column by column, for all of them are most of what a step takes of memory.
             pulled = pulled or [x.new_empty(n, len(cotangents), *x.shape[2:]) for x in pieces]
             for whole, piece in zip(pulled, pieces, strict=True):
@@ -82,6 +82,19 @@ def visit(program: Program, leaves: Sequence[Tensor], samples: Sequence[Tensor])
         return [*factors, *(row.reshape(row.shape[0] * row.shape[1], -1) for row in rows)]
 
     return Visit(outputs, pullback)
+
+
+def _pulled(
+    pull: Callable[[Tensor], list[Tensor]], cotangents: Float[Tensor, "m n ..."]
+) -> list[Tensor]:
+    """Return the pullbacks of several cotangents: at once, or one by one where torch cannot."""
+    try:
+        return pull(cotangents)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        # The second derivative of group norm, say, in torch 2.13.
+        return [torch.cat(pieces) for pieces in zip(*map(pull, cotangents.split(1)), strict=True)]
 
 
 def _probes(program: Program, leaf: Tensor, n: int) -> list[Float[Tensor, "n ..."]]:

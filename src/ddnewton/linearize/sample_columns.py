@@ -1,0 +1,100 @@
+"""Outputs and Jacobian columns of samples, each evaluated by itself: three ways.
+
+By ``vmap`` over all samples; by ``vmap`` over a trace of one sample, where torch.func refuses the
+model but not the operations that it consists of, derivatives by `torch.autograd.grad` included; and
+in a loop by plain autograd, which takes all that autograd can differentiate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from ddnewton.inputs.checks import check_sample_axis
+from ddnewton.linearize.model import pullback_of
+from ddnewton.linearize.structured.trace import trace
+from ddnewton.transforms import one_by_one
+from ddnewton.trees import as_batch, tree_leaves, tree_map
+from ddnewton.types import ModelFn, PyTree
+
+Way: TypeAlias = Callable[
+    [ModelFn, PyTree, PyTree, Float[Tensor, "n c m"]], tuple[Tensor, list[Tensor]]
+]
+"""A way from a function, its parameters, samples and their basis to outputs and columns."""
+
+TRACE_PAYS = 100
+"""From how many samples on a trace takes less time than the loop: about 100 ms, and 1 a sample."""
+
+
+def _by_vmap(
+    function: ModelFn, params: PyTree, X: PyTree, basis: Float[Tensor, "n c m"]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return outputs and columns by ``vmap`` of `torch.func.vjp`."""
+    return _mapped(partial(_sample_outputs, function), params, X, basis)
+
+
+def _by_trace(
+    function: ModelFn, params: PyTree, X: PyTree, basis: Float[Tensor, "n c m"]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return outputs and columns by ``vmap`` over a trace of the first sample."""
+    graph = trace(function, params, tree_map(lambda x: x[0], X))
+
+    def of_sample(params: PyTree, x: PyTree) -> Tensor:
+        outputs: Tensor = graph(*tree_leaves(params), *tree_leaves(x))
+        return outputs
+
+    return _mapped(of_sample, params, X, basis)
+
+
+def _mapped(
+    function: ModelFn, params: PyTree, X: PyTree, basis: Float[Tensor, "n c m"]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return outputs and columns by ``vmap`` over samples and columns of a function of one."""
+
+    def of_sample(x: PyTree, L: Float[Tensor, "c m"]) -> tuple[Tensor, list[Tensor]]:
+        f, pullback, *_ = vjp(lambda p: function(p, x), params)
+        return f, vmap(lambda g: tree_leaves(pullback(g.reshape(f.shape))))(L.mT)
+
+    outputs, columns = vmap(of_sample)(X, basis)
+    return outputs, columns
+
+
+def _by_loop(
+    at_once: int | None,
+    function: ModelFn,
+    params: PyTree,
+    X: PyTree,
+    basis: Float[Tensor, "n c m"],
+) -> tuple[Tensor, list[Tensor]]:
+    """Return outputs and columns sample by sample, so many columns of it at once, None for all."""
+
+    def of_sample(x: PyTree, L: Float[Tensor, "c m"]) -> tuple[Tensor, list[Tensor]]:
+        f, pullback = pullback_of(lambda p: _sample_outputs(function, p, x), params)
+        parts = [pullback(part.reshape(-1, *f.shape)) for part in L.mT.split(at_once or L.shape[1])]
+        return f, [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+
+    outputs, columns = one_by_one(of_sample, X, basis)
+    return outputs, columns
+
+
+def _sample_outputs(function: ModelFn, params: PyTree, x: PyTree) -> Float[Tensor, "..."]:
+    """Return the outputs of one sample, as a batch of one."""
+    outputs = function(params, as_batch(x))
+    check_sample_axis(outputs, 1)
+    return outputs[0]
+
+
+WAYS: tuple[tuple[Way, str, int], ...] = (
+    (_by_vmap, "", 1),
+    (_by_trace, "a trace of one sample, made anew for every chunk of samples", TRACE_PAYS),
+    (partial(_by_loop, None), "{}, one backward pass per sample", 1),
+    (partial(_by_loop, 1), "{}, one backward pass per sample and column", 1),
+)
+"""The ways to the columns, the fastest first, what they cost, and from how many samples on each is
+worth a try."""
