@@ -11,6 +11,7 @@ from ddnewton.criteria import (
 )
 from ddnewton.curvature import directional_derivatives, ggn_eigh, ggn_eigvalsh, gram_matrix
 from ddnewton.inputs.groups import Group, per_layer, per_parameter
+from ddnewton.inputs.module_function import as_function
 from ddnewton.linearize.structured.prepare import prepare
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.newton import newton_step, newton_step_and_info
@@ -28,6 +29,7 @@ __all__ = [
     "State",
     "UpdateInfo",
     "above",
+    "as_function",
     "clipped",
     "directional_derivatives",
     "directional_newton",

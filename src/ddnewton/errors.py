@@ -1,7 +1,13 @@
-"""The errors of the public functions; a message says where, the rule, what was got, what to do."""
+"""Errors and warnings of the public functions.
+
+The message of an error says where, the rule, what was got, what to do; that of a warning, what is
+lost, why, and what to do. A warning points at the line outside that called the library.
+"""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -42,3 +48,16 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
             raise
 
     return edge
+
+
+PASSED_OVER = {"ddnewton", "torch", "contextlib", "functools"}
+"""Packages whose lines are not the user's, in what calls the library."""
+
+
+def warn(message: str) -> None:
+    """Warn the user, at the line that called the library."""
+    # The innermost line outside, as a number of calls from here.
+    frame, calls = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in PASSED_OVER:
+        frame, calls = frame.f_back, calls + 1
+    warnings.warn(message, UserWarning, stacklevel=calls)

@@ -1,6 +1,7 @@
 """Models that cannot be traced, that mix samples, or that are too small to be traced."""
 
-import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -51,6 +52,22 @@ UNTRACEABLE = {
 }
 
 
+SAID = {branch: "torch.where", item: "leave tensors tensors", straight_through: "autograd.Function"}
+
+SCRIPT = """
+import torch
+from ddnewton import newton_step
+
+def model_fn(p, x):
+    y = x @ p
+    return y.sin() if y[0, 0] > -1e9 else y
+
+W, X, y = torch.randn(600, 4), torch.randn(200, 600), torch.randn(200, 4)
+for _ in range(3):
+    newton_step(model_fn, W, X, y, torch.nn.MSELoss(), 0.1)
+"""
+
+
 def untraceable(model_fn, n: int = 4, d: int = 3) -> Problem:
     params = {"W": normal(d, 4, scale=d**-0.5).double()}
     X, y = normal(n, d).double(), normal(n, 4).double()
@@ -67,14 +84,23 @@ def test_what_cannot_be_traced_is_refused(model_fn):
 
 
 @pytest.mark.parametrize("model_fn", UNTRACEABLE)
-def test_what_cannot_be_traced_goes_dense_and_says_so(model_fn, caplog):
+def test_what_cannot_be_traced_goes_dense_and_says_so(model_fn):
     given = untraceable(model_fn, n=100, d=1200)  # 1.5 GFLOP: not tiny
     expected = newton_step(*given, 0.1, gram="dense")
-    caplog.clear()
-    with caplog.at_level(logging.INFO, logger="ddnewton"):
+    with pytest.warns(UserWarning, match=f"the slow way, by dense Jacobians: .*{SAID[model_fn]}"):
         result = newton_step(*given, 0.1)
     assert torch.equal(flat(result), flat(expected))
-    assert "the Gram matrix is formed from dense Jacobians: " in caplog.text
+
+
+def test_the_warning_points_at_the_call_and_comes_once_a_line(tmp_path):
+    """By a script of its own: the wrappers that check shapes in the tests are calls too."""
+    script = tmp_path / "slow.py"
+    script.write_text(SCRIPT)
+    result = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=True
+    )
+    warned = [line for line in result.stderr.splitlines() if "the slow way" in line]
+    assert [line.split(": UserWarning")[0] for line in warned] == [f"{script}:11"]
 
 
 def test_a_straight_through_estimate_is_what_it_says():

@@ -1,13 +1,14 @@
 """Batches of any size, dtype and structure, and modules that tie weights or cannot be traced."""
 
 import copy
-import logging
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from ddnewton import Group, directional_newton
+import ddnewton.optim.modules
+from ddnewton import Group, directional_newton, prepare
 from ddnewton.optim import DirectionalNewton
 from tests.methods import FLOAT64
 from tests.models import LastState, cast
@@ -140,15 +141,37 @@ class Branching(nn.Module):
 
 
 @pytest.mark.parametrize("build", [Branching, LastState])
-def test_a_module_that_cannot_be_traced(build, caplog):
+def test_a_module_that_cannot_be_traced(build):
     torch.manual_seed(0)
     module = build().double()
     X, y = batch() if build is Branching else (torch.randn(6, 4, 2).double(), torch.arange(6) % 2)
     twin = Twin(module, gram="dense")
     optimizer = DirectionalNewton(module, CROSS_ENTROPY)
-    with caplog.at_level(logging.INFO, "ddnewton"):
-        for t in range(3):
-            info = twin.step(X, y)
-            assert error(optimizer.step(X, y), info.loss) < 1e-9, t
+    for t in range(3):
+        info = twin.step(X, y)
+        assert error(optimizer.step(X, y), info.loss) < 1e-9, t
     assert error(parameters(module), twin.params) < 1e-6
-    assert build is LastState or "layers of the module are not found" in caplog.text
+
+
+def test_a_module_that_goes_the_slow_way_says_so_once(monkeypatch):
+    traced = []
+    monkeypatch.setattr(
+        ddnewton.optim.modules, "prepare", lambda *a: traced.append(1) or prepare(*a)
+    )
+
+    class Guarded(nn.Sequential):
+        def forward(self, X):
+            outputs = super().forward(X)
+            return outputs if outputs[0, 0].detach().isfinite() else outputs.nan_to_num()
+
+    module = Guarded(nn.Linear(3, 400), nn.Tanh(), nn.Linear(400, 3)).double()
+    X, y = torch.randn(201, 3).double(), torch.arange(201) % 3  # 2 GFLOP: not tiny
+    optimizer = DirectionalNewton(module, CROSS_ENTROPY)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for length in (200, 200, 201):
+            module.note = length  # where it changes, the layers are looked for anew
+            optimizer.step(X[:length], y[:length])
+    assert len(caught) == 1
+    assert "the slow way, by dense Jacobians: " in str(caught[0].message)
+    assert len(traced) == 2

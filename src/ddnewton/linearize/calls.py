@@ -7,6 +7,8 @@ field. It is then called with autograd recording, as it would be in anyone's own
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ from ddnewton.linearize.model import Model
 from ddnewton.transforms import first_member, is_transformed, untransformed
 from ddnewton.trees import on_copies, take, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from ddnewton.types import ModelFn, PyTree
+
+Way: TypeAlias = Callable[[ModelFn], ModelFn]
+"""How a model is called: `on_copies`, or `recording`."""
 
 
 def recording(model_fn: ModelFn, X: PyTree) -> ModelFn:
@@ -46,28 +51,27 @@ def _differentiated(leaf: Tensor) -> Tensor:
 
 
 def called(
-    evaluate: Callable[[ModelFn], Model], model_fn: ModelFn, params: PyTree, X: PyTree, whole: bool
+    evaluate: Callable[[Way], Model], model_fn: ModelFn, params: PyTree, X: PyTree, whole: bool
 ) -> Model:
     """Evaluate a model as it is or, where that fails, with autograd recording.
 
     ``whole`` says whether it is evaluated on the whole batch at once, and not in parts.
     """
     try:
-        return evaluate(on_copies(model_fn))
+        return evaluate(on_copies)
     except (torch.OutOfMemoryError, BadValue, BadType):
         raise
     except Exception as error:
         if torch.compiler.is_compiling():
             raise
-        function = recording(model_fn, X)
         try:
-            return evaluate(function)
+            return evaluate(partial(recording, X=X))
         except torch.OutOfMemoryError:
             raise
         except Exception as again:
             # It may be no error of the model's own, but one of how it is called here.
             _check_outside_transforms(model_fn, params, X, error)
-            if not whole and _succeeds(function, params, X):
+            if not whole and _succeeds(recording(model_fn, X), params, X):
                 raise _any_size(again) from again
             if (type(again), str(again)) == (type(error), str(error)):
                 raise error from None

@@ -23,6 +23,7 @@ from ddnewton.errors import BadValue, sentence
 from ddnewton.inputs.checks import check_outputs
 from ddnewton.linearize.calls import called
 from ddnewton.linearize.model import Model
+from ddnewton.linearize.module_state import kept
 from ddnewton.linearize.widening import cast_rounding
 from ddnewton.transforms import unwrapped
 from ddnewton.trees import batches, sample_count, take
@@ -151,21 +152,22 @@ def evaluate(
 
     With ``first`` it is run on so many samples alone.
     """
+    checked, unchecked = kept(model_fn)
     samples = take(X, slice(0, first))
     parts = batches(samples, chunk_size)
 
     # Watched call by call, and kept without the graph that a model with derivatives inside records.
-    def evaluated(function: ModelFn) -> Model:
-        outputs, watch = [], Watch()
+    def evaluated(way: Callable[[ModelFn], ModelFn]) -> Model:
+        outputs, watch, function = [], Watch(), way(checked)
         for batch in parts:
             with watch:
                 part = function(params, batch)
             check_outputs(part, sample_count(batch))
             outputs.append(part.detach())
-        return Model(function, params, samples, torch.cat(outputs), watch.rounding)
+        return Model(way(unchecked), params, samples, torch.cat(outputs), watch.rounding)
 
     whole = sample_count(parts[0]) == sample_count(X)
-    return called(evaluated, model_fn, params, X, whole)
+    return called(evaluated, unchecked, params, X, whole)
 
 
 class SamplesMix(BadValue):

@@ -6,7 +6,6 @@ dense. Columns of layers are preferred where the products of dense ones take lon
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,14 +17,19 @@ from torch import Tensor
 
 from ddnewton.columns.contraction import flops
 from ddnewton.columns.factors import Factor, Jacobian, Outer
+from ddnewton.errors import warn
 from ddnewton.inputs.checks import check_outputs
 from ddnewton.inputs.memory import memory_bytes
-from ddnewton.linearize.buffers import kept_buffers
 from ddnewton.linearize.independence import SamplesMix, evaluate
 from ddnewton.linearize.jacobians import jacobian
 from ddnewton.linearize.model import Model, at_samples
 from ddnewton.linearize.precision import float64_throughout, widened
-from ddnewton.linearize.structured.prepare import TRACED_SAMPLES, Untraceable, prepared_model
+from ddnewton.linearize.structured.prepare import (
+    TRACED_SAMPLES,
+    Untraceable,
+    no_layers,
+    prepared_model,
+)
 from ddnewton.linearize.structured.program import Program
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.linearize.structured.visit import Visit, run, visit
@@ -33,8 +37,6 @@ from ddnewton.linearize.widening import widen_leaf
 from ddnewton.transforms import without_autocast
 from ddnewton.trees import batches, chunks, parameter_count, take, tree_flatten, tree_unflatten
 from ddnewton.types import ModelFn, PyTree
-
-logger = logging.getLogger(__name__)
 
 TINY_FLOPS = 1e9
 """Up to how many flops products of dense columns take less time than finding the layers."""
@@ -61,33 +63,32 @@ class Linearization(NamedTuple):
 def linearized(
     model_fn: ModelFn, params: PyTree, X: PyTree, gram: str, chunk_size: int | None
 ) -> Iterator[Linearization]:
-    """Linearize a model by its layers or by its Jacobians; its buffers are put back at the end."""
+    """Linearize a model by its layers or by its Jacobians."""
     if isinstance(model_fn, Prepared) and gram != "dense":
         with without_autocast(X):  # its casts are in the graph, and products of columns need none
             yield _by_layers(model_fn, params, X, chunk_size)
         return
-    with kept_buffers(model_fn) as check_buffers:
-        model = evaluate(model_fn, params, X, chunk_size)
-        check_buffers()
-        yield _linearized(model, gram, chunk_size)
+    yield _linearized(evaluate(model_fn, params, X, chunk_size), gram, chunk_size)
 
 
 def _linearized(model: Model, gram: str, chunk_size: int | None) -> Linearization:
     """Linearize a model by its layers if asked to, or if that is faster and possible."""
-    if gram == "structured" or (gram == "auto" and not _is_tiny(model)):
+    tiny = is_tiny(model.outputs.numel(), parameter_count(model.params))
+    if gram == "structured" or (gram == "auto" and not tiny):
         try:
             prepared = prepared_model(at_samples(model, slice(0, TRACED_SAMPLES)))
             return _by_layers(prepared, model.params, model.X, chunk_size)
         except (Untraceable, SamplesMix) as reason:
             if gram == "structured":
                 raise
-            logger.info("the Gram matrix is formed from dense Jacobians: %s", reason)
+            # Samples that mix are refused by dense Jacobians too.
+            if isinstance(reason, Untraceable):
+                warn(no_layers(reason))
     return _by_jacobians(model, chunk_size)
 
 
-def _is_tiny(model: Model) -> bool:
-    """Return whether the products of dense columns take less time than finding the layers."""
-    count, d = model.outputs.numel(), parameter_count(model.params)
+def is_tiny(count: int, d: int) -> bool:
+    """Return whether products of a dense column for every output take less time than a trace."""
     return 2 * count * d * min(count, d) <= TINY_FLOPS
 
 

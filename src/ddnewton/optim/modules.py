@@ -2,51 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from ddnewton.linearize.buffers import equal, writes
-from ddnewton.linearize.structured.prepare import Untraceable, prepare
-from ddnewton.trees import TreeSpec, tree_flatten
+from ddnewton.inputs.checks import check_batch
+from ddnewton.inputs.module_function import ModuleFunction
+from ddnewton.linearize.independence import evaluate
+from ddnewton.linearize.linearization import is_tiny
+from ddnewton.linearize.module_state import equal, writes
+from ddnewton.linearize.structured.prepare import Untraceable, no_layers, prepare
+from ddnewton.process import ONE_THREAD
+from ddnewton.trees import TreeSpec, parameter_count, sample_count, take, tree_flatten
 from ddnewton.types import ModelFn, PyTree
-
-logger = logging.getLogger(__name__)
-
-Forward = Callable[[Any, Any], Tensor]
-"""``forward(module, X) -> outputs``."""
-
-
-class Called(nn.Module):
-    """A module that is called by a function of the user, ``forward(module, X)``."""
-
-    def __init__(self, module: nn.Module, way: Forward) -> None:
-        super().__init__()
-        self.module = module
-        self.way = way
-
-    def forward(self, X: PyTree) -> Tensor:
-        """Return the outputs."""
-        return self.way(self.module, X)
-
-
-def as_function(module: nn.Module, forward: Forward | None) -> ModelFn:
-    """Return a module as a function of named parameters and a batch."""
-    if forward is None:
-        return lambda params, X: functional_call(module, params, (X,))
-    called = Called(module, forward)
-
-    def model_fn(params: PyTree, X: PyTree) -> Tensor:
-        prefixed = {f"module.{name}": p for name, p in params.items()}
-        outputs: Tensor = functional_call(called, prefixed, (X,))
-        return outputs
-
-    return model_fn
-
 
 COMPARED_BY_VALUE = (
     bool,
@@ -68,10 +38,11 @@ class TracedModule(NamedTuple):
     model_fn: ModelFn
     fingerprint: list[object]
     untrained: list[Tensor]  # copies: writing through .data leaves no other trace
+    slow: str | None  # why it has no layers; empty where that costs nothing, None where it has
 
 
 def traced_module(
-    before: TracedModule | None, model_fn: ModelFn, module: nn.Module, params: PyTree, X: PyTree
+    before: TracedModule | None, model_fn: ModuleFunction, params: PyTree, X: PyTree
 ) -> TracedModule:
     """Return a module as a function with known layers: the one before, while it is still right.
 
@@ -79,26 +50,34 @@ def traced_module(
     untrained parameters, submodules, attributes, hooks or modes. For a module that cannot be traced
     the function is ``model_fn``, without layers.
     """
-    # The trace before holds as long as nothing has changed but the trained parameters.
-    trained = {id(p) for p in params.values()}
-    tensors = (*module.parameters(), *module.buffers())
-    untrained = [tensor for tensor in tensors if id(tensor) not in trained]
-    if (
-        before is not None
-        and _all_alike(equal, before.untrained, untrained)
-        and _all_alike(_is_same, before.fingerprint, list(_fingerprint(module, trained, params, X)))
-    ):
-        return before
-    # Trace the module, or call it as it is where that fails.
+    check_batch(X=X)
+    module = model_fn.module
+    with ONE_THREAD:
+        # The trace before holds as long as nothing has changed but the trained parameters.
+        trained = {id(p) for p in params.values()}
+        tensors = (*module.parameters(), *module.buffers())
+        untrained = [tensor for tensor in tensors if id(tensor) not in trained]
+        fingerprint = list(_fingerprint(module, trained, params, X))
+        if (
+            before is not None
+            and _all_alike(equal, before.untrained, untrained)
+            and _all_alike(_is_same, before.fingerprint, fingerprint)
+        ):
+            return before
+        # Trace the module, or call it as it is where that fails.
+        traced, slow = _with_layers(model_fn, params, X)
+        return TracedModule(traced, fingerprint, [t.detach().clone() for t in untrained], slow)
+
+
+def _with_layers(model_fn: ModelFn, params: PyTree, X: PyTree) -> tuple[ModelFn, str | None]:
+    """Return a module as a function with layers, or as it is and why it has none."""
     try:
-        traced: ModelFn = prepare(model_fn, params, X)
+        return prepare(model_fn, params, X), None
     except Untraceable as reason:
-        logger.info("the layers of the module are not found: %s", reason)
-        traced = model_fn
-    # The fingerprint is taken after the calls of the trace: the module may count them, or store
-    # something.
-    fingerprint = list(_fingerprint(module, trained, params, X))
-    return TracedModule(traced, fingerprint, [tensor.detach().clone() for tensor in untrained])
+        outputs = evaluate(model_fn, params, take(X, slice(0, 1)), None).outputs
+        count = outputs.numel() * sample_count(X)
+        tiny = is_tiny(count, parameter_count(params))
+        return model_fn, "" if tiny else no_layers(reason)
 
 
 def _fingerprint(

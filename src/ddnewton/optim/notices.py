@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ddnewton.errors import warn
 from ddnewton.optim.search import LocalModel, Step, noise_of
 from ddnewton.optim.settings import Settings
 from ddnewton.optim.state import UpdateInfo
@@ -25,10 +25,10 @@ class Notices:
     given: set[str] = field(default_factory=set)
 
     def once(self, kind: str, message: str) -> None:
-        """Warn, unless there was a warning of this kind before."""
-        if kind not in self.given:
+        """Warn, unless there was a warning of this kind before, or there is nothing to say."""
+        if message and kind not in self.given:
             self.given.add(kind)
-            warnings.warn(message, UserWarning, stacklevel=2)
+            warn(message)
 
 
 def notice(

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddnewton.criteria import AnyCriterion, MonteCarlo
-from ddnewton.errors import BadType, BadValue, sentence
-from ddnewton.inputs.checks import check_batch, check_nonnegative
+from ddnewton.errors import BadValue, sentence
+from ddnewton.inputs.checks import check_nonnegative
+from ddnewton.inputs.module_function import Forward, module_function
 from ddnewton.optim.adaptation import Adaptation, as_adaptation, levenberg_marquardt
 from ddnewton.optim.closures import batch_of_step
 from ddnewton.optim.functional import FunctionalOptimizer, directional_newton
-from ddnewton.optim.modules import Forward, TracedModule, as_function, traced_module
+from ddnewton.optim.modules import TracedModule, traced_module
 from ddnewton.optim.notices import Notices
 from ddnewton.optim.parameter_groups import as_blocks, group_rates, without_options
 from ddnewton.optim.settings import Complement
@@ -46,7 +47,8 @@ class DirectionalNewton(Optimizer):
     Parameters
     ----------
     module
-        The module to train. It is called with ``X``.
+        The module to train, without the wrappers that `ddnewton.as_function` takes off. It is
+        called with ``X``.
     criterion, damping, momentum, weight_decay, trust_radius, select, complement, gram, chunk_size
         As for `ddnewton.directional_newton`.
     params
@@ -100,16 +102,12 @@ class DirectionalNewton(Optimizer):
         chunk_size: int | None = None,
     ) -> None:
         # Check the arguments that only this class has.
-        if not isinstance(module, nn.Module):
-            rule, remedy = "DirectionalNewton: module must be an nn.Module", "Pass the net itself."
-            raise BadType(sentence(rule, type(module).__name__, remedy))
+        self._function = module_function(module, forward)
         if lr is not None:
             check_nonnegative("DirectionalNewton: lr", lr)
         # Keep the options: the functional optimizer is made anew in every step, for the groups that
         # there are then.
         adaptation = as_adaptation(levenberg_marquardt() if damping is None else damping)
-        self._module = module
-        self._forward = forward
         self._criterion = criterion
         self._base_rate = adaptation.learning_rate if lr is None else 1.0
         self._options: dict[str, Any] = {
@@ -128,15 +126,15 @@ class DirectionalNewton(Optimizer):
         self.info = None
         # Make the groups, and check the other options, by making an optimizer of them.
         if params is None:
-            params = [p for p in module.parameters() if p.requires_grad]
+            params = [p for p in self._function.parameters().values() if p.requires_grad]
         super().__init__(params, {"lr": 1.0 if lr is None else float(lr)})
-        self._optimizer(as_function(module, forward))
+        self._optimizer(self._function)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the module, as a block of the Gauss-Newton matrix."""
         group, options = without_options(param_group)
         super().add_param_group(group)
-        of_module = {id(p) for p in self._module.parameters()}
+        of_module = {id(p) for p in self._function.parameters().values()}
         if any(id(p) not in of_module for p in self.param_groups[-1]["params"]):
             self.param_groups.pop()
             rule = "DirectionalNewton: params must be parameters of the module"
@@ -165,13 +163,16 @@ class DirectionalNewton(Optimizer):
         X, y = batch_of_step(X, y, closure)
         params = self._trained()
         # Find the layers of the module, unless they are those of the last step.
-        model_fn = as_function(self._module, self._forward)
-        if self._options["gram"] != "dense":
-            check_batch(X=X)
-            self._traced = traced_module(self._traced, model_fn, self._module, params, X)
-            model_fn = self._traced.model_fn
+        if self._options["gram"] == "dense":
+            optimizer = self._optimizer(self._function)
+        else:
+            self._traced = traced_module(self._traced, self._function, params, X)
+            optimizer = self._optimizer(self._traced.model_fn)
+            # What has no layers is not searched for them at every step.
+            if self._options["gram"] == "auto" and self._traced.slow is not None:
+                self._notices.once("layers", self._traced.slow)
+                optimizer = self._optimizer(self._function, gram="dense")
         # Make the step as a pure function of parameters and state.
-        optimizer = self._optimizer(model_fn)
         first = self._grouped()[0]
         state = from_stored(self.state, optimizer.init(params), params, first)
         with self._restoring_draws():
@@ -203,7 +204,7 @@ class DirectionalNewton(Optimizer):
 
         The layers are found again in the next step.
         """
-        names = ("_module", "_forward", "_criterion", "_base_rate", "_options", "_group_options")
+        names = ("_function", "_criterion", "_base_rate", "_options", "_group_options")
         attributes: dict[str, Any] = super().__getstate__()
         attributes |= {name: getattr(self, name) for name in (*names, "_notices", "info")}
         return attributes | {"_traced": None}
@@ -227,21 +228,21 @@ class DirectionalNewton(Optimizer):
     def _trained(self) -> dict[str, Tensor]:
         """Return the parameters in groups that require gradients, in the module's order."""
         grouped = {id(p) for p in self._grouped()}
-        named = dict(self._module.named_parameters())
+        named = self._function.parameters()
         if not grouped <= {id(p) for p in named.values()}:
             rule = "step: the parameters of all groups must still be those of the module"
             remedy = "Load with assign=False, or make the optimizer after changing the module."
             raise BadValue(sentence(rule, "others in their place", remedy))
         return {name: p for name, p in named.items() if id(p) in grouped and p.requires_grad}
 
-    def _optimizer(self, model_fn: ModelFn) -> FunctionalOptimizer:
+    def _optimizer(self, model_fn: ModelFn, **options: Any) -> FunctionalOptimizer:
         """Return the optimizer as pure functions, with the groups as they are now."""
         optimizer = directional_newton(
             model_fn,
             self._criterion,
             learning_rate="exact" if self._base_rate == "exact" else self._rate,
             groups=as_blocks(self.param_groups, self._group_options, self._trained()),
-            **self._options,
+            **self._options | options,
         )
         return optimizer._replace(update=replace(optimizer.update, notices=self._notices))
 

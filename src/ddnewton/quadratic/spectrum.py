@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ddnewton.columns.gram import Columns
+from ddnewton.process import ONE_THREAD
 from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.transforms import any_possible, is_batched
 
@@ -175,7 +176,7 @@ def _subset(
     from threadpoolctl import threadpool_limits  # noqa: PLC0415
 
     # SciPy's threads and torch's would wait for each other's cores.
-    with threadpool_limits(1, user_api="blas"):
+    with ONE_THREAD, threadpool_limits(1, user_api="blas"):
         subset = (which[0], which[-1])
         evals, evecs = eigh(matrix.numpy(), subset_by_index=subset, driver="evr")
     return torch.from_numpy(evals), torch.from_numpy(evecs)

@@ -15,7 +15,6 @@ from ddnewton.inputs.checks import (
     check_functions,
     check_params,
 )
-from ddnewton.linearize.buffers import kept_buffers
 from ddnewton.linearize.calls import alone, first_line
 from ddnewton.linearize.independence import SamplesMix, check_independent, evaluate
 from ddnewton.linearize.model import Model
@@ -41,6 +40,15 @@ TRACE_REMEDY = (
 
 class Untraceable(BadValue):
     """A model whose layers cannot be found."""
+
+
+def no_layers(reason: Untraceable) -> str:
+    """Return the message of the warning that a model is differentiated without its layers."""
+    return (
+        "the layers of the model are not found, and steps go the slow way, by dense Jacobians: "
+        f"{str(reason).removesuffix(TRACE_REMEDY)}Branch with torch.where, index with fixed shapes "
+        'and leave tensors tensors; or pass gram="dense", which looks for none and says nothing.'
+    )
 
 
 @public
@@ -86,10 +94,7 @@ def prepare(model_fn: ModelFn, params: PyTree, X: PyTree) -> Prepared:
     if isinstance(model_fn, Prepared):
         model_fn.leaves(params, X)
         return model_fn
-    with kept_buffers(model_fn) as check_buffers:
-        model = evaluate(model_fn, params, X, None, TRACED_SAMPLES)
-        check_buffers()
-        return prepared_model(model)
+    return prepared_model(evaluate(model_fn, params, X, None, TRACED_SAMPLES))
 
 
 def prepared_model(model: Model) -> Prepared:

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from ddnewton.inputs.checks import check_sample_axis
 from ddnewton.linearize.structured.rules import DECOMPOSITIONS, aten
 from ddnewton.linearize.widening import map_constants
+from ddnewton.process import ONE_THREAD
 from ddnewton.transforms import first_member
 from ddnewton.trees import as_batch, tree_flatten, tree_unflatten
 from ddnewton.types import ModelFn, PyTree
@@ -49,7 +50,7 @@ def trace(function: ModelFn, params: PyTree, x: PyTree) -> GraphModule:
         check_sample_axis(outputs, 1)
         return outputs[0]
 
-    with _plain_kernels(), torch.no_grad():
+    with ONE_THREAD, _plain_kernels(), torch.no_grad():
         graph = _tidy(_detached_where_marked(_graph(of_sample, leaves)))
         if any(map(_writes, graph.graph.nodes)):
             # Writing into a tensor that is the same for all samples does not survive vmap.
