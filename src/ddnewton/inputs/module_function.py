@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ddnewton.errors import BadType, BadValue, public, sentence, warn
+from ddnewton.errors import BadType, BadValue, sentence, warn
 from ddnewton.process import ONE_THREAD
 from ddnewton.types import PyTree
 
@@ -57,7 +57,6 @@ class ModuleFunction:
             return dict(self.module.named_parameters())
 
 
-@public
 def as_function(
     module: nn.Module, forward: Forward | None = None
 ) -> tuple[ModuleFunction, dict[str, Tensor]]:
@@ -106,25 +105,30 @@ def as_function(
     True
     """
     # The function, and its parameters: some to train, all of them with values.
-    model_fn = module_function(module, forward)
+    model_fn = module_function("as_function", module, forward)
     params = {name: p for name, p in model_fn.parameters().items() if p.requires_grad}
     if not params:
-        rule, remedy = "a parameter of the module must require a gradient", "Call requires_grad_()."
+        rule = "as_function: a parameter of the module must require a gradient"
+        remedy = "Call requires_grad_()."
         raise BadValue(sentence(rule, "none", remedy))
     lazy = [name for name, p in params.items() if is_lazy(p)]
     if lazy:
-        rule, remedy = "parameters must have values", "Call the module on a batch first."
+        rule, remedy = (
+            "as_function: parameters must have values",
+            "Call the module on a batch first.",
+        )
         raise BadValue(sentence(rule, f"none yet of {', '.join(lazy)}", remedy))
     return model_fn, {name: p.detach() for name, p in params.items()}
 
 
-def module_function(module: nn.Module, forward: Forward | None) -> ModuleFunction:
+def module_function(caller: str, module: nn.Module, forward: Forward | None) -> ModuleFunction:
     """Return a module, without what runs it in parallel or compiled, as a function."""
     if not isinstance(module, nn.Module):
-        rule, remedy = "module must be an nn.Module", "Pass the net itself."
+        rule, remedy = f"{caller}: module must be an nn.Module", "Pass the net itself."
         raise BadType(sentence(rule, type(module).__name__, remedy))
     if forward is not None and not callable(forward):
-        rule, remedy = "forward must be a function of module and X", "Pass forward(module, X)."
+        rule = f"{caller}: forward must be a function of module and X"
+        remedy = "Pass forward(module, X)."
         raise BadType(sentence(rule, type(forward).__name__, remedy))
     return ModuleFunction(_inside_wrappers(module), forward)
 

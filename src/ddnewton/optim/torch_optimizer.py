@@ -102,7 +102,7 @@ class DirectionalNewton(Optimizer):
         chunk_size: int | None = None,
     ) -> None:
         # Check the arguments that only this class has.
-        self._function = module_function(module, forward)
+        self._function = module_function("DirectionalNewton", module, forward)
         if lr is not None:
             check_nonnegative("DirectionalNewton: lr", lr)
         # Keep the options: the functional optimizer is made anew in every step, for the groups that
