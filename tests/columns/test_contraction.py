@@ -47,6 +47,9 @@ def columns(outer: Outer):
 SHAPES = {
     "one position": Shape(5, 2, 1, 4, 1, (3, 1)),
     "groups at one position": Shape(5, 2, 3, 4, 1, (3,)),
+    "many groups at one position": Shape(5, 4, 40, 1, 1, (6,)),
+    "many groups of columns first": Shape(4, 1, 300, 1, 3, (5,)),
+    "scales": Shape(4, 2, 30, 1, 5, (1,)),
     "columns first": Shape(4, 2, 1, 2, 50, (2, 1)),
     "columns of groups first": Shape(4, 2, 3, 2, 30, (2,)),
     "positions first": Shape(4, 2, 1, 24, 2, (25,)),

@@ -25,6 +25,7 @@ from ddnewton.columns.factors import (
     Outer,
     dense_columns,
     entries_at_once,
+    formed,
     rows_of,
     single_position,
 )
@@ -105,48 +106,52 @@ def _of_single_positions(left: Outer, right: Outer) -> Float[Tensor, "n m n2 m2"
 
 
 def _columns_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
-    """Form the columns, some outputs at a time, and multiply them."""
+    """Form the columns, some groups or outputs at a time, and multiply them."""
     n, m, g, o, _ = left.b.shape
     total: Tensor | float = 0.0
-    size = max(1, INTERMEDIATE_BYTES // (n * m * sum(left.widths) * left.b.element_size()))
-    for group in range(g):
-        for start in range(0, o, size):
-            outputs = slice(start, start + size)
-            rows = _columns_of_outputs(left, group, outputs)
-            rows_right = rows if left is right else _columns_of_outputs(right, group, outputs)
+    # So many outputs, those of several groups or a part of one, that they are an intermediate.
+    p = sum(left.widths)
+    size = max(1, INTERMEDIATE_BYTES // (n * m * p * left.b.element_size()))
+    for groups in chunks(g, max(1, min(size, LONG_ROWS // p) // o)):
+        for outputs in chunks(o, min(size, o)):
+            rows = _columns_of_outputs(left, groups, outputs)
+            rows_right = rows if left is right else _columns_of_outputs(right, groups, outputs)
             total = total + product(rows, rows_right).double()
     return completed(torch.as_tensor(total), left is right)
 
 
-def _columns_of_outputs(outer: Outer, group: int, outputs: slice) -> Float[Tensor, "nm op"]:
-    """Return the dense columns along the weights of some outputs of a group."""
-    b = outer.b[:, :, group, outputs]
-    return (b.flatten(1, 2) @ rows_of(outer)[:, group]).reshape(b.shape[0] * b.shape[1], -1)
+def _columns_of_outputs(outer: Outer, groups: slice, outputs: slice) -> Float[Tensor, "nm gop"]:
+    """Return the dense columns along the weights of some outputs of some groups."""
+    return (
+        formed(outer.b[:, :, groups, outputs], rows_of(outer)[:, groups]).flatten(2).flatten(0, 1)
+    )
 
 
 def _positions_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
     """Contract a with a', then with b', then with b, for one sample of the left at a time."""
     n, _, g, o, t = left.b.shape
     m = right.b.shape[1]
-    # So many samples of the right, and of the left, that a product of theirs is an intermediate.
+    # So many groups, samples of the right, and of the left, that a product is an intermediate.
     position_bytes = t * left.b.element_size()
-    size = max(1, INTERMEDIATE_BYTES // (4 * m * o * position_bytes))
     right_positions = right.b.shape[0] * right.b.shape[4]
-    left_size = INTERMEDIATE_BYTES // (position_bytes * right_positions)
+    entries = max(4 * m * o, LEFT_SAMPLES_AT_ONCE * right_positions)
+    group_count = max(1, min(g, INTERMEDIATE_BYTES // (entries * position_bytes)))
+    size = max(1, INTERMEDIATE_BYTES // (4 * m * o * position_bytes * group_count))
+    left_size = INTERMEDIATE_BYTES // (position_bytes * right_positions * group_count)
     left_size = max(1, min(LEFT_SAMPLES_AT_ONCE, left_size))
     total: Tensor | float = 0.0
-    for group in range(g):
-        b_left = left.b[:, :, group].flatten(2)  # [n m ot]
-        b_right = right.b[:, :, group].flatten(1, 2)  # [n mo t]
+    for groups in chunks(g, group_count):
+        b_left = left.b[:, :, groups].flatten(2)  # [n m got]
+        b_right = right.b[:, :, groups].transpose(1, 2).flatten(2, 3)  # [n g mo t]
         rows = []
         for chunk in chunks(n, left_size):
             # Of columns with themselves, what lies left of the diagonal is left out.
             first = chunk.start if left is right else 0
-            overlaps = _overlaps(left, right, group, chunk, slice(first, None))
+            overlaps = _overlaps(left, right, groups, chunk, slice(first, None))
             for sample, overlap in zip(range(chunk.start, chunk.stop), overlaps, strict=True):
-                # Σ_t' b'_t' (a'_t' · a_t) [n mo t], and its product with b.
+                # Σ_t' b'_t' (a'_t' · a_t) [n g mo t], and its product with b.
                 parts = [
-                    b_left[sample] @ (b @ a).unflatten(1, (m, o)).flatten(0, 1).flatten(1).T
+                    b_left[sample] @ _by_columns(_over_positions(b, a), m).T
                     for b, a in zip(b_right[first:].split(size), overlap.split(size), strict=True)
                 ]
                 rows.append(F.pad(torch.cat(parts, 1), (first * m, 0)))
@@ -154,17 +159,30 @@ def _positions_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
     return completed(torch.as_tensor(total), left is right)
 
 
+def _over_positions(
+    b: Float[Tensor, "n g mo t2"], overlap: Float[Tensor, "n g t2 t"]
+) -> Float[Tensor, "n g mo t"]:
+    """Return Σ_t' b_t' (a_t' · a_t); a single position takes no sum, and no small products."""
+    return b * overlap if b.shape[3] == 1 else b @ overlap
+
+
+def _by_columns(b: Float[Tensor, "n g mo t"], m: int) -> Float[Tensor, "nm got"]:
+    """Return b with a row a column."""
+    return b.unflatten(2, (m, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
+
+
 def _overlaps(
-    left: Outer, right: Outer, group: int, left_samples: slice, right_samples: slice
-) -> Float[Tensor, "n n2 t2 t"]:
+    left: Outer, right: Outer, groups: slice, left_samples: slice, right_samples: slice
+) -> Float[Tensor, "n n2 g t2 t"]:
     """Return a' · a for some samples on either side."""
-    a, a_right = left.a[left_samples, group], right.a[right_samples, group]
+    a, a_right = left.a[left_samples, groups], right.a[right_samples, groups]
     if a.is_floating_point():
-        products = a_right.flatten(0, 1) @ a.flatten(0, 1).T
-        overlaps: Tensor = products.unflatten(1, a.shape[:2]).unflatten(0, a_right.shape[:2])
-        return overlaps.movedim(2, 0)
+        columns = a.transpose(0, 1).flatten(1, 2).mT
+        products = a_right.transpose(0, 1).flatten(1, 2) @ columns  # [g nt nt]
+        overlaps = products.unflatten(2, (a.shape[0], -1)).unflatten(1, (a_right.shape[0], -1))
+        return overlaps.permute(3, 1, 0, 2, 4)
     # Rows with a single one have the inner product 1 where that is in the same place.
-    same = (a_right[None, :, :, None] == a[:, None, None, :]) & (a >= 0)[:, None, None, :]
+    same = (a_right[None, ..., None] == a[:, None, :, None]) & (a >= 0)[:, None, :, None]
     return same.to(left.b.dtype)
 
 

@@ -105,7 +105,7 @@ def dense_pieces(factor: Factor) -> list[Float[Tensor, "nm _"]]:
     """Return the same piece by piece, to be put beside those of other factors."""
     if not isinstance(factor, Outer):
         return [factor]
-    whole = torch.einsum("nmgot,ngtp->nmgop", factor.b, rows_of(factor))
+    whole = formed(factor.b, rows_of(factor))
     return [part.flatten(2).flatten(0, 1) for part in whole.split(factor.widths, -1)]
 
 
@@ -118,6 +118,15 @@ def scaled_columns(factor: Factor, scales: Float[Tensor, "n m"], samples: slice)
         return factor._replace(a=factor.a[samples], b=b)
     rows = factor.reshape(n, m, -1)[samples] * scales.to(factor.dtype)[:, :, None]
     return rows.flatten(0, 1)
+
+
+def formed(
+    b: Float[Tensor, "n m g o t"], a: Float[Tensor, "n g t p"]
+) -> Float[Tensor, "n m g o p"]:
+    """Return Σ_t b_t ⊗ a_t; a single position takes no sum, and no small products."""
+    if a.shape[2] == 1:
+        return b * a[:, None]
+    return torch.einsum("nmgot,ngtp->nmgop", b, a)
 
 
 def in_order(
