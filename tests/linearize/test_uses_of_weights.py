@@ -112,7 +112,6 @@ FUNCTIONS = {
         lambda p, x: torch.tanh(F.linear(x, p["W"] + 0.5 * p["B"] @ p["A"])),
         normal(4, 3),
         {"W": (2, 3), "B": (2, 1), "A": (1, 3)},
-        ("B",),
     ),
     "low rank beside": lambda: of_shapes(
         lambda p, x: torch.tanh(x @ p["W"] + 0.5 * (x @ p["A"]) @ p["B"]),
@@ -155,7 +154,6 @@ FUNCTIONS = {
         lambda p, x: torch.tanh(torch.tanh(x @ p["W"]) @ p["V"].exp()) @ p["U"],
         normal(4, 3),
         {"W": (3, 3), "V": (3, 2), "U": (2, 2)},
-        ("V",),
     ),
     "the spectrum of a weight": lambda: of_shapes(
         lambda p, x: (

@@ -61,6 +61,8 @@ def inner(
         if single_position(left) and single_position(right):
             return _of_single_positions(left, right)
         contract = _columns_first if _columns_are_cheaper(left, right) else _positions_first
+        if contract is _positions_first and left.b.shape[4] == right.b.shape[4] == 1:
+            contract = _in_groups_of_one_position
         matrix = contract(left, right)
     else:
         matrix = _of_dense(dense_columns(left), dense_columns(right))
@@ -151,7 +153,7 @@ def _positions_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
             for sample, overlap in zip(range(chunk.start, chunk.stop), overlaps, strict=True):
                 # Σ_t' b'_t' (a'_t' · a_t) [n g mo t], and its product with b.
                 parts = [
-                    b_left[sample] @ _by_columns(_over_positions(b, a), m).T
+                    b_left[sample] @ _by_columns(b @ a, m).T
                     for b, a in zip(b_right[first:].split(size), overlap.split(size), strict=True)
                 ]
                 rows.append(F.pad(torch.cat(parts, 1), (first * m, 0)))
@@ -159,16 +161,26 @@ def _positions_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
     return completed(torch.as_tensor(total), left is right)
 
 
-def _over_positions(
-    b: Float[Tensor, "n g mo t2"], overlap: Float[Tensor, "n g t2 t"]
-) -> Float[Tensor, "n g mo t"]:
-    """Return Σ_t' b_t' (a_t' · a_t); a single position takes no sum, and no small products."""
-    return b * overlap if b.shape[3] == 1 else b @ overlap
+def _in_groups_of_one_position(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
+    """Contract a with a', then b', then b, in every group, for several samples at once."""
+    n, n2, m = left.b.shape[0], right.b.shape[0], right.b.shape[1]
+    b_right = right.b.flatten(3)  # [n m g o]
+    size = INTERMEDIATE_BYTES // (SYMMETRIC_STRIPS * b_right.numel() * b_right.element_size() + 1)
+    rows = []
+    for chunk in chunks(n, max(1, min(size, n // SYMMETRIC_STRIPS))):
+        # Of columns with themselves, what lies left of the diagonal is left out.
+        first = chunk.start if left is right else 0
+        overlaps = _overlaps(left, right, slice(None), chunk, slice(first, n2))
+        scaled_b = b_right[first:] * overlaps[:, :, None, :, 0]  # [n n m g o]
+        part = left.b[chunk].flatten(2) @ scaled_b.flatten(3).flatten(1, 2).mT
+        rows.append(F.pad(part.flatten(0, 1), (first * m, 0)).double())
+    return completed(torch.cat(rows), left is right)
 
 
 def _by_columns(b: Float[Tensor, "n g mo t"], m: int) -> Float[Tensor, "nm got"]:
     """Return b with a row a column."""
-    return b.unflatten(2, (m, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
+    rows: Tensor = b.unflatten(2, (m, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
+    return rows
 
 
 def _overlaps(
@@ -179,8 +191,9 @@ def _overlaps(
     if a.is_floating_point():
         columns = a.transpose(0, 1).flatten(1, 2).mT
         products = a_right.transpose(0, 1).flatten(1, 2) @ columns  # [g nt nt]
-        overlaps = products.unflatten(2, (a.shape[0], -1)).unflatten(1, (a_right.shape[0], -1))
-        return overlaps.permute(3, 1, 0, 2, 4)
+        by_samples = products.unflatten(2, (len(a), -1)).unflatten(1, (len(a_right), -1))
+        overlaps: Tensor = by_samples.permute(3, 1, 0, 2, 4)
+        return overlaps
     # Rows with a single one have the inner product 1 where that is in the same place.
     same = (a_right[None, ..., None] == a[:, None, :, None]) & (a >= 0)[:, None, :, None]
     return same.to(left.b.dtype)

@@ -191,23 +191,27 @@ def _by_program(
 
 def _cost(program: Program, n: int, m: int) -> float:
     """Return an estimate of the flops of a step."""
-    pulled, products, d = 0.0, 0.0, 0
+    # The shapes g, o, t, p of outer products: of layers, and of rows of weights that are computed.
+    shapes = []
     for layer in program.layers:
         g, o, _ = layer.indices[0].shape
-        widths = tuple(index.shape[2] for index in layer.indices)
-        # Their inner products, by the shapes of a and b, and m pullbacks and about three runs.
-        a = torch.empty(n, g, layer.positions, sum(widths), device="meta")
-        b = torch.empty(n, m, g, o, layer.positions, device="meta")
-        products += flops(Outer(a, b, widths))
-        pulled += 2 * (m + 3) * a.numel() * o
-        d += g * o * sum(widths)
-    # Dense columns, of leaves without rules and of summed ones, are multiplied as they are.
+        shapes.append((g, o, layer.positions, sum(index.shape[2] for index in layer.indices)))
     dense_entries = program.size - sum(site.shape.numel() for site in program.sites)
-    dense_entries += sum(leaf.size for leaf in program.summed_leaves)
-    products += 2 * dense_entries * (n * m) ** 2
+    for derived in program.derived_leaves:
+        t = derived.layers[0].positions
+        by_rows = [rows for rows in derived.rows if rows is not None and t < m]
+        shapes += [(rows.shape[0], 1, t, rows.shape[1]) for rows in by_rows]
+        dense_entries += derived.size if len(by_rows) < len(derived.rows) else 0
+    # Their inner products, dense columns' as they are, and m pullbacks and about three runs.
+    products, pulled = 2.0 * dense_entries * (n * m) ** 2, 0.0
+    for g, o, t, p in shapes:
+        a = torch.empty(n, g, t, p, device="meta")
+        b = torch.empty(n, m, g, o, t, device="meta")
+        products += flops(Outer(a, b, (p,)))
+        pulled += 2 * (m + 3) * a.numel() * o
     # All columns are dense on the side of the parameters, where these are fewer.
-    d += dense_entries
-    return pulled + (products if n * m <= d else 2 * n * m * d**2)
+    d = sum(size for pieces in program.pieces for _, size in pieces)
+    return pulled + (products if n * m <= d else 2.0 * n * m * d**2)
 
 
 def _samples_at_once(program: Program, leaves: Sequence[Tensor], m: int) -> int:
@@ -219,5 +223,6 @@ def _samples_at_once(program: Program, leaves: Sequence[Tensor], m: int) -> int:
         layer.positions * sum(index.shape[0] * index.shape[2] for index in layer.indices)
         for layer in program.layers
     )
-    sample_bytes = leaves[0].element_size() * (2 * m * program.size + inputs) + 1
+    entries = program.size + sum(derived.size for derived in program.derived_leaves)
+    sample_bytes = leaves[0].element_size() * (2 * m * entries + inputs) + 1
     return max(1, memory_bytes(leaves[0].device) // 4 // sample_bytes)

@@ -12,7 +12,8 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from ddnewton.linearize.structured.program import Layer, Part, Path, Program, Site, SummedLeaf
+from ddnewton.linearize.structured.derived import Derived, derived_weights
+from ddnewton.linearize.structured.program import DerivedLeaves, Layer, Part, Program, Site
 from ddnewton.linearize.structured.rules import DTYPE, SHAPE, aten
 from ddnewton.linearize.structured.uses import (
     Survey,
@@ -29,52 +30,57 @@ def compile_program(
     graph: GraphModule, leaves: Sequence[Tensor], sample: Sequence[Tensor]
 ) -> Program:
     """Find the layers in ``graph(*leaves, *sample)``; make a graph to read their columns from."""
-    # The uses of every leaf: by weights of their own, or by weights that overlap. A leaf with an
-    # obstacle is differentiated directly.
+    # The uses of every leaf, or those of the weights that are computed from it. A leaf with an
+    # obstacle that is neither is differentiated directly.
     survey = Survey(graph, leaves)
     survey.run(*leaves, *sample)
+    found = [uses_of(survey, leaf) for leaf in survey.leaves]
+    obstructed = [number for number, (_, path) in enumerate(found) if path.obstacle]
+    computed = derived_weights(graph, survey, obstructed)
+    paths = {number: path for number, (_, path) in enumerate(found)} | computed.paths
+    derived = computed.derived
+    pulled_back = {number for one in derived for number in one.leaves}
+    # By weights of their own, or by weights that overlap.
     weights: list[WeightUses] = []
-    overlapping: list[tuple[int, list[WeightUses]]] = []
-    paths: list[Path] = []
+    sizes = [leaf.numel() for leaf in leaves]
     for number in range(len(leaves)):
-        uses, path = uses_of(survey, number)
-        leaf_weights = by_weight(uses) if path.obstacle is None else []
+        leaf_uses = computed.uses.get(number, found[number][0])
+        leaf_weights = [] if number in pulled_back else by_weight(leaf_uses)
         if has_overlap(leaf_weights):
-            overlapping.append((number, leaf_weights))
+            start = sum(sizes[:number])
+            shifted = [use._replace(indices=use.indices - start) for use in leaf_uses]
+            derived.append(Derived([number], None, sizes[number], shifted, [None]))
         else:
             weights += leaf_weights
-        paths.append(path)
-    direct = [number for number, path in enumerate(paths) if path.obstacle is not None]
+    direct = [number for number in range(len(leaves)) if paths[number].obstacle]
     # Number the sites, where cotangents are taken, and the sources, off which a is read.
     uses = [use for weight in weights for use in weight.uses]
-    uses += [
-        use for _, leaf_weights in overlapping for weight in leaf_weights for use in weight.uses
-    ]
+    uses += [use for one in derived for use in one.uses]
     sites = list(dict.fromkeys(use.node for use in uses))
     sources = list(dict.fromkeys(use.source for use in uses if use.source is not None))
     layers = [_layer(pair, sites, sources) for pair in biases_with_weights(weights)]
-    sizes = [leaf.numel() for leaf in leaves]
-    summed_leaves = [
-        SummedLeaf(
-            leaf=number,
-            start=sum(sizes[:number]),
-            size=sizes[number],
-            layers=[_layer([weight], sites, sources) for weight in leaf_weights],
-        )
-        for number, leaf_weights in overlapping
+    derived_leaves = [_derived_leaves(one, sites, sources) for one in derived]
+    # Their columns, and those of direct leaves, come after those of the layers.
+    entries = {i: torch.arange(size, device=leaves[0].device) for i, size in enumerate(sizes)}
+    later = [
+        (i, entries[i] if rows is None else rows.reshape(-1))
+        for one in derived
+        for i, rows in zip(one.leaves, one.rows, strict=True)
     ]
-    # The columns of summed and direct leaves are dense, and come after those of the layers.
-    dense = [*(leaf.leaf for leaf in summed_leaves), *direct]
+    later += [(i, entries[i]) for i in direct]
     return Program(
         graph=_probed(graph, sites, sources),
         sites=[Site(site.meta[SHAPE], site.meta[DTYPE]) for site in sites],
         size=sum(site.meta[SHAPE].numel() for site in sites) + sum(sizes[i] for i in direct),
         layers=layers,
-        summed_leaves=summed_leaves,
+        derived_leaves=derived_leaves,
         direct=direct,
-        paths=paths,
-        pieces=[*(_pieces(layer, sizes) for layer in layers), *([(i, sizes[i])] for i in dense)],
-        order=_order(layers, sizes, dense, leaves[0].device),
+        paths=[paths[number] for number in range(len(leaves))],
+        pieces=[
+            *(_pieces(layer, sizes) for layer in layers),
+            *([(i, of.numel())] for i, of in later),
+        ],
+        order=_order(layers, sizes, later, leaves[0].device),
         rounding=survey.rounding,
     )
 
@@ -96,6 +102,20 @@ def _layer(pair: Sequence[WeightUses], sites: list[Node], sources: list[Node]) -
     return Layer([weight.indices for weight in pair], parts, positions)
 
 
+def _derived_leaves(derived: Derived, sites: list[Node], sources: list[Node]) -> DerivedLeaves:
+    """Return derived weights with their uses as layers."""
+    weights = by_weight(derived.uses)
+    return DerivedLeaves(
+        leaves=derived.leaves,
+        graph=derived.graph,
+        size=derived.size,
+        layers=[_layer([weight], sites, sources) for weight in weights],
+        repeated=[has_overlap([weight]) for weight in weights],
+        orders=[order_of(weight.indices, derived.size) for weight in weights],
+        rows=derived.rows,
+    )
+
+
 def _pieces(layer: Layer, sizes: Sequence[int]) -> list[tuple[int, int]]:
     """Return the leaf that each piece of a layer is from, and the size of the piece."""
     ends = list(accumulate(sizes))
@@ -103,20 +123,29 @@ def _pieces(layer: Layer, sizes: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _order(
-    layers: Sequence[Layer], sizes: Sequence[int], dense: Sequence[int], device: torch.device
+    layers: Sequence[Layer],
+    sizes: Sequence[int],
+    later: Sequence[tuple[int, Tensor]],
+    device: torch.device,
 ) -> Int[Tensor, " d"] | None:
     """Return every parameter's place among the entries of all factors, None if all are in order.
 
     The place of a parameter that is not used is one past the last.
     """
-    # Which parameter every entry is, and the inverse of that.
     starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
     parameters = [index.reshape(-1) for layer in layers for index in layer.indices]
-    parameters += [torch.arange(starts[i], starts[i + 1], device=device) for i in dense]
-    parameter = torch.cat([*parameters, torch.arange(0, device=device)])
-    order = parameter.new_full((starts[-1],), parameter.numel())
-    order[parameter] = torch.arange(parameter.numel(), device=device)
-    in_order = torch.equal(order, torch.arange(starts[-1], device=device))
+    parameters += [starts[i] + entries for i, entries in later]
+    return order_of(torch.cat([*parameters, torch.arange(0, device=device)]), starts[-1])
+
+
+def order_of(indices: Int[Tensor, "..."], size: int) -> Int[Tensor, " d"] | None:
+    """Return the place of each of so many numbers among some, None if these are all, in order.
+
+    The place of a number that is not among them is one past the last.
+    """
+    order = indices.new_full((size,), indices.numel())
+    order[indices.reshape(-1)] = torch.arange(indices.numel(), device=indices.device)
+    in_order = torch.equal(order, torch.arange(size, device=indices.device))
     return None if in_order else order
 
 

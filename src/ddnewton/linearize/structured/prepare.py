@@ -192,8 +192,13 @@ def _widened_program(
     if dtype == torch.float64:
         return None
     graph, rounded = widened_graph(program.graph, dtype)
+    # The graphs that compute weights in float64 as well.
     sites = [site._replace(dtype=torch.float64) for site in program.sites]
-    wide = program._replace(graph=graph, sites=sites, rounding=0.0)
+    derived = [
+        one._replace(graph=one.graph and widened_graph(one.graph, dtype)[0])
+        for one in program.derived_leaves
+    ]
+    wide = program._replace(graph=graph, sites=sites, derived_leaves=derived, rounding=0.0)
 
     def evaluate() -> Widened[Program]:
         visited = visit(wide, *tree_map(widen_leaf, (leaves, samples)))

@@ -1,7 +1,8 @@
 """The program of a model: a graph from which Jacobian columns are read off as outer products.
 
-Where rules know all uses of a parameter, its columns are outer products; any other parameter is
-differentiated directly, with a copy for every sample, in the same pullback.
+Where rules know all uses of a parameter, its columns are outer products. Where they know the uses
+of weights that are computed from it, its columns are those of the weights, pulled back. Any other
+parameter is differentiated directly, with a copy for every sample, in the same pullback.
 """
 
 from __future__ import annotations
@@ -52,27 +53,36 @@ class Layer(NamedTuple):
     positions: int  # of all uses
 
 
-class SummedLeaf(NamedTuple):
-    """A leaf of which uses overlap, one with its transpose, say: their columns are added up."""
+class DerivedLeaves(NamedTuple):
+    """Leaves whose columns are those of weights, pulled back or added up.
 
-    leaf: int
-    start: int  # of the leaf among the parameters
-    size: int
+    What is used is not a leaf itself but a weight that is computed from leaves alone, w = g v/‖v‖,
+    say: one Jacobian ∂w/∂v for all samples. Or the uses of a leaf overlap, one with its transpose,
+    and w is the leaf. Where every row of w is computed from entries of a leaf that no other row
+    is, the leaf's columns are outer products for every row by itself; otherwise they are dense.
+    """
+
+    leaves: Sequence[int]
+    graph: GraphModule | None  # (*params) -> the entries of all weights; None: those of the leaf
+    size: int  # how many entries these are, by which the layers count
     layers: Sequence[Layer]
+    repeated: Sequence[bool]  # whether entries of a layer are one parameter, and to be added up
+    orders: Sequence[Int[Tensor, " _"] | None]  # otherwise, the places of w's entries in it
+    rows: Sequence[Int[Tensor, "_ _"] | None]  # the entries of every leaf for every row
 
 
 class Program(NamedTuple):
     """A graph that takes a probe for every site after its inputs, and also returns the sources.
 
     A probe is added to the result of an operation: its cotangent, pulled back, is that of the
-    result. The factors of columns are the layers, the summed leaves, and the direct ones.
+    result. The factors of columns are the layers, the derived leaves, and the direct ones.
     """
 
     graph: GraphModule  # (*params, *x, *probes) -> (outputs, sources)
     sites: Sequence[Site]
     size: int  # the number of cotangents of a sample and column
     layers: Sequence[Layer]
-    summed_leaves: Sequence[SummedLeaf]
+    derived_leaves: Sequence[DerivedLeaves]
     direct: Sequence[int]  # the leaves that are differentiated directly
     paths: Sequence[Path]  # of every leaf
     pieces: Sequence[Sequence[tuple[int, int]]]  # the leaf and size of every factor's pieces

@@ -135,6 +135,14 @@ def bilinear(x: Tensor, W: Tensor, z: Tensor, *axes: Any) -> Any:
     return (x[:, :, None] * z[:, None, :]).flatten(1) @ W.flatten(1).T
 
 
+@decomposition(aten._weight_norm_interface.default)
+def weight_norm(v: Tensor, g: Tensor, axis: int = 0) -> tuple[Tensor, Tensor]:
+    """W = g V/‖V‖ with norms along all axes but one, and these; torch cannot map its own."""
+    axes = [i for i in range(v.ndim) if i != axis % v.ndim]
+    norms = torch.linalg.vector_norm(v, dim=axes, keepdim=True)
+    return v * (g / norms), norms
+
+
 @rule(aten.mv.default)
 def matrix_vector(node: Node, operand: int, indices: Int[Tensor, "..."]) -> Use | None:
     """Y = W x, or Y = X w."""

@@ -45,21 +45,25 @@ class WeightUses(NamedTuple):
 class Survey(Interpreter):
     """Run a graph once; note shapes and dtypes, and the operands that consist of parameters.
 
-    ``indices`` holds for such an operand which parameter each entry is, and ``leaf_of`` the leaf.
+    ``origins`` holds the leaves that a node is computed from, for every node that no data enter.
+    Such a node is a leaf, rearranges one, or is a weight computed from some. ``indices`` says which
+    entry of the leaf or weight each of its entries is, and ``root_of`` of which leaf or weight.
     ``rounding`` is the eps of the narrowest dtype that an operation casts to, 0 without casts.
     """
 
     def __init__(self, graph: GraphModule, leaves: Sequence[Tensor]) -> None:
         super().__init__(graph)
         self.indices: dict[Node, Any] = {}
-        self.leaf_of: dict[Node, int] = {}
+        self.root_of: dict[Node, Node] = {}
+        self.origins: dict[Node, frozenset[int]] = {}
         self.rounding = 0.0
-        inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        # The leaves come first among the inputs, and are numbered entry by entry.
+        self.leaves: list[Node] = graph.graph.find_nodes(op="placeholder")[: len(leaves)]
         start = 0
-        for number, (node, leaf) in enumerate(zip(inputs, leaves, strict=False)):
+        for number, (node, leaf) in enumerate(zip(self.leaves, leaves, strict=True)):
             stop = start + leaf.numel()
             self.indices[node] = torch.arange(start, stop, device=leaf.device).reshape(leaf.shape)
-            self.leaf_of[node] = number
+            self.root_of[node], self.origins[node] = node, frozenset([number])
             start = stop
 
     def run_node(self, n: Node) -> Any:
@@ -69,29 +73,48 @@ class Survey(Interpreter):
         n.meta[DTYPE] = getattr(result, "dtype", None)
         operands, _ = self.fetch_args_kwargs_from_env(n)
         self.rounding = max(self.rounding, cast_rounding(result, operands))
+        # The leaves that it is computed from, if from nothing else but constants.
+        if n.op not in ("placeholder", "output") and all(
+            x in self.origins for x in n.all_input_nodes
+        ):
+            self.origins[n] = frozenset().union(*(self.origins[x] for x in n.all_input_nodes))
         # The indices of what a rearrangement, or a cast to another floating dtype, gives.
         source = n.args[0] if n.args else None
-        if not (isinstance(source, Node) and source in self.indices):
-            return result
-        if n.target in REARRANGING:
-            rearrange: Any = n.target
-            self.indices[n] = rearrange(self.indices[source], *n.args[1:], **n.kwargs)
-            self.leaf_of[n] = self.leaf_of[source]
-        elif n.target in CASTING and result.is_floating_point():
-            self.indices[n], self.leaf_of[n] = self.indices[source], self.leaf_of[source]
+        floating = isinstance(result, Tensor) and result.is_floating_point()
+        if isinstance(source, Node) and source in self.indices and n.target in REARRANGING:
+            self.indices[n] = rearranged(n, self.indices[source])
+            self.root_of[n] = self.root_of[source]
+        elif (
+            isinstance(source, Node) and source in self.indices and n.target in CASTING and floating
+        ):
+            self.indices[n], self.root_of[n] = self.indices[source], self.root_of[source]
+        elif self.origins.get(n) and floating and n not in self.root_of:
+            self.indices[n] = torch.arange(result.numel(), device=result.device)
+            self.indices[n] = self.indices[n].reshape(result.shape)
+            self.root_of[n] = n
         return result
 
 
-def uses_of(survey: Survey, number: int) -> tuple[list[Use], Path]:
-    """Return the uses of a leaf and their operations; no use if an operation has no rule."""
+def rearranged(node: Node, entries: Any) -> Any:
+    """Return other entries in the places in which an operation puts those of its argument."""
+    target: Any = aten.reshape.default if node.target in RESHAPING else node.target
+    return target(entries, *node.args[1:], **node.kwargs)
+
+
+def uses_of(survey: Survey, root: Node, in_data: bool = False) -> tuple[list[Use], Path]:
+    """Return the uses of a leaf or weight and their operations; none if an operation has no rule.
+
+    They are all its uses, or only those by operations into which data enter.
+    """
     uses: list[Use] = []
     names: dict[str, None] = {}
-    # Every node that consists of entries of the leaf, and the operations that use it.
-    for node in [node for node, leaf in survey.leaf_of.items() if leaf == number]:
+    # Every node that consists of its entries, and the operations that use it.
+    for node in [node for node, of in survey.root_of.items() if of is root]:
         for user in node.users:
-            if user in survey.leaf_of:  # it rearranges them, and comes by itself
+            # What rearranges them comes by itself.
+            if survey.root_of.get(user) is root or (in_data and user in survey.origins):
                 continue
-            name = str(user.target).removeprefix("aten.").split(".")[0]
+            name = operation(user)
             rule = RULES.get(user.target)
             # The node may be several operands of the operation, each with a use of its own.
             for operand, argument in enumerate(user.args):
@@ -105,6 +128,11 @@ def uses_of(survey: Survey, number: int) -> tuple[list[Use], Path]:
             if rule is None:
                 return [], Path([name], f"no rule for {name}")
     return uses, Path(list(names) or ["unused"], None)
+
+
+def operation(node: Node) -> str:
+    """Return the name of an operation without its overload."""
+    return str(node.target).removeprefix("aten.").split(".")[0]
 
 
 def _at_site(use: Use) -> Use:

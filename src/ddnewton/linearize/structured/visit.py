@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -12,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vmap
 
-from ddnewton.columns.factors import Factor, Outer, dense_columns
-from ddnewton.linearize.structured.program import Layer, Program, SummedLeaf
+from ddnewton.columns.factors import Factor, Outer
+from ddnewton.linearize.structured.program import Layer, Program
+from ddnewton.linearize.structured.pulled_back import pulled_back
 from ddnewton.transforms import linear_map
 
 COTANGENTS_AT_ONCE = 2**20
@@ -75,10 +75,9 @@ def visit(program: Program, leaves: Sequence[Tensor], samples: Sequence[Tensor])
         outer = partial(_outer, at_sites, sources)
         firsts = [leaves[pieces[0][0]] for pieces in program.pieces[: len(program.layers)]]
         factors: list[Factor] = list(map(outer, program.layers, firsts))
-        factors += [
-            _summed(leaf, map(outer, leaf.layers, repeat(leaves[leaf.leaf])))
-            for leaf in program.summed_leaves
-        ]
+        for derived in program.derived_leaves:
+            first = leaves[derived.leaves[0]]
+            factors += pulled_back(derived, [outer(x, first) for x in derived.layers], leaves)
         return [*factors, *(row.reshape(row.shape[0] * row.shape[1], -1) for row in rows)]
 
     return Visit(outputs, pullback)
@@ -100,16 +99,6 @@ def _pulled(
 def _probes(program: Program, leaf: Tensor, n: int) -> list[Float[Tensor, "n ..."]]:
     """Return zeros for the sites of n samples, in the dtypes of these, where the leaf is."""
     return [leaf.new_zeros((), dtype=site.dtype).expand(n, *site.shape) for site in program.sites]
-
-
-def _summed(leaf: SummedLeaf, uses: Iterable[Outer]) -> Float[Tensor, "nm d"]:
-    """Return the columns of a leaf as the sum of those of its uses."""
-    total: Tensor | float = 0.0
-    for layer, use in zip(leaf.layers, uses, strict=True):
-        columns, places = dense_columns(use), layer.indices[0].reshape(-1) - leaf.start
-        zeros = columns.new_zeros(columns.shape[0], leaf.size)
-        total = total + zeros.index_add(1, places, columns)
-    return torch.as_tensor(total)
 
 
 def _outer(
