@@ -1,8 +1,9 @@
-"""A step on a prepared model under `torch.compile`, in one graph.
+"""A step on a prepared model under `torch.compile`, in one graph, and whole updates.
 
 In a process of its own: the hook that checks shapes in the tests cannot be compiled.
 """
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,41 @@ except RuntimeError as error:
     print("compiled")
 """
 
+UPDATES = """
+import torch
+from tests.models import problem
+from torch.utils._pytree import tree_leaves
+from ddnewton import directional_newton, held_out, levenberg_marquardt, prepare, trust_region
+
+model_fn, start, X, y, criterion = problem("tanh_mlp", torch.float64)
+prepared = prepare(model_fn, start, X)
+for damping in (levenberg_marquardt(1e-9), trust_region(), held_out(every=2)):
+    torch.compiler.reset()
+    optimizer = directional_newton(prepared, criterion, damping)
+    compiled = torch.compile(optimizer.update, backend="aot_eager")
+    params, state, attempts = start, optimizer.init(start), []
+    for _ in range(3):
+        one, other = (f(params, state, X, y) for f in (compiled, optimizer.update))
+        for a, b in zip(tree_leaves(one[:2]), tree_leaves(other[:2]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+        assert one[2].attempts == other[2].attempts, (one[2], other[2])
+        params, state, info = other
+        attempts.append(info.attempts.item())
+    print(attempts)
+"""
+
+
+def _printed(*arguments: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", *arguments],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
@@ -84,19 +120,13 @@ except RuntimeError as error:
     ],
 )
 def test_a_step_on_a_prepared_model_compiles_to_one_graph(name, dtype):
-    run(SCRIPT, name, dtype)
+    assert _printed(SCRIPT, name, dtype) == "compiled\n"
 
 
 def test_callable_criteria_compile_to_one_graph_and_are_refused_where_samples_interact():
-    run(CRITERIA_SCRIPT)
+    assert _printed(CRITERIA_SCRIPT) == "compiled\n"
 
 
-def run(script, *arguments):
-    result = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.stdout == "compiled\n", result.stderr
+def test_a_compiled_update_is_the_update_with_its_search():
+    searching = json.loads(_printed(UPDATES).splitlines()[0])
+    assert max(searching) > 1  # a step that is not taken is followed by another

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -24,12 +23,13 @@ from ddnewton.optim.adaptation import (
     as_adaptation,
     levenberg_marquardt,
 )
+from ddnewton.optim.compiled import has_one_trial, is_all, uncompiled
 from ddnewton.optim.notices import Notices, notice
 from ddnewton.optim.search import added, search
 from ddnewton.optim.settings import Complement, Settings, check_settings
 from ddnewton.optim.state import State, UpdateInfo, check_state, first_state
 from ddnewton.optim.update import local_model, next_state, update_info
-from ddnewton.quadratic.quadratic_model import QuadraticModel, quadratic_model
+from ddnewton.quadratic.quadratic_model import quadratic_model
 from ddnewton.transforms import any_known
 from ddnewton.trees import sample_count, tree_leaves
 from ddnewton.types import DampingRule, GramWay, ModelFn, PyTree, Select
@@ -51,7 +51,7 @@ class Update:
     """``update``: from parameters, their state and a batch to the next ones."""
 
     settings: Settings
-    model_of: Callable[..., AbstractContextManager[QuadraticModel]]
+    model_of: partial[Any]  # of `quadratic_model`
     subsampling_grad: Indices | None
     subsampling_ggn: Indices | None
     notices: Notices
@@ -60,7 +60,13 @@ class Update:
         self, params: PyTree, state: State, X: PyTree, y: PyTree
     ) -> tuple[PyTree, State, UpdateInfo]:
         """Return the parameters after a step on a batch, the state for the next, and a record."""
-        return update(self, params, state, X, y)
+        if not torch.compiler.is_compiling():
+            return update(self, params, state, X, y)
+        if has_one_trial(self.settings, self.model_of.keywords["criterion"], state):
+            updated = update(self, params, state, X, y)
+            if is_all(updated[2]):
+                return updated
+        return uncompiled(update)(self, params, state, X, y)
 
 
 class FunctionalOptimizer(NamedTuple):

@@ -6,8 +6,7 @@ step to a centre, as derived in `ddnewton.quadratic.proximal`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,15 +45,14 @@ class Quadratic(NamedTuple):
 
 
 class TrialSteps(NamedTuple):
-    """What trial steps are made of; ``directions`` decomposes the matrices when first called."""
+    """What trial steps are made of; the matrices are decomposed where that is first needed."""
 
     model: QuadraticModel
     matrices: Sequence[GaussNewton]
     complement: Complement
     proximal: Proximal | None
     proximal_blocks: Sequence[ProximalBlock]
-    directions: Callable[[], list[BlockDirections]]
-    known_directions: Callable[[], list[BlockDirections] | None]
+    known: list[BlockDirections]  # empty until the matrices are decomposed
 
 
 def trial_steps(
@@ -65,11 +63,6 @@ def trial_steps(
 ) -> TrialSteps:
     """Return the trial steps of a batch."""
     sizes = [leaf.numel() for leaf in model.linearization.leaves]
-
-    @cache
-    def directions() -> list[BlockDirections]:
-        return directions_of(model, matrices, only_kept=complement is None)
-
     return TrialSteps(
         model=model,
         matrices=matrices,
@@ -78,8 +71,7 @@ def trial_steps(
         proximal_blocks=(
             [] if proximal is None else proximal_blocks(proximal, matrices, model.leaves, sizes)
         ),
-        directions=directions,
-        known_directions=lambda: directions() if directions.cache_info().currsize else None,
+        known=[],
     )
 
 
@@ -186,6 +178,10 @@ def _coordinates(
     coordinates = without_eigenpairs(damped, matrices, outside, centres, TRIAL_CONDITION)
     if coordinates is not None:
         return coordinates
+    # Decompose the matrices in the first trial that needs it, for all that follow.
+    if not trials.known:
+        only_kept = trials.complement is None
+        trials.known.extend(directions_of(trials.model, matrices, only_kept=only_kept))
     return [
         solve(
             damped,
@@ -193,7 +189,5 @@ def _coordinates(
             outside[b],
             None if centres is None else centres[b],
         ).coordinates
-        for b, (directions, block) in enumerate(
-            zip(trials.directions(), damped.blocks, strict=True)
-        )
+        for b, (directions, block) in enumerate(zip(trials.known, damped.blocks, strict=True))
     ]

@@ -90,17 +90,17 @@ def _flat_share(local: LocalModel) -> Float[Tensor, ""]:
     """Return the share of the gradient that has no curvature, nan where it is not known."""
     if not has_flat_samples(local.model):
         return torch.zeros_like(local.gradient_norm)
-    blocks, count = local.trials.known_directions(), len(local.model.curvature_weights)
-    if blocks is None or any(len(block.spectrum.evals) < count for block in blocks):
+    blocks, count = local.trials.known, len(local.model.curvature_weights)
+    if not blocks or any(len(block.spectrum.evals) < count for block in blocks):
         return torch.full_like(local.gradient_norm, torch.nan)
     return flat_share(local.model, blocks, local.gradient_norm)
 
 
 def _rank_and_share(local: LocalModel) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Return the rank, and the kept directions' share of the gradient, nan where not known."""
-    blocks = local.trials.known_directions()
+    blocks = local.trials.known
     unknown = torch.full_like(local.gradient_norm, torch.nan)
-    if blocks is None:
+    if not blocks:
         return unknown, unknown
     # The squared slopes along the kept directions of all blocks, of the squared gradient.
     squares = [
