@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch.func import vmap
 
-from ddnewton import damping as module
-from ddnewton import newton_step, newton_step_and_info, top_k
+from ddnewton import newton_step, newton_step_and_info, resampling, top_k
 from ddnewton.damping import bootstrap, constant, relative, signal_to_noise
 from tests.methods import DTYPES, FLOAT64, GRID, RULES, seeded
 
@@ -136,7 +135,7 @@ def test_bootstrap_on_many_random_problems_is_its_loop():
 @pytest.mark.parametrize("piece", [1, 8 * 30, 8 * 30 * 3, 2**22])
 def test_bootstrap_is_the_same_in_pieces(piece, monkeypatch):
     gammas, lambdas = noisy()
-    monkeypatch.setattr(module, "GAINS_AT_ONCE", piece)
+    monkeypatch.setattr(resampling, "GAINS_AT_ONCE", piece)
     result = call(bootstrap(GRID, seeded(), 30), gammas, lambdas)
     assert torch.equal(result, loop_bootstrap(gammas, lambdas, GRID, 0, 30, 0.05))
 

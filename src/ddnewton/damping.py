@@ -9,8 +9,8 @@ when the rule is made.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -18,11 +18,9 @@ from torch import Tensor
 
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.inputs.checks import check_nonnegative, check_resampling
-from ddnewton.transforms import any_known, untransformed, unwrapped
+from ddnewton.resampling import Bootstrap
+from ddnewton.transforms import any_known, unwrapped
 from ddnewton.types import DampingRule
-
-GAINS_AT_ONCE = 2**22
-"""How many gains of a bootstrap are in memory at a time: 32 MiB in float64."""
 
 
 def constant(delta: float | Tensor) -> DampingRule:
@@ -35,16 +33,18 @@ def constant(delta: float | Tensor) -> DampingRule:
     tensor([0.5000, 0.5000])
     """
     check_nonnegative("damping", delta)
+    return partial(_constant, delta)
 
-    def damping(
-        evals: Float[Tensor, " k"],
-        evecs: object,
-        gammas: Float[Tensor, "n k"],
-        lambdas: Float[Tensor, "n2 k"],
-    ) -> Float[Tensor, " k"]:
-        return delta * torch.ones_like(evals)
 
-    return damping
+def _constant(
+    delta: float | Tensor,
+    evals: Float[Tensor, " k"],
+    evecs: object,
+    gammas: Float[Tensor, "n k"],
+    lambdas: Float[Tensor, "n2 k"],
+) -> Float[Tensor, " k"]:
+    """Return δ for every direction."""
+    return delta * torch.ones_like(evals)
 
 
 def relative(fraction: float | Tensor) -> DampingRule:
@@ -60,17 +60,19 @@ def relative(fraction: float | Tensor) -> DampingRule:
     tensor([0.2000, 0.2000])
     """
     check_nonnegative("relative: fraction", fraction)
+    return partial(_relative, fraction)
 
-    def damping(
-        evals: Float[Tensor, " k"],
-        evecs: object,
-        gammas: Float[Tensor, "n k"],
-        lambdas: Float[Tensor, "n2 k"],
-    ) -> Float[Tensor, " k"]:
-        # The last of the sorted ones, not amax(), which raises where K = 0.
-        return fraction * evals.sort().values[-1:].expand_as(evals)
 
-    return damping
+def _relative(
+    fraction: float | Tensor,
+    evals: Float[Tensor, " k"],
+    evecs: object,
+    gammas: Float[Tensor, "n k"],
+    lambdas: Float[Tensor, "n2 k"],
+) -> Float[Tensor, " k"]:
+    """Return the fraction of the largest eigenvalue for every direction."""
+    # The last of the sorted ones, not amax(), which raises where K = 0.
+    return fraction * evals.sort().values[-1:].expand_as(evals)
 
 
 def signal_to_noise(caution: float | Tensor = 1.0) -> DampingRule:
@@ -104,31 +106,33 @@ def signal_to_noise(caution: float | Tensor = 1.0) -> DampingRule:
     tensor([1.2500,    inf])
     """
     check_nonnegative("signal_to_noise: caution", caution)
+    return partial(_signal_to_noise, caution)
 
-    def damping(
-        evals: Float[Tensor, " k"],
-        evecs: object,
-        gammas: Float[Tensor, "n k"],
-        lambdas: Float[Tensor, "n2 k"],
-    ) -> Float[Tensor, " k"]:
-        # An unbiased variance divides by N − 1.
-        n, n2 = gammas.shape[0], lambdas.shape[0]
-        if min(n, n2) < 2:
-            rule, got = "signal_to_noise: a spread needs two samples", f"gammas: {n}, lambdas: {n2}"
-            raise BadValue(sentence(rule, got, "Pass a larger batch, or damp by another rule."))
-        # noise = var(γ_k) / (N γ_k²) is 1 − shrink_k; taken directly, it keeps all its digits.
-        gammas, lambdas = gammas.double(), lambdas.double()
-        gamma, lambda_ = gammas.mean(0), lambdas.mean(0)
-        noise = (gammas - gamma).square().sum(0) / (n * (n - 1)) / gamma.square()
-        # excess = caution · se(λ_k) is what makes the curvature pessimistic.
-        excess = caution * ((lambdas - lambda_).square().sum(0) / (n2 * (n2 - 1))).sqrt()
-        # (λ + excess) / shrink − λ over one denominator, so that λ does not cancel.
-        delta = (lambda_ * noise + excess) / (1 - noise)
-        # Both comparisons are false of nan, as from slopes that are all zero: those are skipped.
-        certain = (noise < 1) & (lambda_ + excess > 0)
-        return torch.where(certain, delta.clamp(min=0), torch.inf).to(evals.dtype)
 
-    return damping
+def _signal_to_noise(
+    caution: float | Tensor,
+    evals: Float[Tensor, " k"],
+    evecs: object,
+    gammas: Float[Tensor, "n k"],
+    lambdas: Float[Tensor, "n2 k"],
+) -> Float[Tensor, " k"]:
+    """Return the dampings of `signal_to_noise`."""
+    # An unbiased variance divides by N − 1.
+    n, n2 = gammas.shape[0], lambdas.shape[0]
+    if min(n, n2) < 2:
+        rule, got = "signal_to_noise: a spread needs two samples", f"gammas: {n}, lambdas: {n2}"
+        raise BadValue(sentence(rule, got, "Pass a larger batch, or damp by another rule."))
+    # noise = var(γ_k) / (N γ_k²) is 1 − shrink_k; taken directly, it keeps all its digits.
+    gammas, lambdas = gammas.double(), lambdas.double()
+    gamma, lambda_ = gammas.mean(0), lambdas.mean(0)
+    noise = (gammas - gamma).square().sum(0) / (n * (n - 1)) / gamma.square()
+    # excess = caution · se(λ_k) is what makes the curvature pessimistic.
+    excess = caution * ((lambdas - lambda_).square().sum(0) / (n2 * (n2 - 1))).sqrt()
+    # (λ + excess) / shrink − λ over one denominator, so that λ does not cancel.
+    delta = (lambda_ * noise + excess) / (1 - noise)
+    # Both comparisons are false of nan, as from slopes that are all zero: those are skipped.
+    certain = (noise < 1) & (lambda_ + excess > 0)
+    return torch.where(certain, delta.clamp(min=0), torch.inf).to(evals.dtype)
 
 
 def bootstrap(
@@ -164,29 +168,7 @@ def bootstrap(
     """
     ascending = _ascending_dampings(grid)
     check_resampling(generator, resamples, quantile)
-
-    def damping(
-        evals: Float[Tensor, " k"],
-        evecs: object,
-        gammas: Float[Tensor, "n k"],
-        lambdas: Float[Tensor, "n2 k"],
-    ) -> Float[Tensor, " k"]:
-        # One resampling for each number of samples, so one for γ and λ if theirs agree.
-        gammas, lambdas, deltas = gammas.double(), lambdas.double(), ascending.to(gammas.device)
-        counts = dict.fromkeys([gammas.shape[0], lambdas.shape[0]])
-        resampling = {n: _mean_weights(n, resamples, generator).to(gammas.device) for n in counts}
-        # The steps τ [G, K] at the means of the batch, and the means γ_b and λ_b [B, K].
-        steps = -gammas.mean(0) / (lambdas.mean(0) + deltas[:, None])
-        gammas_b, lambdas_b = resampling[len(gammas)] @ gammas, resampling[len(lambdas)] @ lambdas
-        # All gains [G, B, K] may not fit into memory: take a few directions at a time.
-        size = max(1, GAINS_AT_ONCE // (len(deltas) * resamples))
-        pieces = zip(*(x.split(size, dim=1) for x in (steps, gammas_b, lambdas_b)), strict=True)
-        gains = torch.cat([_gain_quantiles(quantile, *piece) for piece in pieces], dim=1)
-        # argmax takes the first of several largest, so the smallest δ.
-        best = deltas[gains.argmax(0)]
-        return torch.where(gains.amax(0) >= 0, best, torch.inf).to(evals.dtype)
-
-    return damping
+    return Bootstrap(ascending, generator, resamples, quantile)
 
 
 def _ascending_dampings(grid: Sequence[float] | Tensor) -> Float[Tensor, " g"]:
@@ -200,30 +182,6 @@ def _ascending_dampings(grid: Sequence[float] | Tensor) -> Float[Tensor, " g"]:
     if deltas.ndim != 1 or deltas.numel() == 0 or any_known(~(deltas >= 0)):
         raise BadValue(sentence(rule, got, remedy))
     return deltas.sort().values
-
-
-def _mean_weights(n: int, b: int, generator: torch.Generator) -> Float[Tensor, "b n"]:
-    """Return every sample's weight in the mean of every resample: how often it is drawn, over n."""
-    with untransformed():  # vmap would refuse to draw
-        drawn = torch.randint(n, (b, n), generator=generator, device=generator.device)
-        ones = torch.ones_like(drawn, dtype=torch.float64)
-        return torch.zeros_like(ones).scatter_add_(1, drawn, ones) / n
-
-
-def _gain_quantiles(
-    quantile: float,
-    steps: Float[Tensor, "g k"],
-    gammas_b: Float[Tensor, "b k"],
-    lambdas_b: Float[Tensor, "b k"],
-) -> Float[Tensor, "g k"]:
-    """Return a quantile of each step's gain over the resamples; −∞ where it is not finite."""
-    tau = steps[:, None]
-    ordered = (-tau * (gammas_b + lambdas_b * tau / 2)).sort(1).values
-    # Between two of the ordered gains the quantile is interpolated linearly.
-    position = quantile * (len(gammas_b) - 1)
-    low, high = ordered[:, math.floor(position)], ordered[:, math.ceil(position)]
-    quantiles = low.lerp(high, position % 1)
-    return torch.where(quantiles.isfinite(), quantiles, -torch.inf)
 
 
 def as_rule(damping: float | Tensor | DampingRule) -> DampingRule:

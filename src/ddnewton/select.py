@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -51,11 +52,12 @@ def above(threshold: float, relative: bool = True) -> Select:
     [False, True, True]
     """
     check_nonnegative("above: threshold", threshold)
+    return partial(_above, threshold, relative)
 
-    def select(evals: Float[Tensor, " i"]) -> Bool[Tensor, " i"]:
-        return evals > (threshold * evals[-1] if relative else threshold)
 
-    return select
+def _above(threshold: float, relative: bool, evals: Float[Tensor, " i"]) -> Bool[Tensor, " i"]:
+    """Return which eigenvalues are above the threshold."""
+    return evals > (threshold * evals[-1] if relative else threshold)
 
 
 def energy(fraction: float) -> Select:
@@ -71,11 +73,12 @@ def energy(fraction: float) -> Select:
     if fraction > 1:
         rule = "energy: fraction must lie in 0 to 1"
         raise BadValue(sentence(rule, fraction, "Pass a share of the trace, such as 0.99."))
+    return partial(_energy, fraction)
 
-    def select(evals: Float[Tensor, " i"]) -> Bool[Tensor, " i"]:
-        # An eigenvalue is taken while the sum of all larger ones is below the fraction.
-        sums = evals.flip(0).cumsum(0)
-        before = torch.cat([sums.new_zeros(1), sums[:-1]])
-        return (before < fraction * sums[-1]).flip(0)
 
-    return select
+def _energy(fraction: float, evals: Float[Tensor, " i"]) -> Bool[Tensor, " i"]:
+    """Return which eigenvalues are the fewest leading ones with the fraction of their sum."""
+    # An eigenvalue is taken while the sum of all larger ones is below the fraction.
+    sums = evals.flip(0).cumsum(0)
+    before = torch.cat([sums.new_zeros(1), sums[:-1]])
+    return (before < fraction * sums[-1]).flip(0)

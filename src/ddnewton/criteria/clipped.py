@@ -9,6 +9,7 @@ from ddnewton.criteria.eigenvectors import hessians_of, in_eigenvectors
 from ddnewton.criteria.loss import Expansion, Loss, slopes_of
 from ddnewton.criteria.monte_carlo import AnyCriterion, undrawn
 from ddnewton.errors import public
+from ddnewton.records import pickled_as_call
 from ddnewton.transforms import any_known
 from ddnewton.types import PyTree
 
@@ -16,6 +17,7 @@ ORTHONORMAL = 1e-8
 """How far LᵀL may lie from I for the columns of L to count as eigenvectors."""
 
 
+@pickled_as_call
 @public
 def clipped(criterion: AnyCriterion) -> Loss:
     r"""Return a criterion without negative curvature: its value and gradient are the loss's own.

@@ -16,6 +16,7 @@ from ddnewton.criteria.loss import Expansion, Loss, spanned
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.linearize.independence import Watch
 from ddnewton.linearize.precision import in_dtype_of
+from ddnewton.records import pickled_as_call
 from ddnewton.transforms import first_member, over_samples
 from ddnewton.trees import as_batch, on_copies, take, tree_map
 from ddnewton.types import Criterion, PyTree
@@ -29,6 +30,7 @@ GRADIENT_ROUNDINGS = 64.0
 """Up to how many roundings of the largest gradient those of single samples may differ."""
 
 
+@pickled_as_call
 def convex(criterion: Criterion) -> Loss:
     """Return the record of any convex ``criterion(outputs, y) -> scalar``.
 

@@ -9,9 +9,11 @@ from torch import Tensor
 from ddnewton.criteria.loss import Expansion, Loss, spanned, value_and_gradient
 from ddnewton.criteria.monte_carlo import AnyCriterion, undrawn
 from ddnewton.errors import public
+from ddnewton.records import pickled_as_call
 from ddnewton.types import PyTree
 
 
+@pickled_as_call
 @public
 def empirical_fisher(criterion: AnyCriterion) -> Loss:
     r"""Return a criterion whose curvature is the empirical Fisher matrix; its gradient is exact.

@@ -6,8 +6,10 @@ from ddnewton.criteria.gaussian import LIKELIHOOD_RULE
 from ddnewton.criteria.loss import Loss
 from ddnewton.criteria.monte_carlo import AnyCriterion, kind_of, undrawn
 from ddnewton.errors import BadValue, public, sentence
+from ddnewton.records import pickled_as_call
 
 
+@pickled_as_call
 @public
 def fisher(criterion: AnyCriterion) -> Loss:
     r"""Return a criterion whose curvature is the Fisher information; its gradient is exact.

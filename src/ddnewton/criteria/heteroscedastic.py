@@ -20,9 +20,11 @@ from ddnewton.criteria.loss import (
 )
 from ddnewton.criteria.target_checks import check_real
 from ddnewton.errors import BadValue, public, sentence
+from ddnewton.records import pickled_as_call
 from ddnewton.types import PyTree
 
 
+@pickled_as_call
 @public
 def heteroscedastic_nll(reduction: Reduction = "mean", *, full: bool = False) -> Loss:
     r"""Return the negative log-likelihood of y ~ N(m, v) for predicted m and log v.

@@ -25,6 +25,7 @@ from ddnewton.criteria.target_checks import (
     check_variances,
 )
 from ddnewton.errors import BadValue, sentence
+from ddnewton.records import pickled_as_call
 from ddnewton.transforms import any_known, unwrapped
 from ddnewton.types import PyTree
 
@@ -32,6 +33,7 @@ QUANTILE_BISECTIONS = 32
 """Enough to narrow 18 standard deviations down to one count, for rates up to 1e16."""
 
 
+@pickled_as_call
 def bce_with_logits(
     reduction: Reduction = "mean",
     *,
@@ -84,6 +86,7 @@ def bce_with_logits(
     return elementwise(terms, per_element(reduction), check, score)
 
 
+@pickled_as_call
 def poisson_nll(
     reduction: Reduction = "mean",
     *,
@@ -139,6 +142,7 @@ def poisson_nll(
     return elementwise(terms, per_element(reduction), check, score)
 
 
+@pickled_as_call
 def gaussian_nll(
     reduction: Reduction = "mean",
     *,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from ddnewton.errors import BadValue, sentence
+from ddnewton.records import Call, reduced
 from ddnewton.types import PyTree
 
 Reduction: TypeAlias = Literal["mean", "sum"]
@@ -75,6 +76,10 @@ class Loss(NamedTuple):
     joint: Callable[[Tensor, PyTree], Callable[[Tensor], Tensor] | None] | None = None
     fisher: Callable[[Tensor, PyTree], Expansion] | None = None
     columns: Callable[[Tensor], int] | None = None
+    made_by: Call | None = None  # by which it is pickled
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return reduced(self)
 
 
 def spanned(

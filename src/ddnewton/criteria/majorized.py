@@ -18,6 +18,7 @@ from ddnewton.criteria.residuals import (
 )
 from ddnewton.errors import public
 from ddnewton.linearize.precision import loss_in_float64
+from ddnewton.records import pickled_as_call
 from ddnewton.types import PyTree
 
 SMALLEST_RESIDUAL = 1e-2
@@ -27,6 +28,7 @@ KINK = 1e-8
 """By how much ψ must jump at a kink, relative to the largest of the batch."""
 
 
+@pickled_as_call
 @public
 def majorized(criterion: AnyCriterion) -> Loss:
     r"""Return a criterion whose curvature is that of the parabola above each term.

@@ -8,7 +8,7 @@ sample, where the exact Hessian of a softmax has C − 1: fewer columns make a c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from ddnewton.criteria.loss import Expansion, Loss, Uniform, name_of, value_and_gradient
 from ddnewton.criteria.torch_losses import TORCH_LOSSES, record_of
 from ddnewton.errors import BadType, BadValue, public, sentence
+from ddnewton.records import restored_draws, stored_draws
 from ddnewton.transforms import untransformed
 from ddnewton.types import Criterion, PyTree
 
@@ -29,6 +30,9 @@ class MonteCarlo(NamedTuple):
     loss: Loss
     samples: int
     generator: torch.Generator
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _with_draws, (self.loss, self.samples, *stored_draws(self.generator))
 
 
 AnyCriterion: TypeAlias = Criterion | Loss | MonteCarlo
@@ -100,6 +104,11 @@ def monte_carlo(criterion: AnyCriterion, samples: int, generator: torch.Generato
     if loss.scores is None:
         raise BadValue(_without_likelihood(criterion))
     return MonteCarlo(loss, samples, generator)
+
+
+def _with_draws(loss: Loss, samples: int, device: torch.device, state: Tensor) -> MonteCarlo:
+    """Return the record with a generator in a state."""
+    return MonteCarlo(loss, samples, restored_draws(device, state))
 
 
 def sampled(criterion: MonteCarlo) -> Loss:

@@ -25,6 +25,7 @@ from ddnewton.criteria.option_checks import check_denominator, check_weight, che
 from ddnewton.criteria.softmax import class_labels, class_weighted, classes_last
 from ddnewton.criteria.target_checks import check_classes
 from ddnewton.errors import BadType, BadValue, sentence
+from ddnewton.records import pickled_as_call
 from ddnewton.transforms import any_known, unwrapped
 from ddnewton.types import PyTree
 
@@ -35,6 +36,7 @@ SMALLEST_PROBABILITY = 1e-12
 """Floor of p (1 − p), as in torch's derivative of binary cross-entropy."""
 
 
+@pickled_as_call
 def nll(
     reduction: Reduction = "mean", *, weight: Tensor | None = None, ignore_index: int = -100
 ) -> Loss:
@@ -88,6 +90,7 @@ def nll(
     return Loss(expand, denominator, check, gradient=gradient, fisher=fisher)
 
 
+@pickled_as_call
 def bce(reduction: Reduction = "mean", *, weight: Tensor | None = None) -> Loss:
     """Return binary cross-entropy of probabilities, as in `torch.nn.BCELoss`, by torch.func.
 

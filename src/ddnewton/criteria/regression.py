@@ -24,9 +24,11 @@ from ddnewton.criteria.option_checks import (
     check_weight_shape,
 )
 from ddnewton.criteria.target_checks import check_real
+from ddnewton.records import pickled_as_call
 from ddnewton.types import PyTree
 
 
+@pickled_as_call
 def mse(reduction: Reduction = "mean", *, weight: Tensor | None = None) -> Loss:
     """Return the squared error ℓ = Σ_c w_c (f_c − y_c)², as in `torch.nn.MSELoss`.
 
@@ -67,6 +69,7 @@ def mse(reduction: Reduction = "mean", *, weight: Tensor | None = None) -> Loss:
     return elementwise(terms, denominator, check, score)
 
 
+@pickled_as_call
 def huber(
     reduction: Reduction = "mean", *, delta: float = 1.0, weight: Tensor | None = None
 ) -> Loss:
@@ -96,6 +99,7 @@ def huber(
     return elementwise(terms, per_element(reduction), check)
 
 
+@pickled_as_call
 def smooth_l1(reduction: Reduction = "mean", *, beta: float = 1.0) -> Loss:
     """Return the absolute error with its kink rounded off, as in `torch.nn.SmoothL1Loss`.
 

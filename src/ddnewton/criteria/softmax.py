@@ -26,9 +26,11 @@ from ddnewton.criteria.option_checks import (
     check_weight_shape,
 )
 from ddnewton.criteria.target_checks import check_classes
+from ddnewton.records import pickled_as_call
 from ddnewton.types import PyTree
 
 
+@pickled_as_call
 def cross_entropy(
     reduction: Reduction = "mean",
     *,

@@ -23,6 +23,7 @@ from ddnewton.criteria.trained import (
     check_options_are_constant,
 )
 from ddnewton.errors import BadType, sentence
+from ddnewton.records import pickled_as_call
 from ddnewton.types import Criterion, PyTree
 
 
@@ -82,6 +83,12 @@ def record_of(criterion: Criterion | Loss) -> Loss:
     # Any other function, and torch's own with options of no closed form.
     if isinstance(criterion, nn.Module) and getattr(criterion, "reduction", "mean") == "none":
         check_reduction("none")
+    return _of_function(criterion)
+
+
+@pickled_as_call
+def _of_function(criterion: Criterion) -> Loss:
+    """Return the record of a function that has no closed form."""
     record = with_gaussian_fisher(convex(criterion))
 
     def check(outputs: Tensor, y: PyTree) -> None:

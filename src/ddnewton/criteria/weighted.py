@@ -13,6 +13,7 @@ from ddnewton.criteria.loss import Expansion, Loss, Uniform, sample_gradient
 from ddnewton.criteria.monte_carlo import AnyCriterion, MonteCarlo
 from ddnewton.criteria.torch_losses import record_of
 from ddnewton.errors import BadType, BadValue, public, sentence
+from ddnewton.records import pickled_as_call
 from ddnewton.transforms import any_known, unwrapped
 from ddnewton.types import Criterion, PyTree
 
@@ -63,6 +64,7 @@ def weighted(criterion: AnyCriterion, weight: float | Tensor) -> Loss | MonteCar
     return _times(record_of(criterion), weight)
 
 
+@pickled_as_call
 def _times(loss: Loss, weight: float | Tensor) -> Loss:
     """Return a record of w ℓ: value, z, h and R are w times as large, and L stays."""
 

@@ -13,6 +13,7 @@ from ddnewton.criteria.loss import Expansion, Loss, Uniform, sample_gradient, va
 from ddnewton.criteria.monte_carlo import AnyCriterion, MonteCarlo, undrawn
 from ddnewton.criteria.torch_losses import record_of
 from ddnewton.errors import public
+from ddnewton.records import pickled_as_call
 from ddnewton.types import Criterion, PyTree
 
 
@@ -68,6 +69,7 @@ def with_curvature(criterion: AnyCriterion, metric: AnyCriterion) -> Loss | Mont
     return _with_metric(loss, record_of(metric))
 
 
+@pickled_as_call
 def _with_metric(loss: Loss, metric: Loss) -> Loss:
     """Return a record of a loss with the curvature, and the likelihood, of another."""
 

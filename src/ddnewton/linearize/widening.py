@@ -103,9 +103,7 @@ def widened_graph(graph: GraphModule, dtype: torch.dtype) -> tuple[GraphModule, 
         return argument
 
     # Copy the graph, for its operations are changed in place.
-    nodes = Graph()
-    nodes.output(nodes.graph_copy(graph.graph, {}))
-    copy = GraphModule(graph, nodes)
+    copy = plain_copy(graph)
     # Widen every dtype among the arguments of an operation, and every constant.
     for node in copy.graph.nodes:
         if node.target == torch.ops.aten._softmax.default:  # which may go from half to float32
@@ -115,6 +113,13 @@ def widened_graph(graph: GraphModule, dtype: torch.dtype) -> tuple[GraphModule, 
     map_constants(copy, widen_leaf)
     copy.recompile()
     return copy, rounded
+
+
+def plain_copy(graph: GraphModule) -> GraphModule:
+    """Return a copy of a graph that does not know how it was traced."""
+    nodes = Graph()
+    nodes.output(nodes.graph_copy(graph.graph, {}))
+    return GraphModule(graph, nodes)
 
 
 def map_constants(graph: GraphModule, function: Callable[[Tensor], Tensor]) -> None:

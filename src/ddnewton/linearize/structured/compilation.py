@@ -24,6 +24,7 @@ from ddnewton.linearize.structured.uses import (
     layout,
     uses_of,
 )
+from ddnewton.linearize.widening import widened_graph
 
 
 def compile_program(
@@ -83,6 +84,19 @@ def compile_program(
         order=_order(layers, sizes, later, leaves[0].device),
         rounding=survey.rounding,
     )
+
+
+def widened_program(program: Program, dtype: torch.dtype) -> tuple[Program, bool]:
+    """Return a program in float64, and whether it rounds below ``dtype`` inside as it is."""
+    graph, rounded = widened_graph(program.graph, dtype)
+    sites = [site._replace(dtype=torch.float64) for site in program.sites]
+    # The graphs that compute weights in float64 as well.
+    derived = [
+        one._replace(graph=one.graph and widened_graph(one.graph, dtype)[0])
+        for one in program.derived_leaves
+    ]
+    wide = program._replace(graph=graph, sites=sites, derived_leaves=derived, rounding=0.0)
+    return wide, rounded
 
 
 def _layer(pair: Sequence[WeightUses], sites: list[Node], sources: list[Node]) -> Layer:

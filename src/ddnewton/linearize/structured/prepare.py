@@ -19,12 +19,12 @@ from ddnewton.linearize.calls import alone, first_line
 from ddnewton.linearize.independence import SamplesMix, check_independent, evaluate
 from ddnewton.linearize.model import Model
 from ddnewton.linearize.precision import Widened, if_same_function, narrowest, pulled_back, ramp
-from ddnewton.linearize.structured.compilation import compile_program
+from ddnewton.linearize.structured.compilation import compile_program, widened_program
 from ddnewton.linearize.structured.program import Program
 from ddnewton.linearize.structured.trace import trace
 from ddnewton.linearize.structured.traced_model import Prepared, signature
 from ddnewton.linearize.structured.visit import Visit, visit
-from ddnewton.linearize.widening import in_float64, widen_leaf, widened_graph
+from ddnewton.linearize.widening import in_float64, widen_leaf
 from ddnewton.transforms import first_member
 from ddnewton.trees import take, tree_leaves, tree_map
 from ddnewton.types import ModelFn, PyTree
@@ -191,14 +191,7 @@ def _widened_program(
     dtype = narrowest([*leaves, *samples])
     if dtype == torch.float64:
         return None
-    graph, rounded = widened_graph(program.graph, dtype)
-    # The graphs that compute weights in float64 as well.
-    sites = [site._replace(dtype=torch.float64) for site in program.sites]
-    derived = [
-        one._replace(graph=one.graph and widened_graph(one.graph, dtype)[0])
-        for one in program.derived_leaves
-    ]
-    wide = program._replace(graph=graph, sites=sites, derived_leaves=derived, rounding=0.0)
+    wide, rounded = widened_program(program, dtype)
 
     def evaluate() -> Widened[Program]:
         visited = visit(wide, *tree_map(widen_leaf, (leaves, samples)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -13,8 +13,11 @@ from torch.func import vmap
 from torch.fx import GraphModule
 
 from ddnewton.errors import BadType, BadValue, sentence
+from ddnewton.linearize.precision import narrowest
+from ddnewton.linearize.structured.compilation import compile_program, widened_program
 from ddnewton.linearize.structured.program import Program
-from ddnewton.trees import TreeSpec, named_leaves, tree_flatten, tree_structure
+from ddnewton.linearize.widening import plain_copy
+from ddnewton.trees import TreeSpec, named_leaves, tree_flatten, tree_structure, tree_unflatten
 from ddnewton.types import PyTree
 
 
@@ -25,6 +28,11 @@ class Signature(NamedTuple):
     structure: TreeSpec
     skip: int  # the number of axes in front that are not compared: that of the samples
     leaves: Sequence[tuple[str, torch.Size, torch.dtype, torch.device]]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As a tree of numbers, for a structure is pickled with a warning of torch's.
+        tree = tree_unflatten(range(len(self.leaves)), self.structure)
+        return _signature_like, (self.name, tree, self.skip, self.leaves)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -59,6 +67,12 @@ class Prepared:
             samples = [leaf.clone() if leaf.is_inference() else leaf for leaf in samples]
         return leaves, samples
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The trace says all: the programs, which hold functions, are compiled of it anew.
+        trace, widened = plain_copy(self.sample), self.wide is not None
+        arguments = (trace, self.params, self.X, self.width, self.dtype, widened)
+        return _compiled_anew, arguments
+
     def __repr__(self) -> str:
         rows = [
             f"  {name or 'params'}: {path}"
@@ -72,6 +86,40 @@ def signature(name: str, tree: PyTree, skip: int) -> Signature:
     leaves = [
         (path, leaf.shape[skip:], leaf.dtype, leaf.device) for path, leaf in named_leaves(tree)
     ]
+    return Signature(name, tree_structure(tree), skip, leaves)
+
+
+def _compiled_anew(
+    sample: GraphModule,
+    params: Signature,
+    X: Signature,
+    width: int,
+    dtype: torch.dtype,
+    widened: bool,
+) -> Prepared:
+    """Return a model with its layers from the trace of one sample, whatever its values were."""
+    leaves, samples = _any_leaves(params), _any_leaves(X)
+    narrow, wide = compile_program(sample, leaves, samples), None
+    if widened:
+        wide, _ = widened_program(narrow, narrowest([*leaves, *samples]))
+    return Prepared(sample, narrow, wide, params, X, width, dtype)
+
+
+def _any_leaves(expected: Signature) -> list[Tensor]:
+    """Return tensors of a signature, for one sample: random numbers, or zeros of what counts."""
+    generator = torch.Generator().manual_seed(0)
+
+    def any_leaf(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if not (dtype.is_floating_point or dtype.is_complex):
+            return torch.zeros(shape, dtype=dtype, device=device)
+        numbers = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
+        return numbers.to(device=device, dtype=dtype)
+
+    return [any_leaf(shape, dtype, device) for _, shape, dtype, device in expected.leaves]
+
+
+def _signature_like(name: str, tree: PyTree, skip: int, leaves: Sequence[Any]) -> Signature:
+    """Return the signature with the structure of a tree."""
     return Signature(name, tree_structure(tree), skip, leaves)
 
 

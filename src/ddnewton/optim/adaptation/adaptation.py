@@ -9,11 +9,12 @@ not taken, for the next trial on the same batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ddnewton.records import Call, reduced
 from ddnewton.types import DampingRule
 
 LearningRate: TypeAlias = float | Callable[[Tensor], float | Tensor] | Literal["exact"]
@@ -66,3 +67,7 @@ class Adaptation(NamedTuple):
     choice: Choice | None
     learning_rate: LearningRate
     momentum: float | Literal["exact"]
+    made_by: Call | None = None  # by which it is pickled
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return reduced(self)

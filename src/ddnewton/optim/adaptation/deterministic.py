@@ -12,6 +12,7 @@ from ddnewton.errors import public
 from ddnewton.inputs.checks import check_positive
 from ddnewton.optim.adaptation.adaptation import Adaptation, Curvature, Outcome
 from ddnewton.optim.adaptation.fixed import SMALLEST_DAMPING, fixed_damping, within_damping_bounds
+from ddnewton.records import pickled_as_call
 from ddnewton.types import DampingRule
 
 GOOD_RATIO, POOR_RATIO, LEAST_RATIO = 0.75, 0.25, 1e-4
@@ -22,6 +23,7 @@ RADIUS_SLACK = 0.9
 """A step of this share of the radius, or longer, counts as being as long as the radius."""
 
 
+@pickled_as_call
 @public
 def levenberg_marquardt(
     start: float = 1e-3, *, rule: float | Tensor | DampingRule = 0.0
@@ -58,6 +60,7 @@ def levenberg_marquardt(
     return fixed_damping("rule", rule)._replace(start=_multiple_of_trace(start), judge=judge)
 
 
+@pickled_as_call
 @public
 def trust_region(start: float = 1e-3, *, rule: float | Tensor | DampingRule = 0.0) -> Adaptation:
     """Return damping for losses without noise, by a radius that no step may exceed.

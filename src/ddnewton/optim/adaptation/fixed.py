@@ -8,6 +8,7 @@ from torch import Tensor
 from ddnewton.errors import public
 from ddnewton.inputs.checks import check_damping
 from ddnewton.optim.adaptation.adaptation import Adaptation, Outcome
+from ddnewton.records import pickled_as_call
 from ddnewton.types import DampingRule
 
 SMALLEST_DAMPING, LARGEST_DAMPING = 1e-15, 1e6
@@ -19,6 +20,7 @@ RESCUE_DAMPING = 1e-3
 """Least damping after a step to where the loss is not finite, relative to the trace."""
 
 
+@pickled_as_call
 @public
 def fixed(damping: float | Tensor | DampingRule) -> Adaptation:
     """Return damping that does not adapt: a number, or a rule of `ddnewton.damping`.
@@ -34,6 +36,7 @@ def fixed(damping: float | Tensor | DampingRule) -> Adaptation:
     return fixed_damping("damping", damping)
 
 
+@pickled_as_call
 def fixed_damping(name: str, damping: float | Tensor | DampingRule) -> Adaptation:
     """Return `fixed` damping; the message of an error calls it ``name``."""
     check_damping(name, damping)

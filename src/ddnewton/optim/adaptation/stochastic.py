@@ -11,9 +11,11 @@ from ddnewton.errors import BadType, BadValue, public, sentence
 from ddnewton.inputs.checks import check_positive
 from ddnewton.optim.adaptation.adaptation import Adaptation, Choice, Outcome
 from ddnewton.optim.adaptation.fixed import fixed_damping
+from ddnewton.records import pickled_as_call
 from ddnewton.types import DampingRule
 
 
+@pickled_as_call
 @public
 def held_out(
     fraction: float = 0.25,
