@@ -162,9 +162,14 @@ GROUP = {
     "a buffer": (lambda m: {"params": [torch.ones(3)]}, ValueError, "parameters of the module"),
     "twice": (lambda m: {"params": m[4].parameters()}, ValueError, "more than one parameter group"),
     "unknown key": (
-        lambda m: {"params": m[0].parameters(), "weight_decay": 0.1, "betas": 1},
+        lambda m: {"params": m[0].parameters(), "momentum": 0.1, "betas": 1},
         ValueError,
-        "a group has params, lr, damping and select of its own; got betas, weight_decay",
+        "a group has params, lr, weight_decay, damping and select of its own; got betas, momentum",
+    ),
+    "weight decay": (
+        lambda m: {"params": m[0].parameters(), "weight_decay": -1.0},
+        ValueError,
+        "weight_decay of a group must be a number ≥ 0; got -1.0",
     ),
     "lr": (
         lambda m: {"params": m[0].parameters(), "lr": -1.0},

@@ -32,7 +32,7 @@ class Pulls(NamedTuple):
 
     delta: float
     momentum: float = 0.0
-    decay: float = 0.0
+    decay: float | torch.Tensor = 0.0  # or one a parameter
 
 
 def moved(params, vector):
@@ -46,7 +46,7 @@ def moved(params, vector):
 def loss_of(given: Problem, params, decay=0.0, samples=slice(None)) -> float:
     X, y = (tree_map(lambda x: x[samples], tree) for tree in (given.X, given.y))
     loss = given.criterion(given.model_fn(params, X), y)
-    return float(loss + decay / 2 * flat(params).square().sum())
+    return float(loss + (decay * flat(params).square()).sum() / 2)
 
 
 def at(given: Problem, params) -> Dense:

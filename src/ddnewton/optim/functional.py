@@ -26,7 +26,7 @@ from ddnewton.optim.adaptation import (
 from ddnewton.optim.compiled import has_one_trial, is_all, uncompiled
 from ddnewton.optim.notices import Notices, notice
 from ddnewton.optim.search import added, search
-from ddnewton.optim.settings import Complement, Settings, check_settings
+from ddnewton.optim.settings import Complement, Settings, WeightDecay, check_settings
 from ddnewton.optim.state import State, UpdateInfo, check_state, first_state
 from ddnewton.optim.update import local_model, next_state, update_info
 from ddnewton.quadratic.quadratic_model import quadratic_model
@@ -84,7 +84,7 @@ def directional_newton(
     *,
     learning_rate: LearningRate | None = None,
     momentum: float | Literal["exact"] | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: WeightDecay = 0.0,
     trust_radius: float | None = None,
     select: Select | None = None,
     complement: Complement = None,
@@ -131,8 +131,11 @@ def directional_newton(
         1503.05671, section 7). None is what goes with the damping: 0, and 0.9 for `held_out`.
     weight_decay
         w ≥ 0: the penalty ½ w ‖θ‖² on all parameters is part of the loss, its gradient and its
-        curvature. Along directions that nothing else damps, for a rule all that it is not asked
-        about, parameters go to zero at once; there pass ``complement``.
+        curvature; or a pytree like the parameters with a number for every leaf. Where these differ
+        inside a block, a step is −(G + diag(w) + δI)⁻¹ (g + w θ), which takes no rule, ``select``,
+        number as ``complement`` or ``subsampling_curvature``. Along directions that nothing else
+        damps, for a rule all that it is not asked about, parameters go to zero at once; there pass
+        ``complement``.
     trust_radius
         Longest step: damping is raised until ‖s‖ does not exceed it.
     select, groups, subsampling_grad, subsampling_ggn, subsampling_curvature, gram, chunk_size

@@ -20,9 +20,11 @@ def without_options(param_group: Mapping[str, Any]) -> tuple[dict[str, Any], dic
     """Return a group as `torch.optim` takes it, and its `GROUP_OPTIONS`, None where not given."""
     # All other options are the same for all groups.
     group = dict(param_group)
-    unknown = set(group) - {"params", "lr", "initial_lr", *GROUP_OPTIONS}
+    unknown = set(group) - {"params", "lr", "initial_lr", "weight_decay", *GROUP_OPTIONS}
     if unknown:
-        rule = "DirectionalNewton: a group has params, lr, damping and select of its own"
+        rule = (
+            "DirectionalNewton: a group has params, lr, weight_decay, damping and select of its own"
+        )
         raise BadValue(sentence(rule, ", ".join(sorted(unknown)), "Pass it for all groups."))
     # Take these options out of a copy of the group, and check them and the learning rate.
     options = {key: group.pop(key, None) for key in GROUP_OPTIONS}
@@ -31,6 +33,8 @@ def without_options(param_group: Mapping[str, Any]) -> tuple[dict[str, Any], dic
     check_select("select", options["select"])
     if "lr" in group:
         check_nonnegative("DirectionalNewton: lr of a group", group["lr"])
+    if "weight_decay" in group:
+        check_nonnegative("DirectionalNewton: weight_decay of a group", group["weight_decay"])
     return group, options
 
 
@@ -51,6 +55,30 @@ def as_blocks(
         for group, options in zip(param_groups, group_options, strict=True)
     ]
     return [block for block in blocks if block.params]
+
+
+def group_decays(
+    param_groups: Sequence[Mapping[str, Any]], params: Mapping[str, Tensor]
+) -> float | dict[str, float]:
+    """Return the weight decay of all trained parameters, or one for each by its name.
+
+    A group has a number, or numbers by name; one that was saved without either has none.
+    """
+    of_group = {id(p): g.get("weight_decay", 0.0) for g in param_groups for p in g["params"]}
+    decays = {name: _decay_of(of_group[id(p)], name) for name, p in params.items()}
+    if len(set(decays.values())) == 1:
+        return next(iter(decays.values()))
+    return decays
+
+
+def _decay_of(weight_decay: float | Mapping[str, float], name: str) -> float:
+    """Return the weight decay of a parameter."""
+    if not isinstance(weight_decay, Mapping):
+        return weight_decay
+    if name not in weight_decay:
+        rule = "weight_decay by name must have a number for every trained parameter"
+        raise BadValue(sentence(rule, f"none for {name}", "Pass 0.0 for those without."))
+    return weight_decay[name]
 
 
 def group_rates(

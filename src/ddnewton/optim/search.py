@@ -72,7 +72,7 @@ def search(local: LocalModel, settings: Settings, control: Float[Tensor, ""]) ->
 
 def loss_at(
     local: LocalModel,
-    decay: float,
+    decay: float | Tensor,
     vector: Float[Tensor, " d"],
     samples: Int[Tensor, " _"] | None,
 ) -> Float[Tensor, ""]:
@@ -83,9 +83,11 @@ def loss_at(
     return _penalised(trial_loss(local.model, leaves, samples), decay, moved)
 
 
-def _penalised(loss: Float[Tensor, ""], decay: float, params: PyTree) -> Float[Tensor, ""]:
+def _penalised(loss: Float[Tensor, ""], decay: float | Tensor, params: PyTree) -> Float[Tensor, ""]:
     """Return a loss with the penalty of weight decay."""
-    return loss + decay / 2 * flattened(params).square().sum() if decay else loss
+    if not isinstance(decay, Tensor) and decay == 0:
+        return loss
+    return loss + (decay * flattened(params).square()).sum() / 2
 
 
 def added(params: PyTree, vector: Float[Tensor, " d"]) -> PyTree:
@@ -140,8 +142,9 @@ def _tried(
     # The loss before and after, of the samples of the gradient.
     samples = local.model.objective.samples.slopes
     losses = local.model.losses if samples is None else local.model.losses[samples]
-    before = _penalised(losses.mean(), settings.weight_decay, local.params)
-    after = loss_at(local, settings.weight_decay, moved, samples)
+    decay = 0.0 if local.proximal is None else local.proximal.decay
+    before = _penalised(losses.mean(), decay, local.params)
+    after = loss_at(local, decay, moved, samples)
     # The decrease that the quadratic model promises, −(gᵀs + ½ sᵀG s).
     slopes, curvatures = quadratic_along(local.trials, moved[None])
     predicted = -(slopes[0] + curvatures[0, 0] / 2)

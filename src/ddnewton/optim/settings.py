@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, TypeAlias
 
-from ddnewton.errors import BadValue, sentence
+from torch import Tensor
+
+from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.inputs.checks import check_nonnegative, check_positive
 from ddnewton.optim.adaptation import Adaptation, LearningRate
+from ddnewton.trees import named_leaves, tree_flatten
+from ddnewton.types import PyTree
 
 Complement: TypeAlias = float | Literal["damping"] | None
 """Damping outside the kept directions: a number, that of all directions, or nothing there."""
+
+WeightDecay: TypeAlias = float | Tensor | PyTree
+"""A number ≥ 0, or a pytree like the parameters with one for every leaf."""
 
 
 class Settings(NamedTuple):
@@ -18,7 +25,7 @@ class Settings(NamedTuple):
     adaptation: Adaptation
     learning_rate: LearningRate
     momentum: float | Literal["exact"]
-    weight_decay: float
+    weight_decay: WeightDecay
     trust_radius: float | None
     complement: Complement
 
@@ -41,9 +48,39 @@ def check_settings(settings: Settings) -> None:
         if momentum >= 1:
             raise BadValue(sentence("momentum must be below 1", momentum, "Pass 0.9, say."))
     # Weight decay, the longest step, and the damping outside the kept directions.
-    check_nonnegative("weight_decay", settings.weight_decay)
+    check_weight_decay(settings.weight_decay)
     if settings.trust_radius is not None:
         check_positive("trust_radius", settings.trust_radius)
     if isinstance(settings.complement, str) and settings.complement != "damping":
         rule = 'complement must be a positive number, "damping" or None'
         raise BadValue(sentence(rule, repr(settings.complement), 'Pass "damping".'))
+
+
+def check_weight_decay(weight_decay: WeightDecay) -> None:
+    """Require a number ≥ 0, or a pytree of such."""
+    if isinstance(weight_decay, Tensor):
+        check_nonnegative("weight_decay", weight_decay)
+        return
+    for path, decay in named_leaves(weight_decay):
+        if isinstance(decay, Tensor):
+            rule = f"weight_decay{path} must be a plain number ≥ 0"
+            raise BadType(sentence(rule, "a tensor", "Pass decay.item(), one for every leaf."))
+        check_nonnegative(f"weight_decay{path}", decay)
+
+
+def decays_of(weight_decay: WeightDecay, params: PyTree) -> list[float | Tensor]:
+    """Return the weight decay of every leaf of the parameters."""
+    # One for all.
+    leaves, structure = tree_flatten(params)
+    if isinstance(weight_decay, (Tensor, float, int)):
+        return [weight_decay] * len(leaves)
+    # Or one for each, in the order of the parameters.
+    try:
+        decays: list[float | Tensor] = structure.flatten_up_to(weight_decay)
+    except ValueError:
+        decays = []
+    if not decays or not all(isinstance(decay, (float, int)) for decay in decays):
+        rule = "weight_decay must be a number, or have the structure of params"
+        got = "other keys, lengths or types"
+        raise BadValue(sentence(rule, got, "Pass tree_map(lambda leaf: 0.01, params), say."))
+    return decays

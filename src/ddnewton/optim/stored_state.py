@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ddnewton.criteria import AnyCriterion, MonteCarlo
 from ddnewton.optim.state import State
 
 Stored: TypeAlias = Mapping[Tensor, Mapping[str, Any]]
@@ -48,3 +50,16 @@ def from_stored(
         damping=torch.full_like(initial.damping, numbers["damping"]),
         previous=previous,
     )
+
+
+@contextmanager
+def restoring_draws(criterion: AnyCriterion) -> Iterator[None]:
+    """Restore the state of the random numbers of a criterion if a step inside is refused."""
+    generator = criterion.generator if isinstance(criterion, MonteCarlo) else None
+    before = None if generator is None else generator.get_state()
+    try:
+        yield
+    except BaseException:
+        if generator is not None and before is not None:
+            generator.set_state(before)
+        raise

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +19,15 @@ from ddnewton.optim.closures import batch_of_step
 from ddnewton.optim.functional import FunctionalOptimizer, directional_newton
 from ddnewton.optim.modules import TracedModule, traced_module
 from ddnewton.optim.notices import Notices
-from ddnewton.optim.parameter_groups import as_blocks, group_rates, without_options
-from ddnewton.optim.settings import Complement
+from ddnewton.optim.parameter_groups import (
+    as_blocks,
+    group_decays,
+    group_rates,
+    without_options,
+)
+from ddnewton.optim.settings import Complement, WeightDecay, check_weight_decay
 from ddnewton.optim.state import UpdateInfo
-from ddnewton.optim.stored_state import from_stored, to_stored
+from ddnewton.optim.stored_state import from_stored, restoring_draws, to_stored
 from ddnewton.types import DampingRule, GramWay, ModelFn, PyTree, Select
 
 
@@ -39,21 +43,25 @@ class DirectionalNewton(Optimizer):
     A step needs the batch instead of gradients. There is no ``backward``, and nothing reads or
     writes ``.grad``. For code that insists on closures, ``step(closure)`` takes a function that
     returns the batch, ``(X, y)``. Parameter groups are blocks of the Gauss-Newton matrix, with
-    ``"lr"``, ``"damping"`` and ``"select"`` of their own. Buffers, and parameters that are in no
-    group or require no gradient, are used as they are at every step; layers that mix samples have
-    to be in eval mode. The layers of the module are found in the first step, and again when the
-    shape of a sample changes, or anything in the module other than the trained parameters.
+    ``"lr"``, ``"weight_decay"``, ``"damping"`` and ``"select"`` of their own. Buffers, and
+    parameters that are in no group or require no gradient, are used as they are at every step;
+    layers that mix samples have to be in eval mode. The layers of the module are found in the first
+    step, and again when the shape of a sample changes, or anything in the module other than the
+    trained parameters.
 
     Parameters
     ----------
     module
         The module to train, without the wrappers that `ddnewton.as_function` takes off. It is
         called with ``X``.
-    criterion, damping, momentum, weight_decay, trust_radius, select, complement, gram, chunk_size
+    criterion, damping, momentum, trust_radius, select, complement, gram, chunk_size
         As for `ddnewton.directional_newton`.
     params
         Parameters of the module, or groups of them as in `torch.optim`; None is one group of all
         that require gradients.
+    weight_decay
+        As for `ddnewton.directional_newton`: a number, which parameter groups may replace by their
+        own, or a dict with one for the name of every trained parameter.
     lr
         Learning rate, for schedulers to change. None is 1, times the learning rate of the damping,
         such as the falling one of `ddnewton.held_out`.
@@ -93,7 +101,7 @@ class DirectionalNewton(Optimizer):
         params: Iterable[Any] | None = None,
         lr: float | None = None,
         momentum: float | str | None = None,
-        weight_decay: float = 0.0,
+        weight_decay: WeightDecay = 0.0,
         trust_radius: float | None = None,
         select: Select | None = None,
         complement: Complement = None,
@@ -113,7 +121,6 @@ class DirectionalNewton(Optimizer):
         self._options: dict[str, Any] = {
             "damping": adaptation,
             "momentum": adaptation.momentum if momentum is None else momentum,
-            "weight_decay": weight_decay,
             "trust_radius": trust_radius,
             "select": select,
             "complement": complement,
@@ -127,7 +134,9 @@ class DirectionalNewton(Optimizer):
         # Make the groups, and check the other options, by making an optimizer of them.
         if params is None:
             params = [p for p in self._function.parameters().values() if p.requires_grad]
-        super().__init__(params, {"lr": 1.0 if lr is None else float(lr)})
+        check_weight_decay(weight_decay)
+        decay = weight_decay if isinstance(weight_decay, Mapping) else float(weight_decay)
+        super().__init__(params, {"lr": 1.0 if lr is None else float(lr), "weight_decay": decay})
         self._optimizer(self._function)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -175,7 +184,7 @@ class DirectionalNewton(Optimizer):
         # Make the step as a pure function of parameters and state.
         first = self._grouped()[0]
         state = from_stored(self.state, optimizer.init(params), params, first)
-        with self._restoring_draws():
+        with restoring_draws(self._criterion):
             updated, state, info = optimizer.update(params, state, X, y)
         # Write the parameters in place, and store the state.
         for name, p in params.items():
@@ -209,18 +218,6 @@ class DirectionalNewton(Optimizer):
         attributes |= {name: getattr(self, name) for name in (*names, "_notices", "info")}
         return attributes | {"_traced": None}
 
-    @contextmanager
-    def _restoring_draws(self) -> Iterator[None]:
-        """Restore the state of the random numbers if a step inside is refused."""
-        generator = self._criterion.generator if isinstance(self._criterion, MonteCarlo) else None
-        before = None if generator is None else generator.get_state()
-        try:
-            yield
-        except BaseException:
-            if generator is not None and before is not None:
-                generator.set_state(before)
-            raise
-
     def _grouped(self) -> list[Tensor]:
         """Return the parameters of all groups, in the order of the groups."""
         return [p for group in self.param_groups for p in group["params"]]
@@ -241,6 +238,7 @@ class DirectionalNewton(Optimizer):
             model_fn,
             self._criterion,
             learning_rate="exact" if self._base_rate == "exact" else self._rate,
+            weight_decay=group_decays(self.param_groups, self._trained()),
             groups=as_blocks(self.param_groups, self._group_options, self._trained()),
             **self._options | options,
         )

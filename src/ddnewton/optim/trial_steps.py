@@ -7,6 +7,7 @@ step to a centre, as derived in `ddnewton.quadratic.proximal`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from ddnewton.columns.gram import rmatmat
 from ddnewton.damping import check_dampings
+from ddnewton.inputs.groups import Block
 from ddnewton.optim.adaptation import Curvature
 from ddnewton.optim.settings import Complement
 from ddnewton.quadratic.directions import directions_of
 from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.kept import BlockDirections
+from ddnewton.quadratic.leafwise import LeafwiseBlock, leafwise_blocks, scaled_matrix, unscaled
 from ddnewton.quadratic.proximal import (
     Centre,
     Proximal,
@@ -52,6 +55,7 @@ class TrialSteps(NamedTuple):
     complement: Complement
     proximal: Proximal | None
     proximal_blocks: Sequence[ProximalBlock]
+    leafwise: Sequence[LeafwiseBlock]  # none where a block has one weight decay
     known: list[BlockDirections]  # empty until the matrices are decomposed
 
 
@@ -63,14 +67,18 @@ def trial_steps(
 ) -> TrialSteps:
     """Return the trial steps of a batch."""
     sizes = [leaf.numel() for leaf in model.linearization.leaves]
+    pulls: list[ProximalBlock] = []
+    leafwise: list[LeafwiseBlock] = []
+    if proximal is not None:
+        pulls = proximal_blocks(proximal, matrices, model.leaves, sizes)
+        leafwise = leafwise_blocks(model, matrices, pulls, proximal.decays)
     return TrialSteps(
         model=model,
         matrices=matrices,
         complement=complement,
         proximal=proximal,
-        proximal_blocks=(
-            [] if proximal is None else proximal_blocks(proximal, matrices, model.leaves, sizes)
-        ),
+        proximal_blocks=pulls,
+        leafwise=leafwise,
         known=[],
     )
 
@@ -78,21 +86,54 @@ def trial_steps(
 def trial_step(trials: TrialSteps, delta: Tensor, momentum: float | Tensor) -> Float[Tensor, " d"]:
     """Return the step for a damping δ, above what the blocks say, and a momentum."""
     model, proximal = trials.model, trials.proximal
+    if trials.leafwise:
+        return _leafwise_step(trials, delta, momentum)
     # Weight decay is a damping of all directions as well.
-    delta = delta + (0.0 if proximal is None else proximal.decay)
-    damped = damped_more(model, delta)
-    scalars = [_scalar(block.damping, delta) for block in damped.blocks]
-    outside = [_outside(trials.complement, scalar, delta) for scalar in scalars]
+    decays = [block.decays[0] for block in trials.proximal_blocks] or [0.0] * len(model.blocks)
+    deltas = [delta + decay for decay in decays]
+    damped = damped_more(model, deltas)
+    scalars = list(map(_scalar, damped.blocks, deltas))
+    outside = list(map(partial(_outside, trials.complement), scalars, deltas))
     # A centre is that of the damping outside the kept directions; inside, some is added to it.
     centres = None
     if proximal is not None:
         dampings = [x if y is None else y for x, y in zip(scalars, outside, strict=True)]
         centres = [
-            centre_of(proximal, block, damping, momentum)
-            for block, damping in zip(trials.proximal_blocks, dampings, strict=True)
+            centre_of(block, damping, decay, momentum)
+            for block, damping, decay in zip(trials.proximal_blocks, dampings, decays, strict=True)
         ]
     coordinates = _coordinates(trials, damped, outside, centres)
     vectors = to_parameters(damped, trials.matrices, coordinates)
+    return _from_centres(trials, vectors, centres)
+
+
+def _leafwise_step(
+    trials: TrialSteps, delta: Tensor, momentum: float | Tensor
+) -> Float[Tensor, " d"]:
+    """Return the step where decays differ inside a block, as derived in quadratic/leafwise.py."""
+    model, blocks = trials.model, trials.leafwise
+    dampings = [_scalar(block, delta) for block in damped_more(model, [delta] * len(blocks)).blocks]
+    one = torch.ones_like(delta)
+    centres = [
+        centre_of(pull, block.decays + damping, block.decays, momentum)._replace(delta=one)
+        for pull, block, damping in zip(trials.proximal_blocks, blocks, dampings, strict=True)
+    ]
+    # In scaled coordinates every direction is damped by 1.
+    damped = model._replace(blocks=[block._replace(damping=one) for block in model.blocks])
+    outside = [None if trials.complement is None else one for _ in blocks]
+    scaled = list(map(scaled_matrix, trials.matrices, blocks, dampings))
+    coordinates = _coordinates(trials._replace(matrices=scaled, known=[]), damped, outside, centres)
+    # Back to the parameters.
+    vectors = to_parameters(damped, trials.matrices, coordinates)
+    vectors = list(map(unscaled, vectors, trials.matrices, blocks, dampings))
+    return _from_centres(trials, vectors, centres)
+
+
+def _from_centres(
+    trials: TrialSteps, vectors: Sequence[Tensor], centres: Sequence[Centre] | None
+) -> Float[Tensor, " d"]:
+    """Return the step of all leaves from those of the blocks, each from its centre."""
+    model = trials.model
     if centres is not None:
         vectors = [
             centre.weights @ block.vectors + vector
@@ -115,13 +156,14 @@ def quadratic_along(
     slopes = model.gradient_weights @ column_slopes
     curvatures = of_curvature.mT @ (weights[:, None] * of_curvature)
     # The penalty of weight decay.
-    if proximal is not None and proximal.decay:
-        slopes = slopes + proximal.decay * (vectors @ proximal.params[0])
-        curvatures = curvatures + proximal.decay * (vectors @ vectors.mT)
+    if proximal is not None and len(proximal.params):
+        decayed = proximal.decay * vectors
+        slopes = slopes + decayed @ proximal.params[0]
+        curvatures = curvatures + decayed @ vectors.mT
     # The damping, of every block by its own.
     if delta is not None:
         parts = vectors.split(sizes, 1)
-        for block in damped_more(model, delta).blocks:
+        for block in damped_more(model, [delta] * len(model.blocks)).blocks:
             of_block = torch.cat([parts[leaf] for leaf in block.leaves], 1)
             scalar = delta if callable(block.damping) else block.damping
             curvatures = curvatures + scalar * (of_block @ of_block.mT)
@@ -135,10 +177,12 @@ def curvature_of(matrices: Sequence[GaussNewton]) -> Curvature:
     return Curvature(torch.stack(traces).amax(), torch.stack(means).amax())
 
 
-def damped_more(model: QuadraticModel, delta: Tensor) -> QuadraticModel:
-    """Return the model with the dampings of all directions raised by δ."""
+def damped_more(model: QuadraticModel, deltas: Sequence[Tensor]) -> QuadraticModel:
+    """Return the model with the dampings of all directions of every block raised by its δ."""
 
-    def raised(damping: float | Tensor | DampingRule) -> float | Tensor | DampingRule:
+    def raised(
+        damping: float | Tensor | DampingRule, delta: Tensor
+    ) -> float | Tensor | DampingRule:
         if not callable(damping):
             return damping + delta
         # Ask the rule, check its answer as where nothing is added, and add δ.
@@ -151,13 +195,16 @@ def damped_more(model: QuadraticModel, delta: Tensor) -> QuadraticModel:
 
         return raised_rule
 
-    blocks = [block._replace(damping=raised(block.damping)) for block in model.blocks]
+    blocks = [
+        block._replace(damping=raised(block.damping, delta))
+        for block, delta in zip(model.blocks, deltas, strict=True)
+    ]
     return model._replace(blocks=blocks)
 
 
-def _scalar(damping: float | Tensor | DampingRule, delta: Tensor) -> Tensor:
+def _scalar(block: Block, delta: Tensor) -> Tensor:
     """Return the damping that all directions of a block share: of a rule, only what is added."""
-    return delta if callable(damping) else torch.as_tensor(damping)
+    return delta if callable(block.damping) else torch.as_tensor(block.damping)
 
 
 def _outside(complement: Complement, scalar: Tensor, delta: Tensor) -> Tensor | None:

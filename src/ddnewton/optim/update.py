@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ddnewton.optim.search import LocalModel, Step
-from ddnewton.optim.settings import Settings
+from ddnewton.optim.settings import Settings, decays_of
 from ddnewton.optim.state import State, UpdateInfo
 from ddnewton.optim.trial_steps import curvature_of, trial_steps
 from ddnewton.quadratic.flat import check_slopes, flat_share, has_flat_samples
-from ddnewton.quadratic.proximal import Proximal
+from ddnewton.quadratic.leafwise import check_leafwise
+from ddnewton.quadratic.proximal import Proximal, different
 from ddnewton.quadratic.quadratic_model import QuadraticModel, gauss_newton_matrices, gradients
-from ddnewton.trees import flattened, unflattened
+from ddnewton.trees import flattened, tree_leaves, unflattened
 from ddnewton.types import PyTree
 
 
@@ -25,18 +28,23 @@ def local_model(
     held_out: Int[Tensor, " _"] | None,
 ) -> LocalModel:
     """Return the loss of a batch around the parameters, ready to be searched for a step."""
+    # Refuse what weight decay leaves undefined, before the work.
+    decays = decays_of(settings.weight_decay, params)
+    check_leafwise(model, decays, settings.complement)
     # The curvature, on as many digits as the damping so far asks for.
     by_length = settings.adaptation.by_length
     least_damping = torch.where(state.damping.isnan() | by_length, 0, state.damping)
     model, matrices = gauss_newton_matrices(model, least_damping)
     # The vectors that pull a step besides the gradient.
     proximal = None
-    if settings.momentum or settings.weight_decay:
+    decayed = any(isinstance(decay, Tensor) or decay > 0 for decay in decays)
+    if settings.momentum or decayed:
         theta = flattened(params)[None]
         proximal = Proximal(
             previous=flattened(state.previous)[None] if settings.momentum else theta[:0],
-            params=theta if settings.weight_decay else theta[:0],
-            decay=settings.weight_decay,
+            params=theta if decayed else theta[:0],
+            decays=decays,
+            decay=_by_parameter(decays, params, theta),
         )
     check_slopes(model, matrices, curved=settings.complement is None)
     return LocalModel(
@@ -50,6 +58,16 @@ def local_model(
         curvature=curvature_of(matrices),
         gradient_norm=torch.cat(gradients(model)).norm(),
     )
+
+
+def _by_parameter(
+    decays: Sequence[float | Tensor], params: PyTree, like: Tensor
+) -> float | Float[Tensor, " d"]:
+    """Return the weight decay of every parameter, or the one of all."""
+    if len(different(decays)) == 1:
+        return decays[0]
+    pairs = zip(tree_leaves(params), decays, strict=True)
+    return torch.cat([like.new_full((leaf.numel(),), float(decay)) for leaf, decay in pairs])
 
 
 def next_state(state: State, step: Step, params: PyTree) -> State:

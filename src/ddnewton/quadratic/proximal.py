@@ -34,14 +34,20 @@ class Proximal(NamedTuple):
 
     previous: Float[Tensor, "_ d"]
     params: Float[Tensor, "_ d"]
-    decay: float
+    decays: Sequence[float | Tensor]  # of every leaf
+    decay: float | Tensor  # of every parameter, or of all
 
 
 class ProximalBlock(NamedTuple):
-    """The vectors that pull on the parameters of one block, and the columns' slopes along them."""
+    """The vectors that pull on the parameters of one block, and the columns' slopes along them.
+
+    Where decays differ inside the block, a vector is cut into the parts that have one each.
+    """
 
     vectors: Float[Tensor, "v d"]
     column_slopes: Float[Tensor, "a v"]
+    counts: tuple[int, int]  # of vectors: of the step before, of the parameters
+    decays: Sequence[float | Tensor]  # the different ones
 
 
 class Centre(NamedTuple):
@@ -65,30 +71,50 @@ def proximal_blocks(
 ) -> list[ProximalBlock]:
     """Return the vectors that pull, cut to the parameters of every block."""
     parts = torch.cat([proximal.previous, proximal.params]).split(list(sizes), 1)
-    vectors = [torch.cat([parts[leaf] for leaf in block], 1) for block in leaves]
-    return [
-        ProximalBlock(block, matrix.columns.rmatmat(block.mT))
-        for block, matrix in zip(vectors, matrices, strict=True)
-    ]
+    blocks = []
+    for block, matrix in zip(leaves, matrices, strict=True):
+        # The vectors along the parameters of the block.
+        vectors = torch.cat([parts[leaf] for leaf in block], 1)
+        # Where these decay by several numbers, the part along those of each, and else zero.
+        decays = different([proximal.decays[leaf] for leaf in block])
+        if len(decays) > 1:
+            of_params = [vectors.new_full((sizes[i],), float(proximal.decays[i])) for i in block]
+            masks = torch.cat(of_params) == vectors.new_tensor(decays)[:, None]
+            vectors = (vectors[:, None] * masks).flatten(0, 1)
+        # The slopes of the columns along them.
+        counts = (len(decays) * len(proximal.previous), len(decays) * len(proximal.params))
+        slopes = matrix.columns.rmatmat(vectors.mT)
+        blocks.append(ProximalBlock(vectors, slopes, counts, decays))
+    return blocks
+
+
+def different(decays: Sequence[float | Tensor]) -> list[float | Tensor]:
+    """Return the different ones of some decays; a tensor is the same for all leaves."""
+    return list(dict.fromkeys(decays))
 
 
 def centre_of(
-    proximal: Proximal, block: ProximalBlock, delta: Tensor, momentum: float | Tensor
+    block: ProximalBlock, delta: Tensor, decay: float | Tensor, momentum: float | Tensor
 ) -> Centre:
-    """Return the centre of a block for a damping δ of all directions, w included."""
-    weights = _weights(proximal, delta, momentum)
-    without_decay = _weights(proximal._replace(decay=0.0), delta, momentum)
+    """Return the centre of a block for a damping δ of all directions, w included.
+
+    Where decays differ inside the block, δ and w have an entry for each.
+    """
+    weights = _weights(block.counts, delta, decay, momentum)
+    without_decay = _weights(block.counts, delta, 0.0, momentum)
     slopes = block.column_slopes
     return Centre(weights, slopes @ weights, slopes @ (weights - without_decay), delta)
 
 
-def _weights(proximal: Proximal, delta: Tensor, momentum: float | Tensor) -> Float[Tensor, " v"]:
+def _weights(
+    counts: tuple[int, int], delta: Tensor, decay: float | Tensor, momentum: float | Tensor
+) -> Float[Tensor, " v"]:
     """Return the centre as weights of the step before, δ μ / (δ + w), and of θ, −w / (δ + w)."""
-    decay = proximal.decay
-    of_previous = momentum * (delta - decay) / delta if decay else delta * 0 + momentum
-    of_params = -decay / delta if decay else delta * 0
-    counts = len(proximal.previous), len(proximal.params)
-    return torch.cat([of_previous.expand(counts[0]), of_params.expand(counts[1])])
+    decayed = isinstance(decay, Tensor) or decay > 0
+    of_previous = momentum * (delta - decay) / delta if decayed else delta * 0 + momentum
+    of_params = -decay / delta if decayed else delta * 0
+    pairs = zip((of_previous, of_params), counts, strict=True)
+    return torch.cat([weight.expand(count) for weight, count in pairs if count])
 
 
 def centred_gradient_weights(
