@@ -70,7 +70,8 @@ def newton_step(
         ``model_fn(params, X) -> outputs`` on a batch, samples on axis 0. Anything torch.func can
         differentiate in which one sample's output does not depend on another's.
     params
-        Pytree of floating-point tensors.
+        Pytree of floating-point tensors, or of complex ones: these count as pairs of reals, and so
+        do complex outputs, for which the criterion is a function of them.
     X, y
         Inputs and targets: tensors or pytrees of tensors with the samples on axis 0.
     criterion

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ddnewton.types import PyTree
 __all__ = [
     "TreeSpec",
     "as_batch",
+    "as_real",
     "batches",
     "chunks",
     "flattened",
@@ -31,7 +33,10 @@ __all__ = [
     "leaf_paths",
     "named_leaves",
     "on_copies",
+    "on_pairs",
     "parameter_count",
+    "real_count",
+    "real_outputs",
     "sample_count",
     "take",
     "tree_flatten",
@@ -103,6 +108,40 @@ def as_batch(x: PyTree) -> PyTree:
     return tree_map(lambda leaf: leaf[None], x)
 
 
+def as_real(tree: PyTree) -> PyTree:
+    """Return a tree with every complex tensor as pairs of reals, along a new last axis."""
+    return tree_map(lambda x: torch.view_as_real(x.resolve_conj()) if x.is_complex() else x, tree)
+
+
+def on_pairs(function: Callable[..., Tensor], params: PyTree) -> Callable[..., Tensor]:
+    """Return a function that takes pairs of reals where ``params`` has complex leaves.
+
+    It is the function itself where there are none.
+    """
+    is_complex = [leaf.is_complex() for leaf in tree_leaves(params)]
+    return partial(_called_on_pairs, function, is_complex) if any(is_complex) else function
+
+
+def _called_on_pairs(
+    function: Callable[..., Tensor], is_complex: Sequence[bool], params: PyTree, X: PyTree
+) -> Tensor:
+    """Call a function of parameters and samples, with pairs made complex numbers."""
+    leaves, spec = tree_flatten(params)
+    pairs = zip(leaves, is_complex, strict=True)
+    numbers = [torch.view_as_complex(leaf) if pair else leaf for leaf, pair in pairs]
+    return function(tree_unflatten(numbers, spec), X)
+
+
+def real_outputs(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function with complex outputs as one whose outputs are pairs of reals."""
+    return lambda *args: torch.view_as_real(function(*args).resolve_conj())
+
+
+def real_count(leaf: Tensor) -> int:
+    """Return the number of reals in a tensor: a complex number has two."""
+    return leaf.numel() * (2 if leaf.is_complex() else 1)
+
+
 def joined(
     flat: Sequence[Float[Tensor, "*k _"]], blocks: Sequence[Sequence[int]], sizes: Sequence[int]
 ) -> Float[Tensor, "*k d"]:
@@ -131,8 +170,8 @@ def _split_into_leaves(
 
 
 def flattened(tree: PyTree) -> Float[Tensor, " d"]:
-    """Return the leaves of a tree as one vector, in float64."""
-    return torch.cat([leaf.double().reshape(-1) for leaf in tree_leaves(tree)])
+    """Return the leaves of a tree as one vector of reals, in float64."""
+    return torch.cat([leaf.double().reshape(-1) for leaf in tree_leaves(as_real(tree))])
 
 
 def unflattened(vector: Float[Tensor, " d"], like: PyTree) -> PyTree:
@@ -148,14 +187,19 @@ def unflatten(
 ) -> PyTree:
     """Return the vectors of blocks of leaves as a tree like ``like``.
 
-    Every leaf gets the shape, dtype and device that it has in ``like``; leaves in no block are
-    zero. There may be several vectors of every block, along axes in front. `unflattened` does the
-    same for one vector of all leaves.
+    Every leaf gets the shape, dtype and device that it has in ``like``, complex ones from pairs of
+    reals; leaves in no block are zero. There may be several vectors of every block, along axes in
+    front. `unflattened` does the same for one vector of all leaves.
     """
     leaves, spec = tree_flatten(like)
-    parts = _split_into_leaves(flat, blocks, [leaf.numel() for leaf in leaves])
-    cast = [
-        part.reshape((*part.shape[:-1], *leaf.shape)).to(dtype=leaf.dtype, device=leaf.device)
-        for part, leaf in zip(parts, leaves, strict=True)
-    ]
-    return tree_unflatten(cast, spec)
+    parts = _split_into_leaves(flat, blocks, list(map(real_count, leaves)))
+    return tree_unflatten(list(map(_shaped, parts, leaves)), spec)
+
+
+def _shaped(part: Float[Tensor, "*k _"], leaf: Tensor) -> Tensor:
+    """Return vectors in the shape, dtype and device of a leaf."""
+    shape = (*part.shape[:-1], *leaf.shape)
+    if leaf.is_complex():
+        pairs = part.reshape((*shape, 2)).to(dtype=leaf.dtype.to_real(), device=leaf.device)
+        return torch.complex(*pairs.unbind(-1))
+    return part.reshape(shape).to(dtype=leaf.dtype, device=leaf.device)

@@ -61,7 +61,6 @@ CASES = {
         TypeError,
         r"floating-point tensors only; got params\['b'\]: torch.int64",
     ),
-    "complex": ({"params": {"W": torch.zeros(2, 3) * 1j}}, TypeError, "complex64"),
     "no tensor": ({"params": PARAMS | {"c": 1.0}}, TypeError, r"params\['c'\]: float"),
     # targets
     "mse shape": ({"y": Y[:, :1]}, ValueError, r"outputs: \[4, 2\], y: \[4, 1\]\. Reshape"),

@@ -8,15 +8,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.criteria.loss import Expansion, Loss, sample_gradient
+from ddnewton.criteria.loss import Expansion, Loss, name_of, sample_gradient
 from ddnewton.criteria.monte_carlo import AnyCriterion, MonteCarlo, sampled
 from ddnewton.criteria.torch_losses import record_of
-from ddnewton.errors import BadValue, sentence
+from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.inputs.memory import NEVER_ASKED_BYTES, check_fits, free_bytes
 from ddnewton.linearize.precision import loss_in_float64
 from ddnewton.transforms import any_known, first_member, unwrapped
 from ddnewton.trees import tree_map
-from ddnewton.types import PyTree
+from ddnewton.types import Criterion, PyTree
+
+COMPLEX_RULE = "criterion must be a function of complex outputs, as model_fn returns them"
+COMPLEX_REMEDY = (
+    "Pass lambda outputs, y: (outputs - y).abs().square().mean(), say, or return "
+    "torch.view_as_real(outputs) and pass y likewise, as pairs of reals."
+)
 
 CONVEXITY_TOLERANCE = 1e-6
 """How negative an eigenvalue of a loss Hessian may be, relative to the largest of the batch."""
@@ -28,6 +34,23 @@ def as_loss(criterion: AnyCriterion) -> Loss:
     A public function calls it once, so that all it computes sees the same drawn targets.
     """
     return sampled(criterion) if isinstance(criterion, MonteCarlo) else record_of(criterion)
+
+
+def on_complex(criterion: AnyCriterion) -> Criterion:
+    """Return a function of complex outputs as one of pairs of reals, along the last axis."""
+    if isinstance(criterion, (Loss, MonteCarlo)):
+        got = "a record, which is of real outputs"
+        raise BadType(sentence(COMPLEX_RULE, got, COMPLEX_REMEDY))
+
+    def on_reals(outputs: Float[Tensor, "n ... 2"], y: PyTree) -> Tensor:
+        try:
+            return criterion(torch.view_as_complex(outputs.contiguous()), y)
+        except (RuntimeError, NotImplementedError) as error:
+            got = f"{name_of(criterion)}, which raises: {error}"
+            raise BadType(sentence(COMPLEX_RULE, got, COMPLEX_REMEDY)) from error
+
+    on_reals.__name__ = name_of(criterion)
+    return on_reals
 
 
 def expand_batch(

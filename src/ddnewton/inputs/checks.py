@@ -21,7 +21,7 @@ GRAM_OPTIONS = ("auto", "structured", "dense")
 
 
 def check_params(params: PyTree) -> None:
-    """Require at least one leaf, and floating-point tensors throughout."""
+    """Require at least one leaf, and floating-point or complex tensors throughout."""
     # A tensor of no number is fine, as long as there is a number anywhere.
     leaves = named_leaves(params)
     if not leaves:
@@ -32,7 +32,7 @@ def check_params(params: PyTree) -> None:
         raise BadValue(sentence(rule, got, "Check how the parameters were made."))
     # Every leaf is differentiated, so a counter or a mask has no place here.
     for path, leaf in leaves:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
             rule = "params must hold floating-point tensors only"
             got = f"params{path}: {leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__}"
             remedy = (

@@ -26,7 +26,7 @@ from ddnewton.linearize.model import Model
 from ddnewton.linearize.module_state import kept
 from ddnewton.linearize.widening import cast_rounding
 from ddnewton.transforms import unwrapped
-from ddnewton.trees import batches, sample_count, take
+from ddnewton.trees import batches, real_outputs, sample_count, take
 from ddnewton.types import ModelFn, PyTree
 
 RANDOM_FUNCTIONS = {
@@ -158,13 +158,18 @@ def evaluate(
 
     # Watched call by call, and kept without the graph that a model with derivatives inside records.
     def evaluated(way: Callable[[ModelFn], ModelFn]) -> Model:
-        outputs, watch, function = [], Watch(), way(checked)
+        outputs, watch, is_complex = [], Watch(), False
+        function, watched = way(unchecked), way(checked)
         for batch in parts:
             with watch:
-                part = function(params, batch)
+                part = watched(params, batch)
+            # Complex outputs count as pairs of reals.
+            if isinstance(part, Tensor) and part.is_complex() and part.ndim:
+                part, is_complex = torch.view_as_real(part.resolve_conj()), True
             check_outputs(part, sample_count(batch))
             outputs.append(part.detach())
-        return Model(way(unchecked), params, samples, torch.cat(outputs), watch.rounding)
+        function = real_outputs(function) if is_complex else function
+        return Model(function, params, samples, torch.cat(outputs), is_complex, watch.rounding)
 
     whole = sample_count(parts[0]) == sample_count(X)
     return called(evaluated, unchecked, params, X, whole)

@@ -57,6 +57,7 @@ class Linearization(NamedTuple):
     function: Callable[[Sequence[Tensor], Int[Tensor, " n"]], Tensor]
     leaves: Sequence[Tensor]
     in_float64: Callable[[], Linearization] | None
+    complex_outputs: bool  # which are pairs of reals here
 
 
 @contextmanager
@@ -106,6 +107,7 @@ def _by_jacobians(model: Model, chunk_size: int | None) -> Linearization:
         ),
         leaves=leaves,
         in_float64=None,
+        complex_outputs=model.complex_outputs,
     )
 
 
@@ -186,6 +188,7 @@ def _by_program(
         function=lambda leaves, indices: run(program, leaves, take(samples, indices)),
         leaves=leaves,
         in_float64=None,
+        complex_outputs=prepared.complex_outputs,
     )
 
 

@@ -20,6 +20,7 @@ class Model(NamedTuple):
     params: PyTree
     X: PyTree
     outputs: Float[Tensor, "n ..."]
+    complex_outputs: bool = False  # as pairs of reals, along the last axis
     rounding: float = 0.0  # the eps of the narrowest dtype that it casts to inside, 0 without any
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ddnewton.errors import BadValue, sentence
 from ddnewton.inputs.checks import check_damping, check_nonnegative, check_select
 from ddnewton.inputs.groups import Group
+from ddnewton.trees import real_count
 
 GROUP_OPTIONS = ("select", "damping")
 """Options of a group besides its learning rate; they may be functions, and are not in the state."""
@@ -92,5 +93,7 @@ def group_rates(
     if len(set(rates.values())) == 1:
         shared: float | Tensor = next(iter(rates.values()))
         return shared
-    entries = [torch.full((p.numel(),), float(rates[id(p)]), dtype=torch.float64) for p in params]
+    entries = [
+        torch.full((real_count(p),), float(rates[id(p)]), dtype=torch.float64) for p in params
+    ]
     return torch.cat(entries).to(device)

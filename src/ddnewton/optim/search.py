@@ -18,7 +18,7 @@ from ddnewton.quadratic.proximal import Proximal
 from ddnewton.quadratic.quadratic_model import QuadraticModel
 from ddnewton.quadratic.trial_loss import trial_loss
 from ddnewton.transforms import any_known
-from ddnewton.trees import flattened, tree_leaves, tree_map, unflattened
+from ddnewton.trees import as_real, flattened, tree_leaves, tree_map, unflattened
 from ddnewton.types import PyTree
 
 MOST_ATTEMPTS = 13
@@ -78,7 +78,7 @@ def loss_at(
 ) -> Float[Tensor, ""]:
     """Return the loss of some samples, with its penalty, after a step, as its dtype has it."""
     moved = added(local.params, vector)
-    pairs = zip(tree_leaves(moved), local.model.linearization.leaves, strict=True)
+    pairs = zip(tree_leaves(as_real(moved)), local.model.linearization.leaves, strict=True)
     leaves = [new.to(leaf) for new, leaf in pairs]
     return _penalised(trial_loss(local.model, leaves, samples), decay, moved)
 
@@ -167,7 +167,7 @@ def _tried(
 
 def noise_of(local: LocalModel, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """Return by how much the rounding of the loss and of the parameters moves the loss."""
-    dtype = narrowest(tree_leaves(local.params))
+    dtype = narrowest(tree_leaves(as_real(local.params)))
     apart = torch.finfo(dtype).eps * flattened(local.params).norm()
     of_loss = torch.finfo(local.model.linearization.precise.dtype).eps * loss.abs()
     of_params: Tensor = local.gradient_norm * apart + local.curvature.trace * apart**2

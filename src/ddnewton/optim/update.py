@@ -16,7 +16,7 @@ from ddnewton.quadratic.flat import check_slopes, flat_share, has_flat_samples
 from ddnewton.quadratic.leafwise import check_leafwise
 from ddnewton.quadratic.proximal import Proximal, different
 from ddnewton.quadratic.quadratic_model import QuadraticModel, gauss_newton_matrices, gradients
-from ddnewton.trees import flattened, tree_leaves, unflattened
+from ddnewton.trees import flattened, real_count, tree_leaves, unflattened
 from ddnewton.types import PyTree
 
 
@@ -67,7 +67,7 @@ def _by_parameter(
     if len(different(decays)) == 1:
         return decays[0]
     pairs = zip(tree_leaves(params), decays, strict=True)
-    return torch.cat([like.new_full((leaf.numel(),), float(decay)) for leaf, decay in pairs])
+    return torch.cat([like.new_full((real_count(leaf),), float(decay)) for leaf, decay in pairs])
 
 
 def next_state(state: State, step: Step, params: PyTree) -> State:

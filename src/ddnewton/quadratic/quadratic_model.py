@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ddnewton.columns.factors import Jacobian
 from ddnewton.columns.gram import matmat
-from ddnewton.criteria.expand import as_loss, expand_batch
+from ddnewton.criteria.expand import as_loss, expand_batch, on_complex
 from ddnewton.criteria.loss import Expansion, Loss, name_of, slopes_of
 from ddnewton.criteria.monte_carlo import AnyCriterion
 from ddnewton.criteria.trained import without_params
@@ -29,13 +29,14 @@ from ddnewton.inputs.groups import Block, Group, blocks_of
 from ddnewton.inputs.samples import Indices, Samples, indices, rows_among
 from ddnewton.linearize.linearization import Linearization, linearized
 from ddnewton.linearize.precision import resolved_in_float32
+from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.quadratic.gauss_newton import (
     GaussNewton,
     block_matrices,
     block_vectors,
     check_matrices_fit,
 )
-from ddnewton.trees import tree_leaves
+from ddnewton.trees import as_real, on_pairs, tree_leaves
 from ddnewton.types import DampingRule, ModelFn, PyTree, Select
 
 
@@ -129,7 +130,12 @@ def quadratic_model(
     loss = without_params(as_loss(criterion), params)
     objective = Objective(name_of(criterion), loss, y, samples, gradient)
     # Run the model, and keep it as it is for as long as its columns are asked for.
-    with linearized(model_fn, params, X, gram, chunk_size) as linearization:
+    if not isinstance(model_fn, Prepared):
+        model_fn = on_pairs(model_fn, params)
+    with linearized(model_fn, as_real(params), X, gram, chunk_size) as linearization:
+        if linearization.complex_outputs:
+            loss = without_params(as_loss(on_complex(criterion)), params)
+            objective = objective._replace(loss=loss)
         yield _expanded(linearization, objective, blocks)
 
 

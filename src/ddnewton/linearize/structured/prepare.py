@@ -26,7 +26,7 @@ from ddnewton.linearize.structured.traced_model import Prepared, signature
 from ddnewton.linearize.structured.visit import Visit, visit
 from ddnewton.linearize.widening import in_float64, widen_leaf
 from ddnewton.transforms import first_member
-from ddnewton.trees import take, tree_leaves, tree_map
+from ddnewton.trees import as_real, on_pairs, take, tree_leaves, tree_map
 from ddnewton.types import ModelFn, PyTree
 
 TRACED_SAMPLES = 4
@@ -94,6 +94,8 @@ def prepare(model_fn: ModelFn, params: PyTree, X: PyTree) -> Prepared:
     if isinstance(model_fn, Prepared):
         model_fn.leaves(params, X)
         return model_fn
+    # From here on all parameters are real.
+    model_fn, params = on_pairs(model_fn, params), as_real(params)
     return prepared_model(evaluate(model_fn, params, X, None, TRACED_SAMPLES))
 
 
@@ -134,6 +136,7 @@ def prepared_model(model: Model) -> Prepared:
         X=signature("X", X, 1),
         width=outputs[0].numel(),
         dtype=outputs.dtype,
+        complex_outputs=model.complex_outputs,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Inexact
 from torch import Tensor
 from torch.func import vmap
 from torch.fx import GraphModule
@@ -17,7 +17,14 @@ from ddnewton.linearize.precision import narrowest
 from ddnewton.linearize.structured.compilation import compile_program, widened_program
 from ddnewton.linearize.structured.program import Program
 from ddnewton.linearize.widening import plain_copy
-from ddnewton.trees import TreeSpec, named_leaves, tree_flatten, tree_structure, tree_unflatten
+from ddnewton.trees import (
+    TreeSpec,
+    as_real,
+    named_leaves,
+    tree_flatten,
+    tree_structure,
+    tree_unflatten,
+)
 from ddnewton.types import PyTree
 
 
@@ -50,17 +57,18 @@ class Prepared:
     X: Signature
     width: int  # how many outputs a sample has
     dtype: torch.dtype  # of the outputs
+    complex_outputs: bool  # which are pairs of reals in the trace
 
-    def __call__(self, params: PyTree, X: PyTree) -> Float[Tensor, "n ..."]:
+    def __call__(self, params: PyTree, X: PyTree) -> Inexact[Tensor, "n ..."]:
         """Return the model's outputs."""
         leaves, samples = self.leaves(params, X)
         mapped = (*(None for _ in leaves), *(0 for _ in samples))
         outputs: Tensor = vmap(self.sample, mapped)(*leaves, *samples)
-        return outputs
+        return torch.view_as_complex(outputs) if self.complex_outputs else outputs
 
     def leaves(self, params: PyTree, X: PyTree) -> tuple[list[Tensor], list[Tensor]]:
         """Return the leaves of both arguments; raise where they do not fit their signatures."""
-        leaves, samples = _checked(self.params, params), _checked(self.X, X)
+        leaves, samples = _checked(self.params, as_real(params)), _checked(self.X, X)
         if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
             # What was made in inference mode, autograd refuses outside.
             leaves = [leaf.clone() if leaf.is_inference() else leaf for leaf in leaves]
@@ -70,8 +78,8 @@ class Prepared:
     def __reduce__(self) -> tuple[Any, ...]:
         # The trace says all: the programs, which hold functions, are compiled of it anew.
         trace, widened = plain_copy(self.sample), self.wide is not None
-        arguments = (trace, self.params, self.X, self.width, self.dtype, widened)
-        return _compiled_anew, arguments
+        shapes = (self.params, self.X, self.width, self.dtype, self.complex_outputs)
+        return _compiled_anew, (trace, widened, *shapes)
 
     def __repr__(self) -> str:
         rows = [
@@ -90,19 +98,14 @@ def signature(name: str, tree: PyTree, skip: int) -> Signature:
 
 
 def _compiled_anew(
-    sample: GraphModule,
-    params: Signature,
-    X: Signature,
-    width: int,
-    dtype: torch.dtype,
-    widened: bool,
+    sample: GraphModule, widened: bool, params: Signature, X: Signature, *shapes: Any
 ) -> Prepared:
     """Return a model with its layers from the trace of one sample, whatever its values were."""
     leaves, samples = _any_leaves(params), _any_leaves(X)
     narrow, wide = compile_program(sample, leaves, samples), None
     if widened:
         wide, _ = widened_program(narrow, narrowest([*leaves, *samples]))
-    return Prepared(sample, narrow, wide, params, X, width, dtype)
+    return Prepared(sample, narrow, wide, params, X, *shapes)
 
 
 def _any_leaves(expected: Signature) -> list[Tensor]:
