@@ -207,6 +207,19 @@ def compressed_rows(dtype) -> Case:
     )
 
 
+def sparse_samples(dtype) -> Case:
+    """Samples in compressed sparse rows, as bags of words."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        X = (normal(N, 3).to(dtype) * (normal(N, 3) > 0)).to_sparse_csr()
+    return Case(
+        lambda p, x: torch.tanh(torch.sparse.mm(x, p["W"]) + p["b"]) @ p["v"],
+        weights(3, 2, dtype),
+        X,
+        lambda p, x: hidden(p, x.to_dense()),
+    )
+
+
 class Checkpointed(nn.Module):
     """Its own parameters are not those that it is called with: they must not get in."""
 
@@ -302,11 +315,12 @@ CASES: dict[str, Callable[[torch.dtype], Case]] = {
     "sparse embedding": sparse_embedding,
     "sparse bag": sparse_bag,
     "compressed rows": compressed_rows,
+    "sparse samples": sparse_samples,
     "checkpoint": checkpointed,
     "autograd.Function": own_function,
     "torch.library": own_operation,
     "TorchScript": scripted,
 }
 
-TRACEABLE = set(CASES) - {"packed LSTM", "packed GRU", "sparse bag", "compressed rows"}
-"""Those whose operations torch.func takes once a trace has found them."""
+UNTRACEABLE = {"packed LSTM", "packed GRU", "sparse bag", "compressed rows", "sparse samples"}
+"""Those that only autograd takes; of the others torch.func takes a trace."""

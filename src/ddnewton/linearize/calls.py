@@ -45,6 +45,21 @@ def recording(model_fn: ModelFn, X: PyTree) -> ModelFn:
     return recorded
 
 
+def with_dense_samples(model_fn: ModelFn, X: PyTree) -> tuple[ModelFn, PyTree]:
+    """Return samples that can be taken apart, and a function of them, where ``X`` is sparse."""
+    layouts = [leaf.layout for leaf in tree_leaves(X)]
+    if all(layout == torch.strided for layout in layouts):
+        return model_fn, X
+
+    def of_dense(params: PyTree, X: PyTree) -> Tensor:
+        leaves, spec = tree_flatten(X)
+        pairs = zip(leaves, layouts, strict=True)
+        sparse = [x if kind == torch.strided else x.to_sparse(layout=kind) for x, kind in pairs]
+        return model_fn(params, tree_unflatten(sparse, spec))
+
+    return of_dense, tree_map(lambda x: x if x.layout == torch.strided else x.to_dense(), X)
+
+
 def _differentiated(leaf: Tensor) -> Tensor:
     """Return a leaf that requires a gradient: itself, or a copy."""
     return leaf if leaf.requires_grad else leaf.clone().requires_grad_()

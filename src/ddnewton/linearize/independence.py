@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from ddnewton.errors import BadValue, sentence
 from ddnewton.inputs.checks import check_outputs
-from ddnewton.linearize.calls import called
+from ddnewton.linearize.calls import called, with_dense_samples
 from ddnewton.linearize.model import Model
 from ddnewton.linearize.module_state import kept
 from ddnewton.linearize.widening import cast_rounding
@@ -152,7 +152,7 @@ def evaluate(
 
     With ``first`` it is run on so many samples alone.
     """
-    checked, unchecked = kept(model_fn)
+    (checked, _), (unchecked, X) = (with_dense_samples(f, X) for f in kept(model_fn))
     samples = take(X, slice(0, first))
     parts = batches(samples, chunk_size)
 
