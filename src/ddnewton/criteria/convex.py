@@ -98,14 +98,7 @@ def convex(criterion: Criterion) -> Loss:
             return None
         return lambda f: in_dtype_of(f, criterion)(f, y)
 
-    def check(outputs: Tensor, y: PyTree) -> None:
-        if torch.compiler.is_compiling():  # a mode would be left out of the graph
-            return
-        with Watch("criterion must not depend on chance or on the call before"):
-            value = criterion(first_member(outputs), tree_map(first_member, y))
-        _check_scalar(value)
-
-    return Loss(expand, denominator, check, gradient=gradient, joint=joint)
+    return Loss(expand, denominator, partial(_check, criterion), gradient=gradient, joint=joint)
 
 
 def _of_flat_outputs(
@@ -208,6 +201,15 @@ def _of_samples(
     function = grad_and_value(lambda f, target: criterion(f[None], as_batch(target)))
     r, values = over_samples(function, outputs, y)
     return r, values
+
+
+def _check(criterion: Criterion, outputs: Tensor, y: PyTree) -> None:
+    """Require a criterion to draw no random numbers, and to return one finite number."""
+    if torch.compiler.is_compiling():  # a mode would be left out of the graph
+        return
+    with Watch("criterion must not depend on chance or on the call before"):
+        value = criterion(first_member(outputs), tree_map(first_member, y))
+    _check_scalar(value)
 
 
 def _check_scalar(value: object) -> None:

@@ -75,11 +75,13 @@ def free_bytes(device: torch.device) -> int:
 
 def _limits() -> list[tuple[int, int]]:
     """Return the limits of this process and of its container, and what is used of each."""
+    # The container's.
     limits = []
     for limit_file, used_file in GROUP_LIMITS:
         limit, used = _text(limit_file).strip(), _text(used_file).strip()
         if limit.isdigit() and used.isdigit():
             limits.append((int(limit), int(used)))
+    # The address space of the process, on a Unix.
     if resource is None:
         return limits
     address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
