@@ -18,11 +18,11 @@ from torch import Tensor
 
 from ddnewton.columns.factors import Jacobian
 from ddnewton.inputs.checks import check_derivatives
-from ddnewton.inputs.memory import memory_bytes
+from ddnewton.inputs.memory import TooLarge, check_fits, memory_bytes
 from ddnewton.linearize.calls import refusal
 from ddnewton.linearize.independence import SamplesMix, check_independent
 from ddnewton.linearize.model import Model, at_samples, pullback_of
-from ddnewton.linearize.sample_columns import WAYS, Way
+from ddnewton.linearize.sample_columns import Way, ways
 from ddnewton.transforms import is_transformed
 from ddnewton.trees import chunks, parameter_count, take, tree_leaves
 
@@ -43,18 +43,18 @@ def jacobian(
     errors: list[Exception] = []
     if samples is not None:
         models = [at_samples(model, samples) for model in models]
-    at_once = min(chunk_size or basis.shape[0], basis.shape[0])
-    for model, (way, cost, least) in product(models, WAYS):
-        if at_once >= least:
-            if cost:
-                by = "torch.func" if is_transformed() else "plain autograd"
-                logger.info("Jacobian columns by %s: %s", cost.format(by), errors[-1])
-            try:
-                return _jacobian_by(way, model, basis.to(model.outputs.dtype), chunk_size)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # noqa: BLE001 - torch raises all kinds, and one is told
-                errors.append(error)
+    n, _, m = basis.shape
+    at_once, d = min(chunk_size or n, n), parameter_count(models[0].params)
+    for model, (way, cost) in product(models, ways(at_once, m, d)):
+        if cost:
+            by = "torch.func" if is_transformed() else "plain autograd"
+            logger.info("Jacobian columns by %s: %s", cost.format(by), errors[-1])
+        try:
+            return _jacobian_by(way, model, basis.to(model.outputs.dtype), chunk_size)
+        except (torch.OutOfMemoryError, TooLarge):
+            raise
+        except Exception as error:  # noqa: BLE001 - torch raises all kinds, and one is told
+            errors.append(error)
     # Samples that mix are the user's to mend; any other error is the last one's.
     mixing = [error for error in errors if isinstance(error, SamplesMix)]
     raise mixing[0] if mixing else refusal(models[-1], errors[-1])
@@ -130,6 +130,12 @@ def _samples_at_once(model: Model, m: int) -> int:
 
     Twice, as the columns of every chunk are multiplied with those of another.
     """
-    n, width = model.outputs.shape[0], model.outputs.element_size()
-    sample_bytes = 2 * width * m * parameter_count(model.params) + 1
+    n, width, d = len(model.outputs), model.outputs.element_size(), parameter_count(model.params)
+    sample_bytes = 2 * width * m * d + 1
+    what = f"dense columns of one sample, {m} along {d} parameters, twice"
+    remedy = (
+        "Pass monte_carlo(criterion, 1, generator) or empirical_fisher(criterion), which have few "
+        'columns, or gram="structured", which holds columns as outer products.'
+    )
+    check_fits(sample_bytes, what, remedy, model.outputs.device)
     return max(1, min(n, memory_bytes(model.outputs.device) // 4 // sample_bytes))

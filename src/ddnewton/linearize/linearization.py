@@ -24,6 +24,7 @@ from ddnewton.linearize.independence import SamplesMix, evaluate
 from ddnewton.linearize.jacobians import jacobian
 from ddnewton.linearize.model import Model, at_samples
 from ddnewton.linearize.precision import float64_throughout, widened
+from ddnewton.linearize.sample_columns import tangents_pay
 from ddnewton.linearize.structured.prepare import (
     TRACED_SAMPLES,
     Untraceable,
@@ -35,7 +36,15 @@ from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.linearize.structured.visit import Visit, run, visit
 from ddnewton.linearize.widening import widen_leaf
 from ddnewton.transforms import without_autocast
-from ddnewton.trees import batches, chunks, parameter_count, take, tree_flatten, tree_unflatten
+from ddnewton.trees import (
+    batches,
+    chunks,
+    parameter_count,
+    sample_count,
+    take,
+    tree_flatten,
+    tree_unflatten,
+)
 from ddnewton.types import ModelFn, PyTree
 
 TINY_FLOPS = 1e9
@@ -64,12 +73,23 @@ class Linearization(NamedTuple):
 def linearized(
     model_fn: ModelFn, params: PyTree, X: PyTree, gram: str, chunk_size: int | None
 ) -> Iterator[Linearization]:
-    """Linearize a model by its layers or by its Jacobians."""
-    if isinstance(model_fn, Prepared) and gram != "dense":
+    """Linearize a model by its layers or by its Jacobians.
+
+    A prepared model whose samples have many more outputs than it has parameters is differentiated
+    along these.
+    """
+    if isinstance(model_fn, Prepared) and not _goes_dense(model_fn, params, X, gram):
         with without_autocast(X):  # its casts are in the graph, and products of columns need none
             yield _by_layers(model_fn, params, X, chunk_size)
         return
     yield _linearized(evaluate(model_fn, params, X, chunk_size), gram, chunk_size)
+
+
+def _goes_dense(prepared: Prepared, params: PyTree, X: PyTree, gram: str) -> bool:
+    """Return whether a prepared model is linearized by dense columns after all."""
+    if gram != "auto" or torch.compiler.is_compiling():
+        return gram == "dense"
+    return tangents_pay(sample_count(X), prepared.width, parameter_count(params))
 
 
 def _linearized(model: Model, gram: str, chunk_size: int | None) -> Linearization:

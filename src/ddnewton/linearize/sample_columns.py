@@ -1,20 +1,22 @@
-"""Outputs and Jacobian columns of samples, each evaluated by itself: three ways.
+"""Outputs and Jacobian columns of samples, each evaluated by itself: four ways.
 
-By ``vmap`` over all samples; by ``vmap`` over a trace of one sample, where torch.func refuses the
-model but not the operations that it consists of, derivatives by `torch.autograd.grad` included; and
-in a loop by plain autograd, which takes all that autograd can differentiate.
+By ``vmap`` over all samples, backwards, or, where a sample has many more columns than the model has
+parameters, forwards, so that a curve of many points costs what its few parameters do; by ``vmap``
+over a trace of one sample, where torch.func refuses the model but not the operations that it
+consists of, derivatives by `torch.autograd.grad` included; and in a loop by plain autograd, which
+takes all that autograd can differentiate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import vjp, vmap
+from torch.func import jacfwd, vjp, vmap
 
 from ddnewton.inputs.checks import check_sample_axis
 from ddnewton.linearize.model import pullback_of
@@ -31,12 +33,38 @@ Way: TypeAlias = Callable[
 TRACE_PAYS = 100
 """From how many samples on a trace takes less time than the loop: about 100 ms, and 1 a sample."""
 
+MANY_COTANGENTS = 1e5
+"""From how many numbers in all cotangents on these take longer than forward mode's overhead."""
+
+
+def tangents_pay(samples: int, columns: int, parameters: int) -> bool:
+    """Return whether one tangent a parameter takes less time than one cotangent a column."""
+    return parameters < columns and samples * columns**2 > MANY_COTANGENTS
+
 
 def _by_vmap(
     function: ModelFn, params: PyTree, X: PyTree, basis: Float[Tensor, "n c m"]
 ) -> tuple[Tensor, list[Tensor]]:
     """Return outputs and columns by ``vmap`` of `torch.func.vjp`."""
     return _mapped(partial(_sample_outputs, function), params, X, basis)
+
+
+def _by_tangents(
+    function: ModelFn, params: PyTree, X: PyTree, basis: Float[Tensor, "n c m"]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return outputs and columns by forward mode, with one tangent for every parameter."""
+
+    def outputs_twice(params: PyTree, x: PyTree) -> tuple[Tensor, Tensor]:
+        f = _sample_outputs(function, params, x)
+        return f, f
+
+    def of_sample(x: PyTree, L: Float[Tensor, "c m"]) -> tuple[Tensor, list[Tensor]]:
+        jacobians, f = jacfwd(outputs_twice, has_aux=True)(params, x)
+        rows = (J.reshape(len(L), -1) for J in tree_leaves(jacobians))
+        return f, [L.mT @ J for J in rows]
+
+    outputs, columns = vmap(of_sample)(X, basis)
+    return outputs, columns
 
 
 def _by_trace(
@@ -90,11 +118,16 @@ def _sample_outputs(function: ModelFn, params: PyTree, x: PyTree) -> Float[Tenso
     return outputs[0]
 
 
-WAYS: tuple[tuple[Way, str, int], ...] = (
-    (_by_vmap, "", 1),
-    (_by_trace, "a trace of one sample, made anew for every chunk of samples", TRACE_PAYS),
-    (partial(_by_loop, None), "{}, one backward pass per sample", 1),
-    (partial(_by_loop, 1), "{}, one backward pass per sample and column", 1),
-)
-"""The ways to the columns, the fastest first, what they cost, and from how many samples on each is
-worth a try."""
+def ways(samples: int, columns: int, parameters: int) -> Iterator[tuple[Way, str]]:
+    """Yield the ways that are worth a try, the fastest first, and what the slow ones cost.
+
+    They depend on the number of samples at a time, that of a sample's columns, and that of the
+    parameters.
+    """
+    if tangents_pay(samples, columns, parameters):
+        yield _by_tangents, ""
+    yield _by_vmap, ""
+    if samples >= TRACE_PAYS:
+        yield _by_trace, "a trace of one sample, made anew for every chunk of samples"
+    yield partial(_by_loop, None), "{}, one backward pass per sample"
+    yield partial(_by_loop, 1), "{}, one backward pass per sample and column"
