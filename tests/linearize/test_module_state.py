@@ -369,3 +369,26 @@ def test_compiled_modules_are_differentiated_as_they_were_written(how, gram):
     for part in module.modules():
         assert vars(part).keys() == before[id(part)].keys()
         assert all(value is before[id(part)][name] for name, value in vars(part).items())
+
+
+class Logging(nn.Module):
+    """A criterion that keeps what it is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.log, self.calls = None, [], 0
+
+    def forward(self, f, y):
+        self.last, self.calls = f, self.calls + 1
+        self.log.append(f)
+        return torch.cosh(f - y).log().mean()
+
+
+def test_a_criterion_is_what_it_was():
+    criterion, X, y = made(Logging)
+    W, before = torch.randn(3, 5).double(), snapshot(criterion)
+    for function in (criterion, lambda f, y: 2 * criterion(f, y)):
+        step = newton_step(lambda W, X: torch.tanh(X @ W), W, X, y, function, 0.1)
+        assert_unchanged(criterion, before)
+        assert step.isfinite().all()
+    copy.deepcopy(criterion)

@@ -15,6 +15,7 @@ from ddnewton.criteria.hessian_blocks import HESSIAN_ROUNDINGS, joint_expansion
 from ddnewton.criteria.loss import Expansion, Loss, spanned
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.linearize.independence import Watch
+from ddnewton.linearize.module_state import restoring
 from ddnewton.linearize.precision import in_dtype_of
 from ddnewton.records import pickled_as_call
 from ddnewton.transforms import first_member, over_samples
@@ -68,7 +69,7 @@ def convex(criterion: Criterion) -> Loss:
     >>> expansion.value.tolist(), expansion.z.tolist()
     ([5.0, 5.0, 5.0], [[-3.0], [0.0], [-9.0]])
     """
-    criterion = on_copies(criterion)
+    criterion = on_copies(restoring(criterion))
 
     # The expansions of all samples, by themselves or together.
     def expand(outputs: Float[Tensor, "n ..."], y: PyTree) -> Expansion:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ddnewton.criteria.loss import Loss
 from ddnewton.errors import BadValue, sentence
+from ddnewton.linearize.module_state import restoring
 from ddnewton.transforms import first_member, untransformed
 from ddnewton.trees import tree_leaves, tree_map
 from ddnewton.types import Criterion, PyTree
@@ -67,7 +68,7 @@ def check_constant(criterion: Criterion, outputs: Tensor, y: PyTree) -> None:
     try:
         with untransformed(), torch.inference_mode(False), torch.enable_grad():
             f, targets = tree_map(lambda x: first_member(x).clone(), (outputs, y))
-            value = criterion(f, targets)
+            value = restoring(criterion)(f, targets)
     except BadValue:
         raise
     except Exception:  # noqa: BLE001 - any error comes again where the criterion is used

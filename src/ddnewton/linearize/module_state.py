@@ -85,6 +85,18 @@ def kept(function: Function) -> tuple[Function, Function]:
     return partial(call, _check_unchanged), partial(call, None)
 
 
+def restoring(function: Function) -> Function:
+    """Return a function that leaves the modules that it refers to as they are before every call."""
+    if not modules_of(function):
+        return function
+
+    def call(*args: Any) -> Any:
+        _, later = kept(function)
+        return later(*args)
+
+    return call
+
+
 def _state(roots: Sequence[nn.Module]) -> ModuleState:
     """Return the state of modules and of all that they hold, registered or not."""
     queue: list[Any] = [module for root in roots for module in root.modules()]
