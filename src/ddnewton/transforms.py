@@ -130,29 +130,33 @@ def _by_autograd(
     with torch.inference_mode(False), torch.enable_grad(), _without_saving_hooks():
         inputs = [_normal(primal).detach().requires_grad_() for primal in primals]
         value, auxiliary = function(*inputs)
+        # A sum whose slope at the value is replaced by the cotangent: passed to autograd.grad it
+        # would cost the first step of a process seconds, for the import of sympy.
+        replaced = value.view_as(value)
+        total = replaced.sum()
+    cotangent: list[Tensor] = []
+    if total.requires_grad:
+        replaced.register_hook(lambda _: cotangent[0])
+
+    def pulled(u: Tensor) -> list[Tensor]:
+        """Return Jᵀu; zeros where the value does not depend on a primal."""
+        cotangent[:] = [u]
+        if not total.requires_grad:
+            return list(map(torch.zeros_like, primals))
+        with torch.inference_mode(False):
+            parts = torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
+        cotangent.clear()
+        # The gradient of an embedding may be sparse.
+        dense = (p.to_dense() if p is not None and p.layout != torch.strided else p for p in parts)
+        pairs = zip(primals, dense, strict=True)
+        return [torch.zeros_like(x) if p is None else p for x, p in pairs]
 
     def pullback(cotangents: Tensor) -> list[Tensor]:
-        """Return Jᵀu for every cotangent u; zeros where the value does not depend on a primal."""
-
-        def zeros(primal: Tensor) -> Tensor:
-            return primal.new_zeros(cotangents.shape[0], *primal.shape)
-
-        if not value.requires_grad:
-            return list(map(zeros, primals))
-        single = cotangents.shape[0] == 1  # cheaper without a batch of one
-        with torch.inference_mode(False):
-            pulled = torch.autograd.grad(
-                value,
-                inputs,
-                _normal(cotangents[0] if single else cotangents),
-                retain_graph=True,
-                is_grads_batched=not single,
-                allow_unused=True,
-            )
-        # The gradient of an embedding may be sparse.
-        dense = (p.to_dense() if p is not None and p.layout != torch.strided else p for p in pulled)
-        batched = (p[None] if single and p is not None else p for p in dense)
-        return [zeros(x) if p is None else p for x, p in zip(primals, batched, strict=True)]
+        """Return Jᵀu for every cotangent u; of a single one without ``vmap``, which is cheaper."""
+        cotangents = _normal(cotangents)
+        if cotangents.shape[0] == 1:
+            return [part[None] for part in pulled(cotangents[0])]
+        return list(vmap(pulled)(cotangents))
 
     return value.detach(), pullback, tree_map(torch.detach, auxiliary)
 

@@ -110,7 +110,12 @@ def as_batch(x: PyTree) -> PyTree:
 
 def as_real(tree: PyTree) -> PyTree:
     """Return a tree with every complex tensor as pairs of reals, along a new last axis."""
-    return tree_map(lambda x: torch.view_as_real(x.resolve_conj()) if x.is_complex() else x, tree)
+    return tree_map(_as_real_leaf, tree)
+
+
+def _as_real_leaf(leaf: Any) -> Any:
+    is_complex = isinstance(leaf, Tensor) and leaf.is_complex()
+    return torch.view_as_real(leaf.resolve_conj()) if is_complex else leaf
 
 
 def on_pairs(function: Callable[..., Tensor], params: PyTree) -> Callable[..., Tensor]:

@@ -16,13 +16,13 @@ from typing import TypeAlias
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import jacfwd, vjp, vmap
+from torch.func import jacfwd, vmap
 
 from ddnewton.inputs.checks import check_sample_axis
 from ddnewton.linearize.model import pullback_of
 from ddnewton.linearize.structured.trace import trace
-from ddnewton.transforms import one_by_one
-from ddnewton.trees import as_batch, tree_leaves, tree_map
+from ddnewton.transforms import linear_map, one_by_one
+from ddnewton.trees import as_batch, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from ddnewton.types import ModelFn, PyTree
 
 Way: TypeAlias = Callable[
@@ -45,7 +45,7 @@ def tangents_pay(samples: int, columns: int, parameters: int) -> bool:
 def _by_vmap(
     function: ModelFn, params: PyTree, X: PyTree, basis: Float[Tensor, "n c m"]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return outputs and columns by ``vmap`` of `torch.func.vjp`."""
+    """Return outputs and columns by ``vmap`` over the samples."""
     return _mapped(partial(_sample_outputs, function), params, X, basis)
 
 
@@ -83,14 +83,19 @@ def _by_trace(
 def _mapped(
     function: ModelFn, params: PyTree, X: PyTree, basis: Float[Tensor, "n c m"]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return outputs and columns by ``vmap`` over samples and columns of a function of one."""
+    """Return outputs and columns by ``vmap`` over samples of a function of one.
 
-    def of_sample(x: PyTree, L: Float[Tensor, "c m"]) -> tuple[Tensor, list[Tensor]]:
-        f, pullback, *_ = vjp(lambda p: function(p, x), params)
-        return f, vmap(lambda g: tree_leaves(pullback(g.reshape(f.shape))))(L.mT)
+    What is pulled back to copies of the parameters, one a sample, are the columns.
+    """
+    leaves, spec = tree_flatten(params)
+    n, _, m = basis.shape
 
-    outputs, columns = vmap(of_sample)(X, basis)
-    return outputs, columns
+    def of_copies(*copies: Tensor) -> tuple[Tensor, PyTree]:
+        return vmap(lambda p, x: function(tree_unflatten(p, spec), x))(list(copies), X), ()
+
+    outputs, pullback, _ = linear_map(of_copies, *(leaf.expand(n, *leaf.shape) for leaf in leaves))
+    cotangents = basis.movedim(2, 0).reshape(m, *outputs.shape)
+    return outputs, [pulled.transpose(0, 1) for pulled in pullback(cotangents)]
 
 
 def _by_loop(
