@@ -1,7 +1,9 @@
 """Models that autograd differentiates and torch.func refuses: steps, spectra, slopes, training."""
 
+import copy
 import logging
 import re
+import warnings
 from functools import partial
 
 import pytest
@@ -169,6 +171,26 @@ def test_a_checkpoint_trains_like_the_net_without_it():
         for optimizer in optimizers:
             optimizer.step(X, y)
     assert error(dict(net.named_parameters()), dict(plain.named_parameters())) < 1e-5
+
+
+def test_a_scripted_module_trains_like_the_module_itself():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is to be compiled instead
+        scripted = torch.jit.script(copy.deepcopy(plain))
+    X, y = normal(5, 3).double(), normal(5, 2).double()
+    call = lambda module, X: module(X)  # noqa: E731
+    optimizers = [DirectionalNewton(module, MSE, forward=call) for module in (plain, scripted)]
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.step(X, y)
+    assert error(dict(scripted.named_parameters()), dict(plain.named_parameters())) < 1e-10
+    # And as a part of another module.
+    before = float(MSE(scripted(X), y).detach())
+    loss = DirectionalNewton(nn.Sequential(scripted), MSE).step(X, y)
+    assert float(loss) == pytest.approx(before)
+    assert float(MSE(scripted(X), y).detach()) < before
 
 
 def test_ways_to_the_columns_agree():

@@ -104,7 +104,7 @@ def _fingerprint(
             # Of parameters and buffers the names alone: their values are passed to the trace, or
             # compared by `traced_module`.
             of_tensors = name in {"_parameters", "_buffers"}
-            yield from _comparable_parts([*value] if of_tensors else value, trained)
+            yield from _comparable_parts(list(value.keys()) if of_tensors else value, trained)
 
 
 def _comparable_parts(value: object, trained: set[int]) -> Iterator[object]:
