@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import re
 import warnings
 from functools import partial
 
@@ -31,7 +30,7 @@ from tests.linearize.autograd_cases import (
 )
 from tests.methods import FLOAT32, FLOAT64
 from tests.models import normal
-from tests.reference import Dense, dense, directions, error, flat, solve
+from tests.reference import Dense, dense, directions, error, solve
 
 MSE = nn.MSELoss()
 
@@ -326,5 +325,4 @@ def misspelt(p, x):
 def test_a_model_that_fails_on_the_batch_fails_with_its_own_error(model_fn, kind, message):
     with pytest.raises(kind, match=message) as caught:
         newton_step(model_fn, weights(3, 2), normal(6, 3).double(), normal(6, 2).double(), MSE, 0.1)
-    assert re.fullmatch(re.escape(str(caught.value.args[0])), str(caught.value.args[0]))
-    assert flat(weights(3, 2)).isfinite().all()
+    assert type(caught.value) is kind
