@@ -25,7 +25,7 @@ def unwrapped(tensor: Tensor) -> Tensor:
     """
     while not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
-    return tensor.detach()
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def is_batched(tensor: Tensor) -> bool:

@@ -96,11 +96,16 @@ class Reads(TorchFunctionMode):
         result = func(*args, **kwargs)
         # A shape or a dtype is no value.
         reads = isinstance(result, Tensor) or getattr(func, "__name__", "") in NUMBERS
-        arguments = tree_leaves((args, kwargs)) if reads and func not in CONSTANTS else []
-        if any(id(argument) in self.leaves for argument in arguments):
+        if reads and func not in CONSTANTS and any(map(self._has_leaf, (*args, *kwargs.values()))):
             got = f"a leaf of params in {getattr(func, '__name__', func)}"
             raise BadValue(sentence(RULE, got, REMEDY))
         return result
+
+    def _has_leaf(self, argument: object) -> bool:
+        """Return whether an argument of an operation is a leaf, or a sequence with one in it."""
+        if isinstance(argument, (tuple, list)):
+            return any(map(self._has_leaf, argument))
+        return id(argument) in self.leaves
 
 
 def without_params(loss: Loss, params: PyTree) -> Loss:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.transforms import any_known, unwrapped
-from ddnewton.trees import named_leaves
+from ddnewton.trees import named_leaves, tree_leaves
 from ddnewton.types import PyTree
 
 GRAM_OPTIONS = ("auto", "structured", "dense")
@@ -23,15 +23,17 @@ GRAM_OPTIONS = ("auto", "structured", "dense")
 def check_params(params: PyTree) -> None:
     """Require at least one leaf, and floating-point or complex tensors throughout."""
     # A tensor of no number is fine, as long as there is a number anywhere.
-    leaves = named_leaves(params)
+    leaves = tree_leaves(params)
     if not leaves:
         remedy = "Pass a pytree of tensors, such as dict(module.named_parameters())."
         raise BadValue(sentence("params must hold at least one tensor", repr(params), remedy))
-    if all(isinstance(leaf, Tensor) and leaf.numel() == 0 for _, leaf in leaves):
+    if all(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in leaves):
         rule, got = "params must hold at least one number", "empty tensors only"
         raise BadValue(sentence(rule, got, "Check how the parameters were made."))
     # Every leaf is differentiated, so a counter or a mask has no place here.
-    for path, leaf in leaves:
+    if all(isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) for x in leaves):
+        return
+    for path, leaf in named_leaves(params):
         if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
             rule = "params must hold floating-point tensors only"
             got = f"params{path}: {leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__}"
@@ -44,6 +46,11 @@ def check_params(params: PyTree) -> None:
 
 def check_batch(**trees: PyTree) -> None:
     """Require tensors that all hold the same number of samples on axis 0, at least one."""
+    # One tensor each, of as many samples, is most that is ever passed.
+    tensors = [x for x in trees.values() if isinstance(x, Tensor) and x.ndim]
+    lengths = {len(x) for x in tensors}
+    if len(tensors) == len(trees) and len(lengths) == 1 and 0 not in lengths:
+        return
     # The number of samples of every leaf, by its name in the message.
     counts: dict[str, int] = {}
     names = " and ".join(trees)

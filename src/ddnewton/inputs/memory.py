@@ -50,6 +50,13 @@ def check_fits(size: int, what: str, remedy: str, device: torch.device) -> None:
         raise TooLarge(sentence("a step must fit into the memory at hand", got, remedy))
 
 
+def samples_at_once(n: int, sample_bytes: int, device: torch.device) -> int:
+    """Return so many of n samples that they fill a quarter of the memory."""
+    if n * sample_bytes <= NEVER_ASKED_BYTES:
+        return n
+    return max(1, min(n, memory_bytes(device) // 4 // sample_bytes))
+
+
 def memory_bytes(device: torch.device) -> int:
     """Return the memory of a device in bytes: what is free on a GPU, all of it elsewhere."""
     if device.type == "cuda":

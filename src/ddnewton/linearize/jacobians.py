@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ddnewton.columns.factors import Jacobian
 from ddnewton.inputs.checks import check_derivatives
-from ddnewton.inputs.memory import TooLarge, check_fits, memory_bytes
+from ddnewton.inputs.memory import TooLarge, check_fits, samples_at_once
 from ddnewton.linearize.calls import refusal
 from ddnewton.linearize.independence import SamplesMix, check_independent
 from ddnewton.linearize.model import Model, at_samples, pullback_of
@@ -138,4 +138,4 @@ def _samples_at_once(model: Model, m: int) -> int:
         'columns, or gram="structured", which holds columns as outer products.'
     )
     check_fits(sample_bytes, what, remedy, model.outputs.device)
-    return max(1, min(n, memory_bytes(model.outputs.device) // 4 // sample_bytes))
+    return samples_at_once(n, sample_bytes, model.outputs.device)

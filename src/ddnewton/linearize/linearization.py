@@ -19,7 +19,7 @@ from ddnewton.columns.contraction import flops
 from ddnewton.columns.factors import Factor, Jacobian, Outer
 from ddnewton.errors import warn
 from ddnewton.inputs.checks import check_outputs
-from ddnewton.inputs.memory import memory_bytes
+from ddnewton.inputs.memory import samples_at_once
 from ddnewton.linearize.independence import SamplesMix, evaluate
 from ddnewton.linearize.jacobians import jacobian
 from ddnewton.linearize.model import Model, at_samples
@@ -162,13 +162,13 @@ def _by_program(
     chunk_size: int | None,
 ) -> Linearization:
     """Linearize a model by a program; where all samples fit into memory it is run only once."""
-    size = chunk_size or _samples_at_once(program, leaves, prepared.width)
+    n = samples[0].shape[0]
+    size = chunk_size or _samples_at_once(program, leaves, n, prepared.width)
 
     def visit_of(indices: Int[Tensor, " n"] | slice) -> Visit:
         return visit(program, leaves, take(samples, indices))
 
     # Run it on all samples for the outputs; only the first chunk stays ready to be pulled back.
-    n = samples[0].shape[0]
     first_chunk, *further_chunks = chunks(n, size)
     first = visit_of(first_chunk)
     outputs = first.outputs
@@ -237,7 +237,7 @@ def _cost(program: Program, n: int, m: int) -> float:
     return pulled + (products if n * m <= d else 2.0 * n * m * d**2)
 
 
-def _samples_at_once(program: Program, leaves: Sequence[Tensor], m: int) -> int:
+def _samples_at_once(program: Program, leaves: Sequence[Tensor], n: int, m: int) -> int:
     """Return so many samples that their inputs and twice their cotangents fill a quarter of memory.
 
     Twice, as what is pulled back to the sites is written into one tensor for all columns.
@@ -248,4 +248,4 @@ def _samples_at_once(program: Program, leaves: Sequence[Tensor], m: int) -> int:
     )
     entries = program.size + sum(derived.size for derived in program.derived_leaves)
     sample_bytes = leaves[0].element_size() * (2 * m * entries + inputs) + 1
-    return max(1, memory_bytes(leaves[0].device) // 4 // sample_bytes)
+    return samples_at_once(n, sample_bytes, leaves[0].device)

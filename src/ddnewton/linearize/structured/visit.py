@@ -31,11 +31,30 @@ def run(
     program: Program, leaves: Sequence[Tensor], samples: Sequence[Tensor]
 ) -> Float[Tensor, "n ..."]:
     """Return the model's outputs, which can be differentiated along parameters or samples."""
-    n = samples[0].shape[0]
-    probes = _probes(program, leaves[0], n)
-    mapped = (*(None for _ in leaves), *(0 for _ in (*samples, *probes)))
-    outputs: Tensor = vmap(program.graph.forward, mapped)(*leaves, *samples, *probes)[0]
+    probes = _probes(program, leaves[0], samples[0].shape[0])
+    outputs: Tensor = _of_samples(program, leaves, [], samples, probes)[0]
     return outputs
+
+
+def _of_samples(
+    program: Program,
+    leaves: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    samples: Sequence[Tensor],
+    probes: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """Return outputs and sources of all samples; with copies, of the direct leaves at these."""
+
+    def of_sample(mapped: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        arguments = list(leaves)
+        for i, copy in zip(program.direct, mapped[: len(copies)], strict=False):
+            arguments[i] = copy
+        outputs, sources = program.graph.forward(*arguments, *mapped[len(copies) :])
+        return outputs, sources
+
+    # What is the same for all samples is no argument, for each of these takes time.
+    outputs, sources = vmap(of_sample)([*copies, *samples, *probes])
+    return outputs, sources
 
 
 def visit(program: Program, leaves: Sequence[Tensor], samples: Sequence[Tensor]) -> Visit:
@@ -45,16 +64,10 @@ def visit(program: Program, leaves: Sequence[Tensor], samples: Sequence[Tensor])
     n = samples[0].shape[0]
     probes = _probes(program, leaves[0], n)
     copies = [leaves[i].expand(n, *leaves[i].shape) for i in program.direct]
-    mapped = [0 if i in program.direct else None for i in range(len(leaves))]
-    of_samples = vmap(program.graph.forward, (*mapped, *(0 for _ in (*samples, *probes))))
 
     def forward(*variables: Tensor) -> tuple[Tensor, list[Tensor]]:
         probes, copies = variables[: len(program.sites)], variables[len(program.sites) :]
-        arguments = list(leaves)
-        for i, copy in zip(program.direct, copies, strict=True):
-            arguments[i] = copy
-        outputs, sources = of_samples(*arguments, *samples, *probes)
-        return outputs, sources
+        return _of_samples(program, leaves, copies, samples, probes)
 
     outputs, pull, sources = linear_map(forward, *probes, *copies)
 
