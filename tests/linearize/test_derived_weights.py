@@ -50,6 +50,22 @@ def experts(params, X):
     return torch.einsum("nti,hij->nthj", X, W).tanh().sum((1, 2))
 
 
+def spectral(params, X):
+    """A convolution in Fourier space, by a weight that is kept as pairs of reals."""
+    modes = torch.fft.rfft(X)
+    W = torch.view_as_complex(params["W"])
+    mixed = torch.zeros(len(X), 2, modes.shape[2], dtype=modes.dtype)
+    mixed[..., :3] = torch.einsum("nik,iok->nok", modes[..., :3], W)
+    return torch.tanh(torch.fft.irfft(mixed, n=X.shape[2])).flatten(1) @ params["V"]
+
+
+def shared_modes(params, X):
+    """One complex matrix for all modes, and its transpose."""
+    W = torch.view_as_complex(params["W"])
+    modes = torch.fft.rfft(X).mT @ W
+    return torch.tanh(torch.fft.irfft((modes * modes.abs()) @ W.T, dim=1)).sum(2)
+
+
 W_AND_B = {"W": (2, 3), "b": (2,)}
 
 MULTIPLES = {
@@ -94,6 +110,18 @@ CASES = {
     "a weight of a weight": lambda: of_shapes(whole, normal(4, 3), {"W": (3, 3)}),
     "a parameter without a rule": lambda: of_shapes(
         both_ways, normal(4, 3), {"W": (3, 2), "scale": (2,)}, ("scale",)
+    ),
+    "a complex weight a mode": lambda: of_shapes(
+        spectral, normal(3, 2, 6), {"W": (2, 2, 3, 2), "V": (12, 2)}
+    ),
+    "a complex matrix": lambda: of_shapes(shared_modes, normal(3, 2, 4), {"W": (2, 2, 2)}),
+    "a function of pairs": lambda: of_shapes(
+        lambda p, x: spectral({"W": p["W"].sin(), "V": p["V"]}, x),
+        normal(3, 2, 6),
+        {"W": (2, 2, 3, 2), "V": (12, 2)},
+    ),
+    "a repeated shift": lambda: of_shapes(
+        lambda p, x: torch.tanh(x + p["b"].repeat(2)), normal(3, 4), {"b": (2,)}
     ),
     "experts": lambda: of_shapes(experts, normal(3, 2, 3), {"W": (2, 3, 4)}),
     "a multiple of a table": lambda: of_shapes(

@@ -100,7 +100,7 @@ def widened_graph(graph: GraphModule, dtype: torch.dtype) -> tuple[GraphModule, 
         if isinstance(argument, torch.dtype) and argument.is_floating_point:
             rounded |= argument.itemsize < dtype.itemsize
             return torch.float64
-        return argument
+        return torch.complex128 if argument == torch.complex64 else argument
 
     # Copy the graph, for its operations are changed in place.
     copy = plain_copy(graph)

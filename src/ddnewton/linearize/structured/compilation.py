@@ -89,7 +89,10 @@ def compile_program(
 def widened_program(program: Program, dtype: torch.dtype) -> tuple[Program, bool]:
     """Return a program in float64, and whether it rounds below ``dtype`` inside as it is."""
     graph, rounded = widened_graph(program.graph, dtype)
-    sites = [site._replace(dtype=torch.float64) for site in program.sites]
+    sites = [
+        site._replace(dtype=torch.complex128 if site.dtype.is_complex else torch.float64)
+        for site in program.sites
+    ]
     # The graphs that compute weights in float64 as well.
     derived = [
         one._replace(graph=one.graph and widened_graph(one.graph, dtype)[0])

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Int, Num
+from jaxtyping import Num
 from torch import Tensor
 from torch.fx import Node
 
@@ -43,7 +43,7 @@ class Use(NamedTuple):
 
     node: Node
     source: Node | None
-    indices: Int[Tensor, "g o p"]  # of the parameters that the weight consists of
+    indices: Num[Tensor, "g o p"]  # of the parameters that it consists of; complex ones are pairs
     read_a: Callable[[Num[Tensor, "n ..."]], Num[Tensor, "n g t ..."]]
     read_b: Callable[[Num[Tensor, "n m ..."]], Num[Tensor, "n m g o t"]]
 
@@ -79,13 +79,13 @@ def decomposition(target: Any) -> Callable[[Callable[..., Any]], Callable[..., A
 
 
 @rule(aten.mm.default)
-def matrix(node: Node, operand: int, indices: Int[Tensor, "_ _"]) -> Use | None:
+def matrix(node: Node, operand: int, indices: Num[Tensor, "_ _"]) -> Use | None:
     """Y = A W, or Y = W A."""
     return _matrix(node, node.args[1 - operand], operand, indices)
 
 
 @rule(aten.addmm.default)
-def shifted_matrix(node: Node, operand: int, indices: Int[Tensor, "..."]) -> Use | None:
+def shifted_matrix(node: Node, operand: int, indices: Num[Tensor, "..."]) -> Use | None:
     """Y = shift + A W, or Y = shift + W A."""
     if node.kwargs:
         return None
@@ -94,7 +94,7 @@ def shifted_matrix(node: Node, operand: int, indices: Int[Tensor, "..."]) -> Use
     return _matrix(node, node.args[3 - operand], operand - 1, indices)
 
 
-def _matrix(node: Node, source: Any, operand: int, indices: Int[Tensor, "_ _"]) -> Use:
+def _matrix(node: Node, source: Any, operand: int, indices: Num[Tensor, "_ _"]) -> Use:
     """Return the use of a matrix whose positions are the rows of A, or its columns."""
     if operand == 1:
         return Use(node, source, indices.T[None], lambda x: x[:, None], lambda b: b[:, :, None].mT)
@@ -102,7 +102,7 @@ def _matrix(node: Node, source: Any, operand: int, indices: Int[Tensor, "_ _"]) 
 
 
 @rule(aten.bmm.default)
-def matrices(node: Node, operand: int, indices: Int[Tensor, "_ _ _"]) -> Use | None:
+def matrices(node: Node, operand: int, indices: Num[Tensor, "_ _ _"]) -> Use | None:
     """Y_g = A_g W_g, or Y_g = W_g A_g."""
     source: Any = node.args[1 - operand]
     # Different W_g are groups side by side; of one W all rows of all A_g are the positions.
@@ -144,7 +144,7 @@ def weight_norm(v: Tensor, g: Tensor, axis: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @rule(aten.mv.default)
-def matrix_vector(node: Node, operand: int, indices: Int[Tensor, "..."]) -> Use | None:
+def matrix_vector(node: Node, operand: int, indices: Num[Tensor, "..."]) -> Use | None:
     """Y = W x, or Y = X w."""
     source: Any = node.args[1 - operand]
     if operand == 0:
@@ -161,7 +161,7 @@ def matrix_vector(node: Node, operand: int, indices: Int[Tensor, "..."]) -> Use 
 
 
 @rule(aten.dot.default)
-def inner_product(node: Node, operand: int, indices: Int[Tensor, "_"]) -> Use | None:
+def inner_product(node: Node, operand: int, indices: Num[Tensor, "_"]) -> Use | None:
     """Y = wᵀx."""
     source: Any = node.args[1 - operand]
     return Use(
@@ -174,7 +174,7 @@ def inner_product(node: Node, operand: int, indices: Int[Tensor, "_"]) -> Use | 
 
 
 @rule(aten.add.Tensor)
-def added(node: Node, operand: int, indices: Int[Tensor, "..."]) -> Use | None:
+def added(node: Node, operand: int, indices: Num[Tensor, "..."]) -> Use | None:
     """Y = x + w, with w repeated along the axes that it lacks or has of length one."""
     if node.kwargs:
         return None
@@ -183,7 +183,7 @@ def added(node: Node, operand: int, indices: Int[Tensor, "..."]) -> Use | None:
     return _shift(node, indices, [axis for axis, size in enumerate(aligned) if size == shape[axis]])
 
 
-def _shift(node: Node, indices: Int[Tensor, "..."], shift_axes: Sequence[int]) -> Use:
+def _shift(node: Node, indices: Num[Tensor, "..."], shift_axes: Sequence[int]) -> Use:
     """Return the use of a shift: the axes along which it varies are o, the others positions."""
     shape = node.meta[SHAPE]
     position_axes = [axis for axis in range(len(shape)) if axis not in shift_axes]
@@ -200,7 +200,7 @@ def _shift(node: Node, indices: Int[Tensor, "..."], shift_axes: Sequence[int]) -
 
 
 @rule(aten.embedding.default)
-def embedding(node: Node, operand: int, indices: Int[Tensor, "_ _"]) -> Use | None:
+def embedding(node: Node, operand: int, indices: Num[Tensor, "_ _"]) -> Use | None:
     """Y_t = row number x_t of W; the padding row has no derivative."""
     arguments: Any = node.args
     _, source, *options = arguments
@@ -218,7 +218,7 @@ def embedding(node: Node, operand: int, indices: Int[Tensor, "_ _"]) -> Use | No
 
 
 @rule(aten.convolution.default)
-def convolution(node: Node, operand: int, indices: Int[Tensor, "..."]) -> Use | None:
+def convolution(node: Node, operand: int, indices: Num[Tensor, "..."]) -> Use | None:
     """Y = W ∗ x, along any number of axes and with any options; a is the patches under the kernel.
 
     Transposed, x and y change places, and the patches are of b.

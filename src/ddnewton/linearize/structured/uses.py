@@ -22,6 +22,7 @@ from ddnewton.linearize.widening import cast_rounding
 REARRANGING = {
     *(aten.t.default, aten.permute.default, aten.transpose.int, aten.view.default),
     *(aten._unsafe_view.default, aten.reshape.default, aten.expand.default),
+    aten.repeat.default,
     *(aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
     *(aten.select.int, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default),
     *(aten.unbind.int, aten.alias.default, aten.clone.default, aten.flip.default),
@@ -79,9 +80,13 @@ class Survey(Interpreter):
         ):
             self.origins[n] = frozenset().union(*(self.origins[x] for x in n.all_input_nodes))
         # The indices of what a rearrangement, or a cast to another floating dtype, gives.
-        source = n.args[0] if n.args else None
+        source: Any = n.args[0] if n.args else None
         floating = isinstance(result, Tensor) and result.is_floating_point()
-        if isinstance(source, Node) and source in self.indices and n.target in REARRANGING:
+        if n.target == aten.view_as_complex.default and source in self.indices:
+            pairs: Any = self.indices[source].double()  # which hold integers up to 2⁵³
+            self.indices[n] = torch.complex(pairs[..., 0], pairs[..., 1])
+            self.root_of[n] = self.root_of[source]
+        elif isinstance(source, Node) and source in self.indices and n.target in REARRANGING:
             self.indices[n] = rearranged(n, self.indices[source])
             self.root_of[n] = self.root_of[source]
         elif (
@@ -123,7 +128,7 @@ def uses_of(survey: Survey, root: Node, in_data: bool = False) -> tuple[list[Use
                 use = rule(user, operand, survey.indices[node])
                 if use is None:
                     return [], Path([name], f"no rule for this {name}")
-                uses.append(_at_site(use))
+                uses.append(_at_site(in_reals(use) if use.indices.is_complex() else use))
                 names[name] = None
             if rule is None:
                 return [], Path([name], f"no rule for {name}")
@@ -133,6 +138,25 @@ def uses_of(survey: Survey, root: Node, in_data: bool = False) -> tuple[list[Use
 def operation(node: Node) -> str:
     """Return the name of an operation without its overload."""
     return str(node.target).removeprefix("aten.").split(".")[0]
+
+
+def in_reals(use: Use) -> Use:
+    r"""Return the use of a complex weight, of which the indices are pairs, as that of a real one.
+
+    As Re y = Σ Re w Re a − Im w Im a and Im y = Σ Re w Im a + Im w Re a, both are positions.
+    """
+
+    def read_a(x: Tensor) -> Tensor:
+        a = use.read_a(x)
+        rows = [torch.cat([a.real, -a.imag], -1), torch.cat([a.imag, a.real], -1)]
+        return torch.cat(rows, 2)
+
+    def read_b(b: Tensor) -> Tensor:
+        b = use.read_b(b)
+        return torch.cat([b.real, b.imag], -1)
+
+    indices = torch.cat([use.indices.real, use.indices.imag], -1).long()
+    return use._replace(indices=indices, read_a=read_a, read_b=read_b)
 
 
 def _at_site(use: Use) -> Use:
@@ -191,7 +215,10 @@ def biases_with_weights(weights: Sequence[WeightUses]) -> list[list[WeightUses]]
 def layout(use: Use) -> tuple[Node, Tensor]:
     """Return the site of a use, and b as the places of its entries there."""
     shape = use.node.meta[SHAPE]
-    return use.node, use.read_b(torch.arange(shape.numel()).reshape(1, 1, *shape))
+    places = torch.arange(shape.numel()).reshape(1, 1, *shape)
+    if use.node.meta[DTYPE].is_complex:
+        places = torch.complex(places.double(), -1 - places.double())
+    return use.node, use.read_b(places)
 
 
 def _same_layouts(left: list[tuple[Node, Tensor]], right: list[tuple[Node, Tensor]]) -> bool:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 from torch import Tensor
 from torch.func import vmap
 
@@ -109,7 +109,7 @@ def _pulled(
         return [torch.cat(pieces) for pieces in zip(*map(pull, cotangents.split(1)), strict=True)]
 
 
-def _probes(program: Program, leaf: Tensor, n: int) -> list[Float[Tensor, "n ..."]]:
+def _probes(program: Program, leaf: Tensor, n: int) -> list[Inexact[Tensor, "n ..."]]:
     """Return zeros for the sites of n samples, in the dtypes of these, where the leaf is."""
     return [leaf.new_zeros((), dtype=site.dtype).expand(n, *site.shape) for site in program.sites]
 
