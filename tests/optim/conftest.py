@@ -7,6 +7,12 @@ from ddnewton import prepare
 from tests.optim.twins import layers, net
 
 
+@pytest.fixture(autouse=True)
+def _layers_found_at_once(monkeypatch):
+    """Look for layers in the first update, as for larger problems."""
+    monkeypatch.setattr(ddnewton.optim.modules, "UPDATES_TO_TRACE", 0)
+
+
 @pytest.fixture
 def layers_found_once(monkeypatch):
     """Look only once for the layers of the net that most tests share: it takes a while."""

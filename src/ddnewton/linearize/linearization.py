@@ -110,7 +110,12 @@ def _linearized(model: Model, gram: str, chunk_size: int | None) -> Linearizatio
 
 def is_tiny(count: int, d: int) -> bool:
     """Return whether products of a dense column for every output take less time than a trace."""
-    return 2 * count * d * min(count, d) <= TINY_FLOPS
+    return dense_flops(count, d) <= TINY_FLOPS
+
+
+def dense_flops(count: int, d: int) -> float:
+    """Return the flops of products of a dense column for every output."""
+    return 2.0 * count * d * min(count, d)
 
 
 def _by_jacobians(model: Model, chunk_size: int | None) -> Linearization:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ddnewton.inputs.checks import check_batch
 from ddnewton.inputs.module_function import ModuleFunction
 from ddnewton.linearize.independence import evaluate
-from ddnewton.linearize.linearization import is_tiny
+from ddnewton.linearize.linearization import dense_flops, is_tiny
 from ddnewton.linearize.module_state import equal, writes
 from ddnewton.linearize.structured.prepare import Untraceable, no_layers, prepare
+from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.process import ONE_THREAD
 from ddnewton.trees import TreeSpec, parameter_count, sample_count, take, tree_flatten
 from ddnewton.types import ModelFn, PyTree
@@ -32,41 +33,83 @@ COMPARED_BY_VALUE = (
 """Types compared by value; everything else in a module is compared by identity."""
 
 
+UPDATES_TO_TRACE = 40
+"""How many updates of a tiny problem a trace takes as long as, and saves half of each."""
+
+FLOPS_OF_NODE = 5e7
+"""How many flops of dense products take as long as tracing one operation: some milliseconds."""
+
+TRACES_KEPT = 4
+"""The number of shapes of samples that traces are kept for, such as lengths of sentences."""
+
+
 class TracedModule(NamedTuple):
-    """A module as a function with known layers, and what the module was when it was traced."""
+    """A module as a function, perhaps with known layers, and what it was when it was looked at."""
 
     model_fn: ModelFn
     fingerprint: list[object]
     untrained: list[Tensor]  # copies: writing through .data leaves no other trace
     slow: str | None  # why it has no layers; empty where that costs nothing, None where it has
+    updates_left: int  # until it is traced, below 0 after that
 
 
-def traced_module(
-    before: TracedModule | None, model_fn: ModuleFunction, params: PyTree, X: PyTree
-) -> TracedModule:
-    """Return a module as a function with known layers: the one before, while it is still right.
+def traced_modules(
+    before: Sequence[TracedModule],
+    model_fn: ModuleFunction,
+    params: PyTree,
+    X: PyTree,
+    at_once: bool,
+) -> list[TracedModule]:
+    """Return a module as a function, in front of those before: one of these, while it is right.
 
     It is not where samples have another shape, or where the module has changed: other buffers,
-    untrained parameters, submodules, attributes, hooks or modes. For a module that cannot be traced
-    the function is ``model_fn``, without layers.
+    untrained parameters, submodules, attributes, hooks or modes. The layers are searched for
+    ``at_once``, or when the updates without them have taken as long as the search does. For a
+    module that cannot be traced the function is ``model_fn``, without layers.
     """
     check_batch(X=X)
     module = model_fn.module
     with ONE_THREAD:
-        # The trace before holds as long as nothing has changed but the trained parameters.
+        # One before holds as long as nothing has changed but the trained parameters.
         trained = {id(p) for p in params.values()}
         tensors = (*module.parameters(), *module.buffers())
         untrained = [tensor for tensor in tensors if id(tensor) not in trained]
         fingerprint = list(_fingerprint(module, trained, params, X))
-        if (
-            before is not None
-            and _all_alike(equal, before.untrained, untrained)
-            and _all_alike(_is_same, before.fingerprint, fingerprint)
-        ):
-            return before
-        # Trace the module, or call it as it is where that fails.
-        traced, slow = _with_layers(model_fn, params, X)
-        return TracedModule(traced, fingerprint, [t.detach().clone() for t in untrained], slow)
+        alike = [one for one in before if _all_alike(equal, one.untrained, untrained)]
+        held = (one for one in alike if _all_alike(_is_same, one.fingerprint, fingerprint))
+        current = next(held, None)
+        others = [one for one in alike if one is not current][: TRACES_KEPT - 1]
+        if current is None:
+            copies = others[0].untrained if others else [x.detach().clone() for x in untrained]
+            count = 0 if at_once else _updates_to_trace(others, model_fn, params, X)
+            current = TracedModule(model_fn, fingerprint, copies, "", count)
+        # Trace the module when it is time to, or call it as it is where that fails.
+        if current.updates_left == 0:
+            traced, slow = _with_layers(model_fn, params, X)
+            current = current._replace(model_fn=traced, slow=slow)
+        return [current._replace(updates_left=current.updates_left - 1), *others]
+
+
+def _updates_to_trace(
+    before: Sequence[TracedModule], model_fn: ModelFn, params: PyTree, X: PyTree
+) -> int:
+    """Return how many updates without layers take as long as finding these.
+
+    Of a tiny problem they save half of an update's overhead, of any other its dense products; what
+    a trace of it takes is told by one of samples of another shape, and until there is one, nothing.
+    """
+    count, d = _output_count(model_fn, params, X), parameter_count(params)
+    if is_tiny(count, d):
+        return UPDATES_TO_TRACE
+    graphs = [one.model_fn.sample.graph for one in before if isinstance(one.model_fn, Prepared)]
+    nodes = len(graphs[0].nodes) if graphs else 0
+    return int(nodes * FLOPS_OF_NODE / dense_flops(count, d))
+
+
+def _output_count(model_fn: ModelFn, params: PyTree, X: PyTree) -> int:
+    """Return the number of outputs of all samples."""
+    outputs = evaluate(model_fn, params, take(X, slice(0, 1)), None).outputs
+    return outputs.numel() * sample_count(X)
 
 
 def _with_layers(model_fn: ModelFn, params: PyTree, X: PyTree) -> tuple[ModelFn, str | None]:
@@ -74,9 +117,7 @@ def _with_layers(model_fn: ModelFn, params: PyTree, X: PyTree) -> tuple[ModelFn,
     try:
         return prepare(model_fn, params, X), None
     except Untraceable as reason:
-        outputs = evaluate(model_fn, params, take(X, slice(0, 1)), None).outputs
-        count = outputs.numel() * sample_count(X)
-        tiny = is_tiny(count, parameter_count(params))
+        tiny = is_tiny(_output_count(model_fn, params, X), parameter_count(params))
         return model_fn, "" if tiny else no_layers(reason)
 
 

@@ -17,7 +17,7 @@ from ddnewton.inputs.module_function import Forward, module_function
 from ddnewton.optim.adaptation import Adaptation, as_adaptation, levenberg_marquardt
 from ddnewton.optim.closures import batch_of_step
 from ddnewton.optim.functional import FunctionalOptimizer, directional_newton
-from ddnewton.optim.modules import TracedModule, traced_module
+from ddnewton.optim.modules import TracedModule, traced_modules
 from ddnewton.optim.notices import Notices
 from ddnewton.optim.parameter_groups import (
     as_blocks,
@@ -128,7 +128,7 @@ class DirectionalNewton(Optimizer):
             "chunk_size": chunk_size,
         }
         self._group_options: list[dict[str, Any]] = []
-        self._traced: TracedModule | None = None
+        self._traced: list[TracedModule] = []
         self._notices = Notices()
         self.info = None
         # Make the groups, and check the other options, by making an optimizer of them.
@@ -175,11 +175,13 @@ class DirectionalNewton(Optimizer):
         if self._options["gram"] == "dense":
             optimizer = self._optimizer(self._function)
         else:
-            self._traced = traced_module(self._traced, self._function, params, X)
-            optimizer = self._optimizer(self._traced.model_fn)
-            # What has no layers is not searched for them at every step.
-            if self._options["gram"] == "auto" and self._traced.slow is not None:
-                self._notices.once("layers", self._traced.slow)
+            at_once = self._options["gram"] == "structured"
+            self._traced = traced_modules(self._traced, self._function, params, X, at_once)
+            current = self._traced[0]
+            optimizer = self._optimizer(current.model_fn)
+            # What has no layers, or none yet, is not searched for them at every step.
+            if not at_once and current.slow is not None:
+                self._notices.once("layers", current.slow)
                 optimizer = self._optimizer(self._function, gram="dense")
         # Make the step as a pure function of parameters and state.
         first = self._grouped()[0]
@@ -216,7 +218,7 @@ class DirectionalNewton(Optimizer):
         names = ("_function", "_criterion", "_base_rate", "_options", "_group_options")
         attributes: dict[str, Any] = super().__getstate__()
         attributes |= {name: getattr(self, name) for name in (*names, "_notices", "info")}
-        return attributes | {"_traced": None}
+        return attributes | {"_traced": []}
 
     def _grouped(self) -> list[Tensor]:
         """Return the parameters of all groups, in the order of the groups."""
