@@ -292,7 +292,7 @@ def unit(tree):
         ({"complement": 0.5}, "a number as complement"),
         ({"subsampling_curvature": [0, 1]}, "subsampling_curvature"),
     ],
-    ids=str,
+    ids=["relative", "a rule that adapts", "select", "complement", "subsampling_curvature"],
 )
 def test_what_differs_inside_a_block_needs_one_damping(options, named):
     given = problem("tanh_mlp")
