@@ -38,7 +38,7 @@ def branch(p, x):
 
 
 def item(p, x):
-    return (x @ p["W"]).sin() * (1 + p["W"].abs().max().item())
+    return (x @ p["W"]).sin() * (1 + (x.abs().max() > -1).item())
 
 
 def straight_through(p, x):
