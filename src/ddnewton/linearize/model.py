@@ -22,11 +22,12 @@ class Model(NamedTuple):
     outputs: Float[Tensor, "n ..."]
     complex_outputs: bool = False  # as pairs of reals, along the last axis
     rounding: float = 0.0  # the eps of the narrowest dtype that it casts to inside, 0 without any
+    pullback: Callable[[Tensor], list[Tensor]] | None = None  # of the batch, where it is kept
 
 
 def at_samples(model: Model, samples: Int[Tensor, " _"] | slice) -> Model:
     """Return the model at some samples of its batch."""
-    return model._replace(X=take(model.X, samples), outputs=model.outputs[samples])
+    return model._replace(X=take(model.X, samples), outputs=model.outputs[samples], pullback=None)
 
 
 def pullback_of(

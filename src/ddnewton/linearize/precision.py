@@ -36,7 +36,7 @@ from ddnewton.errors import BadType, BadValue
 from ddnewton.linearize.model import Model, pullback_of
 from ddnewton.linearize.widening import Widen, in_float64, widen_leaf
 from ddnewton.transforms import any_known, unwrapped
-from ddnewton.trees import tree_leaves, tree_map
+from ddnewton.trees import parameter_count, sample_count, tree_leaves, tree_map
 from ddnewton.types import Criterion, PyTree
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,9 @@ FLOAT32_RESOLUTION = 1e4
 VALUE_TOLERANCE, PULLBACK_TOLERANCE = 1 / 64, 1 / 8
 """How far, relatively, float64 may lie from bfloat16 inside the model, and pullbacks from another
 side of a kink: far less than from another function."""
+
+KEPT_ENTRIES = 2**22
+"""Up to how many parameters, times samples, the graph of a batch is kept: a few of its columns."""
 
 CHANGED = "its outputs or derivatives change"
 
@@ -134,11 +137,16 @@ def widened(model: Model, batches: Callable[[PyTree], Sequence[PyTree]]) -> Mode
     params, X = tree_map(widen_leaf, model.params), tree_map(widen_leaf, model.X)
 
     def evaluate() -> Widened[Model]:
-        outputs = torch.cat([function(params, batch) for batch in batches(X)])
+        # The pullback of a small batch is kept for the columns to be compared with.
+        parts, pullback = batches(X), None
+        if len(parts) == 1 and sample_count(X) * parameter_count(params) <= KEPT_ENTRIES:
+            outputs, pullback = pullback_of(lambda p: function(p, X), params)
+        else:
+            outputs = torch.cat([function(params, batch) for batch in parts])
         if outputs.dtype != torch.float64:
             raise BadType(CHANGED)
-        wide = Model(function, params, X, outputs)
-        return Widened(wide, outputs, mode.rounded, lambda: pulled_back(wide, batches(X)[0]))
+        wide = Model(function, params, X, outputs, pullback=pullback)
+        return Widened(wide, outputs, mode.rounded, lambda: pulled_back(wide, parts[0]))
 
     def pullback() -> Tensor | None:
         try:
@@ -159,7 +167,9 @@ def narrowest(tensors: Sequence[Tensor]) -> torch.dtype:
 
 def pulled_back(model: Model, X: PyTree) -> Float[Tensor, " d"]:
     """Return the pullback of the ramp over a batch, to be compared with another's."""
-    outputs, pullback = pullback_of(lambda p: model.function(p, X), model.params)
+    outputs, pullback = model.outputs, model.pullback
+    if pullback is None:
+        outputs, pullback = pullback_of(lambda p: model.function(p, X), model.params)
     return torch.cat([leaf.double().reshape(-1) for leaf in pullback(ramp(outputs)[None])])
 
 
