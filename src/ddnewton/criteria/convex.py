@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -74,9 +75,13 @@ def convex(criterion: Criterion) -> Loss:
     # The expansions of all samples, by themselves or together.
     def expand(outputs: Float[Tensor, "n ..."], y: PyTree) -> Expansion:
         together = joint(outputs, y)
-        if together is not None:
-            return joint_expansion(together, outputs)
-        parts = over_samples(partial(_sample_expansion, criterion), outputs, y)
+        try:
+            if together is not None:
+                return joint_expansion(together, outputs)
+            parts = over_samples(partial(_sample_expansion, criterion), outputs, y)
+        except RuntimeError as error:
+            _check_differentiable_twice(error)
+            raise
         return spanned(*(part.double() for part in parts))
 
     def gradient(outputs: Float[Tensor, "n ..."], y: PyTree) -> tuple[Tensor, Tensor]:
@@ -100,6 +105,14 @@ def convex(criterion: Criterion) -> Loss:
         return lambda f: in_dtype_of(f, criterion)(f, y)
 
     return Loss(expand, denominator, partial(_check, criterion), gradient=gradient, joint=joint)
+
+
+def _check_differentiable_twice(error: RuntimeError) -> None:
+    """Say of a criterion that torch differentiates no second time that this is what it needs."""
+    if re.search("derivative for .* is not implemented", str(error)):
+        rule = "criterion must be differentiable twice"
+        remedy = "Pass with_curvature(criterion, metric), or empirical_fisher(criterion)."
+        raise BadValue(sentence(rule, str(error).splitlines()[0], remedy)) from error
 
 
 def _of_flat_outputs(
