@@ -172,24 +172,57 @@ def test_a_checkpoint_trains_like_the_net_without_it():
     assert error(dict(net.named_parameters()), dict(plain.named_parameters())) < 1e-5
 
 
-def test_a_scripted_module_trains_like_the_module_itself():
+class Counting(nn.Module):
+    """A net with a buffer that it uses, and one that every call makes anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.register_buffer("scale", torch.full((3,), 2.0))
+        self.register_buffer("last", torch.zeros(4))
+
+    def forward(self, x):
+        h = torch.tanh(self.hidden(x * self.scale))
+        self.last = self.last + 0.0
+        return self.out(h) if self.training else 2 * self.out(h)
+
+
+@pytest.mark.parametrize("forward", [None, lambda module, X: module(X)])
+def test_a_scripted_module_trains_like_the_module_itself(forward):
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    plain = Counting().double()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is to be compiled instead
         scripted = torch.jit.script(copy.deepcopy(plain))
+    last = scripted.last
     X, y = normal(5, 3).double(), normal(5, 2).double()
-    call = lambda module, X: module(X)  # noqa: E731
-    optimizers = [DirectionalNewton(module, MSE, forward=call) for module in (plain, scripted)]
+    modules = (plain.eval(), scripted.eval())
+    optimizers = [
+        DirectionalNewton(module, MSE, forward=forward, gram=gram)
+        for module, gram in zip(modules, ("dense", "auto"), strict=True)
+    ]
     for _ in range(3):
         for optimizer in optimizers:
             optimizer.step(X, y)
     assert error(dict(scripted.named_parameters()), dict(plain.named_parameters())) < 1e-10
+    assert scripted.last is last
     # And as a part of another module.
     before = float(MSE(scripted(X), y).detach())
     loss = DirectionalNewton(nn.Sequential(scripted), MSE).step(X, y)
     assert float(loss) == pytest.approx(before)
     assert float(MSE(scripted(X), y).detach()) < before
+
+
+def test_a_scripted_module_is_traced_anew_in_another_mode():
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is to be compiled instead
+        scripted = torch.jit.script(Counting().double())
+    X, y = normal(5, 3).double(), normal(5, 2).double()
+    optimizer = DirectionalNewton(scripted, MSE, gram="structured")
+    for module in (scripted, scripted.eval()):
+        expected = float(MSE(module(X), y).detach())
+        assert float(optimizer.step(X, y)) == pytest.approx(expected)
 
 
 def test_ways_to_the_columns_agree():

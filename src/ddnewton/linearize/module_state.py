@@ -50,6 +50,7 @@ class ModuleState(NamedTuple):
     """Modules as they were: what their containers held, their buffers, the flags of parameters."""
 
     containers: Sequence[tuple[Container, Container]]  # and a copy of each
+    slots: Sequence[tuple[dict[str, Any], dict[str, Any]]]  # of TorchScript, that can only be set
     buffers: Sequence[ModuleBuffers]
     flags: Sequence[tuple[Tensor, bool]]
     uncompiled: Sequence[tuple[dict[str, Any], str, Any]]  # attributes to set during a call
@@ -118,8 +119,11 @@ def _state(roots: Sequence[nn.Module]) -> ModuleState:
             containers.append((part, _copy(part)))
         queue += [item for item in items if type(item) not in LEAVES and isinstance(item, PARTS)]
     parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+    scripted = [module for module in modules if isinstance(module, torch.jit.ScriptModule)]
+    slots = [slots for module in scripted for slots in (module._parameters, module._buffers)]
     return ModuleState(
         containers=containers,
+        slots=[(tensors, dict(tensors)) for tensors in slots],
         buffers=[_buffers(module) for module in modules if module._buffers],
         flags=[(p, p.requires_grad) for p in parameters],
         uncompiled=[change for module in modules for change in _uncompiled(module)],
@@ -160,6 +164,10 @@ def _put_back(state: ModuleState) -> None:
     for container, before in state.containers:
         if not _is_same(container, before):
             _refill(container, before)
+    for slots, tensors in state.slots:
+        for name, tensor in tensors.items():
+            if slots[name] is not tensor:
+                slots[name] = tensor
     # The values of buffers that were written to, and flags of parameters: a transform hides them.
     with torch.no_grad(), untransformed():
         for _, buffers, copies in state.buffers:
@@ -203,7 +211,7 @@ def _check_unchanged(state: Sequence[ModuleBuffers]) -> None:
     """Require every buffer to have the values that it had."""
     for module, buffers, copies in state:
         for name, (version, copy) in copies.items():
-            buffer = module._buffers.get(name)
+            buffer = module._buffers[name] if name in module._buffers else None
             # The same tensor, not written to, needs no look at its values.
             if buffer is not None and buffer is buffers[name] and writes(buffer) == version:
                 continue

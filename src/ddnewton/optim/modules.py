@@ -138,6 +138,7 @@ def _fingerprint(
     yield from (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
     # The attributes of all submodules.
     for submodule in module.modules():
+        yield submodule.training  # no attribute of Python's in a scripted module
         for name, value in vars(submodule).items():
             if name.startswith("_flat_weight"):  # a recurrent layer's parameters once more
                 continue
