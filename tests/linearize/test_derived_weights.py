@@ -139,6 +139,13 @@ CASES = {
         normal(4, 3),
         {"W": (3, 2), "A": (3, 1), "B": (1, 2), "b": (2,)},
     ),
+    "a function of a vector": lambda: of_shapes(
+        lambda p, x: torch.tanh(x @ p["W"]) + p["b"].exp(), normal(4, 3), {"W": (3, 2), "b": (2,)}
+    ),
+    "a diagonal": lambda: of_shapes(
+        lambda p, x: torch.tanh(x @ p["W"]) @ torch.diag(p["b"]),
+        *(normal(4, 3), {"W": (3, 2), "b": (2,)}),
+    ),
     "an unused function": lambda: of_shapes(
         lambda p, x: x @ p["W"] + (p["V"] > 0).sum(), normal(4, 3), {"W": (3, 2), "V": (2,)}, ("V",)
     ),

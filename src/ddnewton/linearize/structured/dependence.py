@@ -52,7 +52,7 @@ def rows_of_leaf(
     for axis, size in enumerate(entries.shape):
         slices = torch.arange(size, device=entries.device)
         slices = slices.reshape(-1, *[1] * (entries.ndim - axis - 1)).expand(entries.shape)
-        partitions.append((slices, entries.movedim(axis, 0).flatten(1).reshape(size, -1)))
+        partitions.append((slices, entries.movedim(axis, 0).reshape(size, -1)))
     for parts, members in partitions:
         dependence = _dependences(survey, leaf, parts)[root]
         if dependence is None:
