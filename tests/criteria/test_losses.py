@@ -545,3 +545,17 @@ def test_losses_refuse_batches(name):
     loss, f, y, message = BATCH_REFUSALS[name]
     with pytest.raises((ValueError, TypeError), match=message):
         loss.check(f, y)
+
+
+def summed_margins(outputs, y):
+    """Margins that no batch is the mean or the sum of."""
+    losses = F.multi_margin_loss(outputs, y, reduction="none")
+    return (losses * torch.arange(1, 4)).sum()
+
+
+@pytest.mark.parametrize("loss", [nn.MultiMarginLoss(p=2), summed_margins])
+def test_what_torch_differentiates_once_is_refused(loss):
+    problem = lambda p, x: x @ p, torch.eye(3), torch.randn(3, 3), torch.tensor([0, 2, 1])
+    with pytest.raises(ValueError, match=r"torch differentiates twice; .* with_curvature\("):
+        newton_step(*problem, loss, 0.1)
+    assert newton_step(*problem, criteria.empirical_fisher(loss), 0.1).any()

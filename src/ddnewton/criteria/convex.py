@@ -108,10 +108,13 @@ def convex(criterion: Criterion) -> Loss:
 
 
 def _check_differentiable_twice(error: RuntimeError) -> None:
-    """Say of a criterion that torch differentiates no second time that this is what it needs."""
+    """Say of a criterion that torch differentiates once only that this is why it is refused."""
     if re.search("derivative for .* is not implemented", str(error)):
-        rule = "criterion must be differentiable twice"
-        remedy = "Pass with_curvature(criterion, metric), or empirical_fisher(criterion)."
+        rule = "criterion must be one that torch differentiates twice"
+        remedy = (
+            "Pass empirical_fisher(criterion) or with_curvature(criterion, metric), which take its "
+            "gradient alone, or write it with other operations."
+        )
         raise BadValue(sentence(rule, str(error).splitlines()[0], remedy)) from error
 
 
