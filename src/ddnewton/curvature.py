@@ -19,12 +19,9 @@ from ddnewton.inputs.groups import Group, grouped
 from ddnewton.inputs.samples import Indices
 from ddnewton.quadratic.derivatives import Derivatives
 from ddnewton.quadratic.directions import directions_of, orthonormal
+from ddnewton.quadratic.flat import check_outputs_depend
 from ddnewton.quadratic.gauss_newton import block_matrices, gram_matrices
-from ddnewton.quadratic.quadratic_model import (
-    gauss_newton_matrices,
-    quadratic_model,
-    to_parameters,
-)
+from ddnewton.quadratic.quadratic_model import gauss_newton_matrices, quadratic_model, to_parameters
 from ddnewton.quadratic.spectrum import eigenvalues
 from ddnewton.trees import unflatten
 from ddnewton.types import GramWay, ModelFn, PyTree, Select
@@ -77,6 +74,7 @@ def ggn_eigvalsh(
         gradient=False,
     ) as model:
         matrices = block_matrices(model.jacobians, model.leaves, model.curvature_weights)
+        check_outputs_depend(model, matrices)
         evals = [eigenvalues(matrix).to(model.dtype) for matrix in matrices]
     return grouped(evals, groups)
 
@@ -132,6 +130,7 @@ def ggn_eigh(
         gradient=False,
     ) as expanded:
         model, matrices = gauss_newton_matrices(expanded)
+        check_outputs_depend(model, matrices)
         kept = [block.kept for block in directions_of(model, matrices, only_kept=True)]
         evals = [directions.evals.to(model.dtype) for directions in kept]
         vectors = to_parameters(model, matrices, [directions.vectors.mT for directions in kept])
@@ -201,6 +200,7 @@ def directional_derivatives(
         chunk_size=chunk_size,
     ) as expanded:
         model, matrices = gauss_newton_matrices(expanded)
+        check_outputs_depend(model, matrices)
         blocks = directions_of(model, matrices, only_kept=True)
         pairs = [Derivatives(*(x.to(model.dtype) for x in block.derivatives)) for block in blocks]
     return grouped(pairs, groups)
@@ -255,4 +255,5 @@ def gram_matrix(
         gradient=False,
     ) as model:
         matrices = gram_matrices(model.jacobians[0], model.leaves, model.curvature_weights)
+        check_outputs_depend(model, matrices)
     return grouped([matrix.to(model.dtype) for matrix in matrices], groups)

@@ -10,8 +10,12 @@ from torch.func import functional_call, jacrev, vmap
 
 from ddnewton import (
     Group,
+    directional_derivatives,
     directional_newton,
     fixed,
+    ggn_eigh,
+    ggn_eigvalsh,
+    gram_matrix,
     held_out,
     monte_carlo,
     newton_step,
@@ -255,6 +259,22 @@ def test_outputs_without_parameters_are_refused(model_fn, gram):
     for options in ({}, {"complement": 1.0}):
         with pytest.raises(ValueError, match="newton_step: " + UNUSED):
             newton_step(model_fn, PARAMS, X, Y, nn.MSELoss(), 0.1, gram=gram, **options)
+
+
+@pytest.mark.parametrize(
+    "public",
+    [ggn_eigvalsh, ggn_eigh, gram_matrix, directional_derivatives],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("model_fn", INDEPENDENT.values(), ids=INDEPENDENT)
+def test_their_curvature_is_refused_and_not_zero(model_fn, public):
+    with pytest.raises(ValueError, match=f"{public.__name__}: " + UNUSED):
+        public(model_fn, PARAMS, X, Y, nn.MSELoss())
+
+
+def test_the_curvature_of_a_dead_net_is_zero():
+    dead = lambda p, x: (logits(p, x) - 100).relu()  # noqa: E731
+    assert not ggn_eigvalsh(dead, PARAMS, X, Y, nn.MSELoss()).any()
 
 
 def test_refused_when_prepared_and_by_the_optimizer():

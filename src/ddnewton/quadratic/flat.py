@@ -45,11 +45,11 @@ def check_slopes(model: QuadraticModel, matrices: Sequence[GaussNewton], *, curv
     Both are looked at only where there is no curvature at all. A derivative may be zero by value,
     as in a dead net, but not for want of parameters.
     """
-    traces = torch.stack([matrix.trace() for matrix in matrices])
-    if not any_known(traces.amax() <= 0):
+    largest = _largest_trace(matrices)
+    if not any_known(largest <= 0):
         return
-    sloping = any(any_known(g != 0) for g in gradients(model))
-    check_dependence(sloping or _depends(model.linearization))
+    if not any(any_known(g != 0) for g in gradients(model)):
+        check_outputs_depend(model, matrices)
     if not curved:
         return
     # All that the gradient is made of but slopes of rounding.
@@ -57,11 +57,24 @@ def check_slopes(model: QuadraticModel, matrices: Sequence[GaussNewton], *, curv
     steep = F.pad(_steep(model), (0, len(model.gradient_weights) - count), value=True)
     weights = torch.where(steep, model.gradient_weights, 0)
     norm = torch.stack([_square(decompose(matrix), weights) for matrix in matrices]).sum().sqrt()
-    if any_known((traces.amax() <= 0) & (norm > 0)):
+    if any_known((largest <= 0) & (norm > 0)):
         rule = "the loss must have curvature where its gradient is not zero"
         size = float(unwrapped(norm).amax())
         got = f"{model.objective.name} with a gradient of norm {size:.3g} and no curvature at all"
         raise BadValue(sentence(rule, got, WAYS_OUT))
+
+
+def check_outputs_depend(
+    model: QuadraticModel, matrices: Sequence[GaussNewton] | Sequence[Tensor]
+) -> None:
+    """Require outputs that depend on a parameter. Looked at only where there is no curvature."""
+    if any_known(_largest_trace(matrices) <= 0):
+        check_dependence(_depends(model.linearization))
+
+
+def _largest_trace(matrices: Sequence[GaussNewton] | Sequence[Tensor]) -> Float[Tensor, ""]:
+    """Return the trace of the matrix that has the largest."""
+    return torch.stack([matrix.trace() for matrix in matrices]).amax()
 
 
 def flat_square(
