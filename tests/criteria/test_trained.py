@@ -63,6 +63,9 @@ CRITERIA = {
     "of several leaves at once": lambda o, y: (
         F.mse_loss(o, y) + torch.cat([p.reshape(-1) for p in PARAMS.values()]).norm()
     ),
+    "of a list of them": lambda o, y: (
+        F.mse_loss(o, y) + torch.stack(torch._foreach_norm(list(PARAMS.values()))).sum()
+    ),
     "of their values": lambda o, y: F.mse_loss(o, y) * (1 + PARAMS["bias"][0].item() ** 2),
     "a transformed one": empirical_fisher(lambda o, y: penalised(NET, o, y)),
     "torch's own, weighted": nn.BCEWithLogitsLoss(

@@ -93,11 +93,12 @@ class Reads(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result, name = func(*args, **kwargs), getattr(func, "__name__", "")
         # A shape or a dtype is no value.
-        reads = isinstance(result, Tensor) or getattr(func, "__name__", "") in NUMBERS
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        reads = any(isinstance(part, Tensor) for part in results) or name in NUMBERS
         if reads and func not in CONSTANTS and any(map(self._has_leaf, (*args, *kwargs.values()))):
-            got = f"a leaf of params in {getattr(func, '__name__', func)}"
+            got = f"a leaf of params in {name or func}"
             raise BadValue(sentence(RULE, got, REMEDY))
         return result
 
