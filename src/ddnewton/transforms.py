@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.func import vjp, vmap
+from torch.func import vjp
 
 from ddnewton.trees import sample_count, tree_leaves, tree_map
 from ddnewton.types import PyTree
@@ -183,6 +184,30 @@ def _without_saving_hooks() -> Iterator[None]:
 def is_transformed() -> bool:
     """Return whether a transform of torch.func, or a compilation, is under way."""
     return torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None
+
+
+def vmap(
+    function: Callable[..., PyTree],
+    in_dims: int | tuple[int | None, ...] = 0,
+    chunk_size: int | None = None,
+) -> Callable[..., Any]:
+    """Return `torch.func.vmap` of a function, silent where an operation has no batching rule.
+
+    torch loops over the batch there, and warns. Its switch cannot be read; it is on by default, and
+    is on again after the outermost call.
+    """
+    mapped = torch.func.vmap(function, in_dims, chunk_size=chunk_size)
+
+    def silent(*args: PyTree) -> Any:
+        if is_transformed():
+            return mapped(*args)
+        _functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
+        try:
+            return mapped(*args)
+        finally:
+            _functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
+
+    return silent
 
 
 def over_samples(function: Callable[..., PyTree], *batches: PyTree) -> PyTree:

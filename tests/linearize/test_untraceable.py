@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 
-from ddnewton import newton_step, prepare
+from ddnewton import as_function, newton_step, prepare
 from tests.methods import FLOAT32
 from tests.models import PROBLEMS, Problem, normal, problem
 from tests.reference import Dense, error, flat, solve
@@ -168,3 +169,17 @@ def test_larger_problems_are_traced(monkeypatch):
     assert not traced
     assert error(newton_step(*given, 0.1), expected) < 1e-11
     assert len(traced) == 1
+
+
+def test_torch_does_not_warn_of_loops_over_samples():
+    """An embedding bag has no batching rule: `vmap` loops over the samples, and says so."""
+    net = nn.Sequential(nn.EmbeddingBag(7, 3), nn.Linear(3, 1))
+    model_fn, params = as_function(net)
+    X, y = torch.arange(12).reshape(4, 3) % 7, torch.ones(4, 1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        newton_step(model_fn, params, X, y, nn.MSELoss(), 0.1)
+    assert not caught
+    # What the caller maps, torch still warns of.
+    with pytest.warns(UserWarning, match="performance drop"):
+        vmap(lambda x: net(x[None]))(X)

@@ -16,12 +16,12 @@ from typing import TypeAlias
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import jacfwd, vmap
+from torch.func import jacfwd
 
 from ddnewton.inputs.checks import check_sample_axis
 from ddnewton.linearize.model import pullback_of
 from ddnewton.linearize.structured.trace import trace
-from ddnewton.transforms import linear_map, one_by_one
+from ddnewton.transforms import linear_map, one_by_one, vmap
 from ddnewton.trees import as_batch, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from ddnewton.types import ModelFn, PyTree
 

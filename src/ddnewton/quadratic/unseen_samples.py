@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.func import jvp, vmap
+from torch.func import jvp
 
 from ddnewton.columns.factors import Jacobian
 from ddnewton.columns.gram import columns_of, matmat, products
@@ -21,7 +21,7 @@ from ddnewton.linearize.precision import ramp
 from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.kept import Directions
 from ddnewton.quadratic.quadratic_model import QuadraticModel, Unseen, to_parameters
-from ddnewton.transforms import unwrapped
+from ddnewton.transforms import unwrapped, vmap
 from ddnewton.trees import unflatten
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Inexact
 from torch import Tensor
-from torch.func import vmap
 from torch.fx import GraphModule
 
 from ddnewton.errors import BadType, BadValue, sentence
@@ -17,6 +16,7 @@ from ddnewton.linearize.precision import narrowest
 from ddnewton.linearize.structured.compilation import compile_program, widened_program
 from ddnewton.linearize.structured.program import Program
 from ddnewton.linearize.widening import plain_copy
+from ddnewton.transforms import vmap
 from ddnewton.trees import (
     TreeSpec,
     as_real,

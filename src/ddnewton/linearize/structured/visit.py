@@ -9,12 +9,11 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
-from torch.func import vmap
 
 from ddnewton.columns.factors import Factor, Outer
 from ddnewton.linearize.structured.program import Layer, Program
 from ddnewton.linearize.structured.pulled_back import pulled_back
-from ddnewton.transforms import linear_map
+from ddnewton.transforms import linear_map, vmap
 
 COTANGENTS_AT_ONCE = 2**20
 """The number of cotangents pulled back at once: more of them leave the processor's cache."""
