@@ -50,7 +50,7 @@ class ModuleState(NamedTuple):
     """Modules as they were: what their containers held, their buffers, the flags of parameters."""
 
     containers: Sequence[tuple[Container, Container]]  # and a copy of each
-    slots: Sequence[tuple[dict[str, Any], dict[str, Any]]]  # of TorchScript, that can only be set
+    slots: Sequence[tuple[dict[str, Any], str, Tensor]]  # of TorchScript, that can only be set
     buffers: Sequence[ModuleBuffers]
     flags: Sequence[tuple[Tensor, bool]]
     uncompiled: Sequence[tuple[dict[str, Any], str, Any]]  # attributes to set during a call
@@ -120,10 +120,10 @@ def _state(roots: Sequence[nn.Module]) -> ModuleState:
         queue += [item for item in items if type(item) not in LEAVES and isinstance(item, PARTS)]
     parameters = [p for module in modules for p in module._parameters.values() if p is not None]
     scripted = [module for module in modules if isinstance(module, torch.jit.ScriptModule)]
-    slots = [slots for module in scripted for slots in (module._parameters, module._buffers)]
+    dicts: Any = [tensors for m in scripted for tensors in (m._parameters, m._buffers)]
     return ModuleState(
         containers=containers,
-        slots=[(tensors, dict(tensors)) for tensors in slots],
+        slots=[(tensors, name, tensor) for tensors in dicts for name, tensor in tensors.items()],
         buffers=[_buffers(module) for module in modules if module._buffers],
         flags=[(p, p.requires_grad) for p in parameters],
         uncompiled=[change for module in modules for change in _uncompiled(module)],
@@ -164,10 +164,9 @@ def _put_back(state: ModuleState) -> None:
     for container, before in state.containers:
         if not _is_same(container, before):
             _refill(container, before)
-    for slots, tensors in state.slots:
-        for name, tensor in tensors.items():
-            if slots[name] is not tensor:
-                slots[name] = tensor
+    for slots, name, tensor in state.slots:
+        if slots[name] is not tensor:
+            slots[name] = tensor
     # The values of buffers that were written to, and flags of parameters: a transform hides them.
     with torch.no_grad(), untransformed():
         for _, buffers, copies in state.buffers:
@@ -210,8 +209,9 @@ def _refill(container: Container, before: Container) -> None:
 def _check_unchanged(state: Sequence[ModuleBuffers]) -> None:
     """Require every buffer to have the values that it had."""
     for module, buffers, copies in state:
+        now = dict(module._buffers)
         for name, (version, copy) in copies.items():
-            buffer = module._buffers[name] if name in module._buffers else None
+            buffer = now.get(name)
             # The same tensor, not written to, needs no look at its values.
             if buffer is not None and buffer is buffers[name] and writes(buffer) == version:
                 continue
