@@ -120,6 +120,11 @@ CASES = {
         normal(3, 2, 6),
         {"W": (2, 2, 3, 2), "V": (12, 2)},
     ),
+    "a function of a bias": lambda: of_shapes(
+        lambda p, x: torch.tanh(F.linear(x, p["W"].exp(), F.softplus(p["b"]))),
+        normal(4, 3),
+        W_AND_B,
+    ),
     "a repeated shift": lambda: of_shapes(
         lambda p, x: torch.tanh(x + p["b"].repeat(2)), normal(3, 4), {"b": (2,)}
     ),
