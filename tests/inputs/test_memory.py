@@ -77,6 +77,20 @@ def test_one_basis_for_all_samples_is_counted_once():
     torch.testing.assert_close(step, -params, rtol=1e-5, atol=0)
 
 
+def test_a_basis_of_the_whole_batch_is_estimated_where_that_cannot_be_parted():
+    # As n bases it would be 2 · 8 B · 1,000 · 300 · 300.
+    generator = torch.Generator().manual_seed(0)
+    params, X = torch.randn(2, 300, generator=generator), torch.randn(1000, 2, generator=generator)
+    mask = torch.rand(1000, 300, generator=generator) < 0.9
+
+    def criterion(outputs, y):
+        return (outputs - y).square()[mask].mean()
+
+    problem = (lambda p, x: x @ p, params, X, torch.zeros(1000, 300))
+    step = newton_step(*problem, criterion, 1e-6)
+    torch.testing.assert_close(step, -params, rtol=1e-2, atol=0)
+
+
 def test_what_is_free_is_what_the_smallest_limit_leaves(monkeypatch):
     assert memory.free_bytes(CPU) <= FREE
     monkeypatch.setattr(memory, "_limits", list)

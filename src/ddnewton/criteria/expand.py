@@ -8,20 +8,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ddnewton.criteria.hessian_blocks import joint_expansion
 from ddnewton.criteria.loss import Expansion, Loss, name_of, sample_gradient
 from ddnewton.criteria.monte_carlo import AnyCriterion, MonteCarlo, sampled
 from ddnewton.criteria.torch_losses import record_of
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.inputs.memory import NEVER_ASKED_BYTES, check_fits, free_bytes
+from ddnewton.linearize.calls import first_line
 from ddnewton.linearize.precision import loss_in_float64
 from ddnewton.transforms import any_known, first_member, unwrapped
-from ddnewton.trees import tree_map
+from ddnewton.trees import take, tree_map
 from ddnewton.types import Criterion, PyTree
 
 COMPLEX_RULE = "criterion must be a function of complex outputs, as model_fn returns them"
 COMPLEX_REMEDY = (
     "Pass lambda outputs, y: (outputs - y).abs().square().mean(), say, or return "
     "torch.view_as_real(outputs) and pass y likewise, as pairs of reals."
+)
+
+DIFFERENTIABLE_RULE = "criterion must be one that torch.func differentiates twice"
+DIFFERENTIABLE_REMEDY = (
+    "empirical_fisher(criterion) and with_curvature(criterion, metric) need its gradient alone. An "
+    "autograd.Function needs a setup_context, and a backward that can be differentiated."
 )
 
 CONVEXITY_TOLERANCE = 1e-6
@@ -62,9 +70,7 @@ def expand_batch(
     """
     loss.check(outputs, y)
     _check_basis_fits(loss, outputs, precise, y)
-    expansion, denominator = loss_in_float64(
-        lambda f: (loss.expand(f, y), loss.denominator(f, y)), precise, outputs
-    )
+    expansion, denominator = _differentiated(loss, outputs, precise, y)
     _check_expansion(expansion)
     # ℓ, ∇ℓ and ∇²ℓ all scale, and L stays; an eigenvalue h below zero is rounding by now.
     scale = outputs.shape[0] / denominator
@@ -75,6 +81,23 @@ def expand_batch(
         h=scale * expansion.h.clamp(min=0),
         R=scale * expansion.R if expansion.R.numel() else expansion.R,
     )
+
+
+def _differentiated(
+    loss: Loss, outputs: Float[Tensor, "n ..."], precise: Float[Tensor, "n ..."], y: PyTree
+) -> tuple[Expansion, float | Tensor]:
+    """Return the expansions as they are and what divides them, of a criterion that was called."""
+    try:
+        return loss_in_float64(
+            lambda f: (loss.expand(f, y), loss.denominator(f, y)), precise, outputs
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        if torch.compiler.is_compiling():
+            raise
+        got = f"a criterion that raises {first_line(error)}"
+        raise BadValue(sentence(DIFFERENTIABLE_RULE, got, DIFFERENTIABLE_REMEDY)) from error
 
 
 def losses(loss: Loss, outputs: Float[Tensor, "n ..."], y: PyTree) -> Float[Tensor, " n"]:
@@ -117,8 +140,7 @@ def _check_basis_fits(
         return
     # It may be fewer columns, or one basis for all samples: two of them show it, if they fit.
     if n > 2 and 2 * size // n <= free_bytes(outputs.device):
-        f, targets = tree_map(lambda x: first_member(x)[:2], (precise, y))
-        basis = loss_in_float64(lambda f: loss.expand(f, targets).basis, f, f)
+        basis = _basis_of_two(loss, *tree_map(first_member, (precise, y)))
         m, shared = basis.shape[2], basis.stride(0) == 0
         size = 2 * (1 if shared else n) * basis[0].nbytes
     what = f"the basis of the loss, {m} columns for each of {n} samples of {c} outputs"
@@ -127,6 +149,22 @@ def _check_basis_fits(
         "columns, or fewer samples; make one sample's many outputs samples of their own."
     )
     check_fits(size, what, remedy, outputs.device)
+
+
+def _basis_of_two(loss: Loss, f: Float[Tensor, "n ..."], y: PyTree) -> Float[Tensor, "2 c m"]:
+    """Return the basis of the first two samples, without those of the others."""
+
+    def basis(two: Float[Tensor, "2 ..."]) -> Tensor:
+        # Of samples that have no losses of their own, the others stay at their outputs.
+        rest = f[2:].to(two.dtype)
+        together = None
+        if loss.joint is not None:
+            together = loss.joint(torch.cat([two, rest]), y)
+        if together is None:
+            return loss.expand(two, take(y, slice(0, 2))).basis
+        return joint_expansion(lambda u: together(torch.cat([u, rest])), two).basis
+
+    return loss_in_float64(basis, f[:2], f[:2])
 
 
 def _check_expansion(expansion: Expansion) -> None:
