@@ -133,7 +133,7 @@ def _sample_expansion(
     # Gradient r and Hessian H = Q diag(h) Qᵀ of one sample's loss, its outputs flat in u.
     u, loss = _of_flat_outputs(criterion, f, y)
     r, H = grad(loss)(u), jacrev(grad(loss))(u)
-    h, basis = torch.linalg.eigh(H)
+    h, basis = torch.linalg.eigh(H.nan_to_num(0, 0, 0))
     # A flat direction must get h = 0: along h = 1e-17 an undamped step would be huge. Rounding is
     # relative to the largest entry of H, or, where all of H vanishes, to that of the gradient, or,
     # where a net is right and certain, to that of H at the origin, which may diverge there and
@@ -141,7 +141,8 @@ def _sample_expansion(
     origin = jacrev(grad(loss))(0 * u).nan_to_num(0, 0, 0).abs().amax().clamp(max=1)
     size = torch.stack([H.abs().amax(), r.abs().amax(), origin]).amax()
     rounding = HESSIAN_ROUNDINGS * torch.finfo(u.dtype).eps * u.shape[0] * size
-    h = torch.where(h.abs() <= rounding, 0, h)
+    # What is not finite is left for the check of the whole expansion, as eigh raises its own error.
+    h = torch.where(H.isfinite().all(), torch.where(h.abs() <= rounding, 0, h), torch.nan)
     return loss(u), basis, basis.mT @ r, h
 
 

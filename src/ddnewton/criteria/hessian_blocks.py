@@ -122,7 +122,7 @@ def _blocks(
         rounding = HESSIAN_ROUNDINGS * eps * c * largest
         if axes == all_axes:
             rounding = eps**0.5 * largest + rounding.amax()
-        within = distance <= rounding
+        within = ~(distance > rounding)  # nan is left for the check of the whole expansion
         if torch.compiler.is_compiling():  # but raises when it runs
             torch._assert_async(within.all(), _interaction())
         if not any_known(~within):
