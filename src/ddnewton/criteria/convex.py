@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable
 from functools import partial
 
@@ -75,13 +74,9 @@ def convex(criterion: Criterion) -> Loss:
     # The expansions of all samples, by themselves or together.
     def expand(outputs: Float[Tensor, "n ..."], y: PyTree) -> Expansion:
         together = joint(outputs, y)
-        try:
-            if together is not None:
-                return joint_expansion(together, outputs)
-            parts = over_samples(partial(_sample_expansion, criterion), outputs, y)
-        except RuntimeError as error:
-            _check_differentiable_twice(error)
-            raise
+        if together is not None:
+            return joint_expansion(together, outputs)
+        parts = over_samples(partial(_sample_expansion, criterion), outputs, y)
         return spanned(*(part.double() for part in parts))
 
     def gradient(outputs: Float[Tensor, "n ..."], y: PyTree) -> tuple[Tensor, Tensor]:
@@ -105,17 +100,6 @@ def convex(criterion: Criterion) -> Loss:
         return lambda f: in_dtype_of(f, criterion)(f, y)
 
     return Loss(expand, denominator, partial(_check, criterion), gradient=gradient, joint=joint)
-
-
-def _check_differentiable_twice(error: RuntimeError) -> None:
-    """Say of a criterion that torch differentiates once only that this is why it is refused."""
-    if re.search("derivative for .* is not implemented", str(error)):
-        rule = "criterion must be one that torch differentiates twice"
-        remedy = (
-            "Pass empirical_fisher(criterion) or with_curvature(criterion, metric), which take its "
-            "gradient alone, or write it with other operations."
-        )
-        raise BadValue(sentence(rule, str(error).splitlines()[0], remedy)) from error
 
 
 def _of_flat_outputs(

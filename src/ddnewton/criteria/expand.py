@@ -94,7 +94,7 @@ def _differentiated(
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or "memory" in str(error):
             raise
         got = f"a criterion that raises {first_line(error)}"
         raise BadValue(sentence(DIFFERENTIABLE_RULE, got, DIFFERENTIABLE_REMEDY)) from error

@@ -131,7 +131,7 @@ def sampled(criterion: MonteCarlo) -> Loss:
 
     def columns(outputs: Tensor) -> int:
         # One draw a sample, or one a position beyond the classes on axis 1.
-        return samples * outputs[:1, :1].numel()
+        return samples * outputs.shape[2:].numel()
 
     return loss._replace(expand=expand, scores=None, fisher=None, columns=columns)
 
