@@ -170,6 +170,23 @@ def test_targets_without_the_outputs_axis_of_one():
         torch.testing.assert_close(left, right)
 
 
+def test_missing_targets_as_nan_are_those_of_a_mask():
+    y, f = targets(), targets() + residuals()
+    y[1, 0] = y[3, 1] = torch.nan
+
+    def of_numbers(f, y):
+        terms = F.huber_loss(f, y.nan_to_num(), reduction="none")
+        return torch.where(y.isnan(), 0, terms).sum() / (~y.isnan()).sum()
+
+    def masked(f, y):
+        return (y["w"] * F.huber_loss(f, y["y"], reduction="none")).sum() / y["w"].sum()
+
+    pair = {"w": (~y.isnan()).to(y.dtype), "y": y.nan_to_num()}
+    expansions = (majorized(of_numbers).expand(f, y), majorized(masked).expand(f, pair))
+    for left, right in zip(*expansions, strict=True):
+        torch.testing.assert_close(left, right)
+
+
 def test_it_is_what_it_was():
     """Of a majorized criterion it is the same; nothing of the criterion itself is changed."""
     criterion = nn.HuberLoss()

@@ -113,7 +113,10 @@ def _compared_with(loss: Loss, f: Tensor, y: PyTree, index: int) -> Residuals:
     """Return a loss as one of the outputs minus the leaf of y with this index."""
     leaves, spec = tree_flatten(y)
     leaves[index] = leaves[index].to(f.dtype)
-    return Residuals(loss, leaves[index].reshape(f.shape), tree_unflatten(leaves, spec))
+    target = leaves[index].reshape(f.shape)
+    # A target that is missing, as nan, is left out by the loss: no residual, and no curvature.
+    target = torch.where(target.isnan(), f, target)
+    return Residuals(loss, target, tree_unflatten(leaves, spec))
 
 
 def _without_last_one(shape: torch.Size) -> torch.Size:
@@ -127,7 +130,8 @@ def _is_compared_with(residuals: Residuals, f: Tensor, index: int) -> bool:
     leaves, spec = tree_flatten(y)
 
     def of_target(t: Tensor, point: Tensor) -> Tensor:
-        parts = [t.reshape(x.shape) if i == index else x for i, x in enumerate(leaves)]
+        shifted = torch.where(leaves[index].isnan(), torch.nan, t.reshape(leaves[index].shape))
+        parts = [shifted if i == index else x for i, x in enumerate(leaves)]
         return value_and_gradient(loss, point, tree_unflatten(parts, spec))[0].sum()
 
     for point in (f, f + (1 + f.abs()) * _ramp(f) / 64):
