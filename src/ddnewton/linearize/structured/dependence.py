@@ -47,6 +47,8 @@ def rows_of_leaf(
     if there are no such rows.
     """
     # The parts of the leaf are its entries, or its slices along one of its axes.
+    if not survey.indices[leaf].numel():
+        return None
     entries = survey.indices[leaf] - int(survey.indices[leaf].min())
     partitions = [(entries, entries.reshape(-1, 1))]
     for axis, size in enumerate(entries.shape):
