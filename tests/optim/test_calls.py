@@ -130,10 +130,11 @@ def test_hooks_are_called():
 def test_repr_shows_the_groups():
     module = net()
     optimizer = DirectionalNewton(module, CROSS_ENTROPY, params=split(module, [{"lr": 0.5}, {}]))
-    assert re.fullmatch(
-        r"DirectionalNewton \(\s*Parameter Group 0\s+lr: 0.5\s+Parameter Group 1\s+lr: 1.0\s*\)",
-        repr(optimizer),
-    )
+    groups = [
+        rf"Parameter Group {number}\s+lr: {lr}\s+weight_decay: 0.0\s*"
+        for number, lr in enumerate((0.5, 1.0))
+    ]
+    assert re.fullmatch(rf"DirectionalNewton \(\s*{''.join(groups)}\)", repr(optimizer))
 
 
 def test_named_parameters_are_parameters():

@@ -162,8 +162,9 @@ def order_of(indices: Int[Tensor, "..."], size: int) -> Int[Tensor, " d"] | None
     """
     order = indices.new_full((size,), indices.numel())
     order[indices.reshape(-1)] = torch.arange(indices.numel(), device=indices.device)
-    in_order = torch.equal(order, torch.arange(size, device=indices.device))
-    return None if in_order else order
+    # Without the last number the place past the last is that number's.
+    counted = torch.arange(size, device=indices.device)
+    return None if indices.numel() == size and torch.equal(order, counted) else order
 
 
 def _probed(graph: GraphModule, sites: Sequence[Node], sources: Sequence[Node]) -> GraphModule:
