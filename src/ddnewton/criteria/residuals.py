@@ -130,6 +130,7 @@ def _is_compared_with(residuals: Residuals, f: Tensor, index: int) -> bool:
     leaves, spec = tree_flatten(y)
 
     def of_target(t: Tensor, point: Tensor) -> Tensor:
+        # A missing target stays missing.
         shifted = torch.where(leaves[index].isnan(), torch.nan, t.reshape(leaves[index].shape))
         parts = [shifted if i == index else x for i, x in enumerate(leaves)]
         return value_and_gradient(loss, point, tree_unflatten(parts, spec))[0].sum()
