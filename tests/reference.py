@@ -253,3 +253,18 @@ def clusters(evals: Tensor, gap: float = 1e-6) -> list[slice]:
     """Runs of eigenvalues that are equal to within ``gap`` of the largest."""
     starts = [k for k in range(len(evals)) if k == 0 or evals[k] - evals[k - 1] > gap * evals[-1]]
     return [slice(a, b) for a, b in itertools.pairwise([*starts, len(evals)])]
+
+
+def step_of_module(module: torch.nn.Module, X: Tensor, y: Tensor, delta: float) -> Tensor:
+    """−(G + δ)⁻¹ g [D] of a module's mean squared error, along all parameters that it trains."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    outputs = module(X)
+    J = torch.stack(
+        [
+            torch.cat([part.flatten() for part in grad(f, trained, retain_graph=True)])
+            for f in outputs.flatten()
+        ]
+    )
+    weight = 2 / outputs.numel()
+    G = weight * J.mT @ J + delta * torch.eye(J.shape[1], dtype=J.dtype)
+    return -torch.linalg.solve(G, weight * J.mT @ (outputs - y).flatten()).detach()

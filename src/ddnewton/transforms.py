@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -67,6 +67,11 @@ def scaled(matrix: Tensor, factor: Tensor) -> Tensor:
 def summed(matrix: Tensor, addend: Tensor) -> Tensor:
     """Return ``matrix + addend``, in the memory of the matrix where possible, as `scaled`."""
     return matrix + addend if is_batched(addend) else matrix.add_(addend)
+
+
+def concatenated(parts: Sequence[Tensor], axis: int = 0) -> Tensor:
+    """Return the parts as one tensor; a single part without a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
 
 
 def any_known(mask: Tensor) -> bool:

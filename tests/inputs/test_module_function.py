@@ -13,7 +13,7 @@ from torch.func import functional_call, vmap
 from ddnewton import as_function, directional_newton, newton_step, prepare
 from ddnewton.optim import DirectionalNewton
 from tests.models import cast
-from tests.reference import error
+from tests.reference import error, step_of_module
 
 MSE = nn.MSELoss()
 
@@ -122,18 +122,7 @@ def test_a_call_that_fails_leaves_the_module_as_it_was():
 @pytest.mark.parametrize("gram", ["dense", "structured"])
 def test_a_step_of_the_function_is_that_of_plain_autograd(gram):
     module, X, y = made()
-    other = copy.deepcopy(module)
-    trained = [p for p in other.parameters() if p.requires_grad]
-    outputs = other(X)
-    J = torch.stack(
-        [
-            torch.cat([g.flatten() for g in torch.autograd.grad(f, trained, retain_graph=True)])
-            for f in outputs.flatten()
-        ]
-    )
-    weight = 2 / y.numel()
-    G = weight * J.mT @ J + 0.1 * torch.eye(J.shape[1], dtype=J.dtype)
-    expected = -torch.linalg.solve(G, weight * J.mT @ (outputs - y).flatten()).detach()
+    expected = step_of_module(copy.deepcopy(module), X, y, 0.1)
     step = newton_step(*as_function(module), X, y, MSE, 0.1, gram=gram)
     assert list(step) == TRAINED
     assert error(torch.cat([s.flatten() for s in step.values()]), expected) < 1e-10

@@ -14,7 +14,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from ddnewton import ggn_eigvalsh, newton_step, prepare
 from ddnewton.linearize.module_state import kept
 from ddnewton.optim import DirectionalNewton
-from tests.reference import error
+from tests.reference import error, step_of_module
 
 MSE = nn.MSELoss()
 
@@ -213,18 +213,7 @@ def test_the_step_is_that_of_plain_autograd(build):
     """Whatever a module keeps, a step is −(JᵀHJ + δ)⁻¹ g of the weights that are there."""
     module, X, _ = made(build)
     y = targets(module, X)
-    other = copy.deepcopy(module)
-    trained = [p for p in other.parameters() if p.requires_grad]
-    outputs = other(X)
-    J = torch.stack(
-        [
-            torch.cat([g.flatten() for g in torch.autograd.grad(f, trained, retain_graph=True)])
-            for f in outputs.flatten()
-        ]
-    )
-    weight = 2 / outputs.numel()
-    G = weight * J.mT @ J + 0.1 * torch.eye(J.shape[1], dtype=J.dtype)
-    expected = -torch.linalg.solve(G, weight * J.mT @ (outputs - y).flatten()).detach()
+    expected = step_of_module(copy.deepcopy(module), X, y, 0.1)
     for gram in ("dense", "structured"):
         step = newton_step(called(module), parameters(module), X, y, MSE, 0.1, gram=gram)
         assert error(torch.cat([s.flatten() for s in step.values()]), expected) < 1e-10

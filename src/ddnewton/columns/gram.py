@@ -33,7 +33,7 @@ from ddnewton.columns.factors import (
     scaled_columns,
     weighted_sums,
 )
-from ddnewton.transforms import summed
+from ddnewton.transforms import concatenated, summed
 from ddnewton.trees import chunks
 
 Leaves: TypeAlias = Sequence[int]
@@ -86,7 +86,7 @@ def products(
                 if same and not diagonal:
                     row[j].append(row[i][-1].permute(2, 3, 0, 1))
     # Put the products of pairs of chunks side by side, and count columns as everywhere else.
-    return [_counted(_concatenated([_concatenated(parts, 2) for parts in row], 0)) for row in rows]
+    return [_counted(concatenated([concatenated(parts, 2) for parts in row], 0)) for row in rows]
 
 
 def outer_products(
@@ -154,10 +154,6 @@ def rmatmat(
 
 def _total(parts: Sequence[Tensor]) -> Tensor:
     return reduce(torch.add, parts)
-
-
-def _concatenated(parts: Sequence[Tensor], axis: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
 
 
 def _zeros(shape: Sequence[int], jacobian: Jacobian) -> Tensor:

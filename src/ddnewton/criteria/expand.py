@@ -156,13 +156,13 @@ def _basis_of_two(loss: Loss, f: Float[Tensor, "n ..."], y: PyTree) -> Float[Ten
 
     def basis(two: Float[Tensor, "2 ..."]) -> Tensor:
         # Of samples that have no losses of their own, the others stay at their outputs.
-        rest = f[2:].to(two.dtype)
+        unmoved = f[2:].to(two.dtype)
         together = None
         if loss.joint is not None:
-            together = loss.joint(torch.cat([two, rest]), y)
+            together = loss.joint(torch.cat([two, unmoved]), y)
         if together is None:
             return loss.expand(two, take(y, slice(0, 2))).basis
-        return joint_expansion(lambda u: together(torch.cat([u, rest])), two).basis
+        return joint_expansion(lambda u: together(torch.cat([u, unmoved])), two).basis
 
     return loss_in_float64(basis, f[:2], f[:2])
 

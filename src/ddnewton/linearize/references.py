@@ -43,8 +43,8 @@ def _parts(value: Any) -> Sequence[Any]:
         return _captured(value)
     # Containers of not too many items, and objects with attributes.
     if isinstance(value, (list, tuple, dict)):
-        few = len(value) <= SEARCH_WIDTH
-        return list(value.values() if isinstance(value, dict) else value) if few else ()
+        searched = len(value) <= SEARCH_WIDTH
+        return list(value.values() if isinstance(value, dict) else value) if searched else ()
     return list(vars(value).values()) if hasattr(value, "__dict__") else ()
 
 

@@ -76,18 +76,18 @@ def traced_modules(
         untrained = [tensor for tensor in tensors if id(tensor) not in trained]
         fingerprint = list(_fingerprint(module, trained, params, X))
         alike = [one for one in before if _all_alike(equal, one.untrained, untrained)]
-        held = (one for one in alike if _all_alike(_is_same, one.fingerprint, fingerprint))
-        current = next(held, None)
-        others = [one for one in alike if one is not current][: TRACES_KEPT - 1]
+        right = (one for one in alike if _all_alike(_is_same, one.fingerprint, fingerprint))
+        current = next(right, None)
+        kept = [one for one in alike if one is not current][: TRACES_KEPT - 1]
         if current is None:
-            copies = others[0].untrained if others else [x.detach().clone() for x in untrained]
-            count = 0 if at_once else _updates_to_trace(others, model_fn, params, X)
+            copies = kept[0].untrained if kept else [x.detach().clone() for x in untrained]
+            count = 0 if at_once else _updates_to_trace(kept, model_fn, params, X)
             current = TracedModule(model_fn, fingerprint, copies, "", count)
         # Trace the module when it is time to, or call it as it is where that fails.
         if current.updates_left == 0:
             traced, slow = _with_layers(model_fn, params, X)
             current = current._replace(model_fn=traced, slow=slow)
-        return [current._replace(updates_left=current.updates_left - 1), *others]
+        return [current._replace(updates_left=current.updates_left - 1), *kept]
 
 
 def _updates_to_trace(

@@ -90,8 +90,10 @@ def _dependences(
     for node in survey.origins:
         operands = [x for x in node.all_input_nodes if x in of]
         if operands:
-            known = [x for x in map(of.__getitem__, operands) if x is not None]
-            of[node] = _dependence(node, operands, known) if len(known) == len(operands) else None
+            parts_in = [x for x in map(of.__getitem__, operands) if x is not None]
+            of[node] = (
+                _dependence(node, operands, parts_in) if len(parts_in) == len(operands) else None
+            )
     return of
 
 

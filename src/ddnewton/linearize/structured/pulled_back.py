@@ -18,7 +18,7 @@ from ddnewton.columns.factors import (
     rows_of,
 )
 from ddnewton.linearize.structured.program import DerivedLeaves
-from ddnewton.transforms import linear_map
+from ddnewton.transforms import concatenated, linear_map
 from ddnewton.trees import chunks
 
 ENTRIES_AT_ONCE = 2**20
@@ -43,7 +43,7 @@ def pulled_back(
             pull(rows_of_uses(derived, [Outer(x.a[i], x.b[i], x.widths) for x in uses]))
             for i in chunks(n, size)
         ]
-        return [_concatenated(part) for part in zip(*parts, strict=True)]
+        return [concatenated(part) for part in zip(*parts, strict=True)]
 
     # What goes in, or whole columns, are pulled back, whichever a leaf asks for.
     pull = _pullback(derived, leaves)
@@ -95,8 +95,3 @@ def _inputs(derived: DerivedLeaves, uses: Sequence[Outer]) -> Float[Tensor, "nt 
     rows = rows_of(uses[0]).transpose(1, 2).unsqueeze(3)  # [n t g 1 p]
     rows = rows.expand(*rows.shape[:3], *derived.layers[0].indices[0].shape[1:])
     return in_order(rows.flatten(2).flatten(0, 1), derived.orders[0])
-
-
-def _concatenated(parts: Sequence[Tensor]) -> Tensor:
-    """Return the parts as one tensor; a single part without a copy."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ddnewton.columns.factors import Factor, Outer
 from ddnewton.linearize.structured.program import Layer, Program
 from ddnewton.linearize.structured.pulled_back import pulled_back
-from ddnewton.transforms import linear_map, vmap
+from ddnewton.transforms import concatenated, linear_map, vmap
 
 COTANGENTS_AT_ONCE = 2**20
 """The number of cotangents pulled back at once: more of them leave the processor's cache."""
@@ -126,14 +126,9 @@ def _outer(
     for part in layer.parts:
         at_site = at_sites[part.site]
         reads = [read(at_site if i is None else sources[i]) for i, read in part.read_a]
-        inputs.append(_concatenated(reads, -1))
+        inputs.append(concatenated(reads, -1))
         cotangents.append(part.read_b(at_site))
-    a, b = _concatenated(inputs, 2), _concatenated(cotangents, -1)
+    a, b = concatenated(inputs, 2), concatenated(cotangents, -1)
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), leaf.dtype)
     widths = tuple(index.shape[-1] for index in layer.indices)
     return Outer(a.to(dtype) if a.is_floating_point() else a, b.to(dtype).contiguous(), widths)
-
-
-def _concatenated(parts: Sequence[Tensor], axis: int) -> Tensor:
-    """Return the parts as one tensor; a single part without a copy."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
