@@ -13,31 +13,36 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.criteria import AnyCriterion
+from ddnewton.criteria import Criteria
 from ddnewton.errors import public
 from ddnewton.inputs.groups import Group, grouped
-from ddnewton.inputs.samples import Indices
+from ddnewton.inputs.terms import TermIndices
 from ddnewton.quadratic.derivatives import Derivatives
 from ddnewton.quadratic.directions import directions_of, orthonormal
 from ddnewton.quadratic.flat import check_outputs_depend
-from ddnewton.quadratic.gauss_newton import block_matrices, gram_matrices
-from ddnewton.quadratic.quadratic_model import gauss_newton_matrices, quadratic_model, to_parameters
+from ddnewton.quadratic.quadratic_model import (
+    gauss_newton_matrices,
+    gram_matrices,
+    matrices_of,
+    quadratic_model,
+    to_parameters,
+)
 from ddnewton.quadratic.spectrum import eigenvalues
 from ddnewton.trees import unflatten
-from ddnewton.types import GramWay, ModelFn, PyTree, Select
+from ddnewton.types import AnyModelFn, GramWay, PyTree, Select
 
 
 @public
 @torch.no_grad()
 def ggn_eigvalsh(
-    model_fn: ModelFn,
+    model_fn: AnyModelFn,
     params: PyTree,
     X: PyTree,
     y: PyTree,
-    criterion: AnyCriterion,
+    criterion: Criteria,
     *,
     groups: Sequence[Group] | None = None,
-    subsampling_ggn: Indices | None = None,
+    subsampling_ggn: TermIndices | None = None,
     gram: GramWay = "auto",
     chunk_size: int | None = None,
 ) -> Float[Tensor, " i"] | Any:
@@ -73,7 +78,7 @@ def ggn_eigvalsh(
         chunk_size=chunk_size,
         gradient=False,
     ) as model:
-        matrices = block_matrices(model.jacobians, model.leaves, model.curvature_weights)
+        matrices = matrices_of(model)
         check_outputs_depend(model, matrices)
         evals = [eigenvalues(matrix).to(model.dtype) for matrix in matrices]
     return grouped(evals, groups)
@@ -82,15 +87,15 @@ def ggn_eigvalsh(
 @public
 @torch.no_grad()
 def ggn_eigh(
-    model_fn: ModelFn,
+    model_fn: AnyModelFn,
     params: PyTree,
     X: PyTree,
     y: PyTree,
-    criterion: AnyCriterion,
+    criterion: Criteria,
     *,
     select: Select | None = None,
     groups: Sequence[Group] | None = None,
-    subsampling_ggn: Indices | None = None,
+    subsampling_ggn: TermIndices | None = None,
     gram: GramWay = "auto",
     chunk_size: int | None = None,
 ) -> tuple[Float[Tensor, " k"], PyTree] | Any:
@@ -144,17 +149,17 @@ def ggn_eigh(
 @public
 @torch.no_grad()
 def directional_derivatives(
-    model_fn: ModelFn,
+    model_fn: AnyModelFn,
     params: PyTree,
     X: PyTree,
     y: PyTree,
-    criterion: AnyCriterion,
+    criterion: Criteria,
     *,
     select: Select | None = None,
     groups: Sequence[Group] | None = None,
-    subsampling_grad: Indices | None = None,
-    subsampling_ggn: Indices | None = None,
-    subsampling_curvature: Indices | None = None,
+    subsampling_grad: TermIndices | None = None,
+    subsampling_ggn: TermIndices | None = None,
+    subsampling_curvature: TermIndices | None = None,
     gram: GramWay = "auto",
     chunk_size: int | None = None,
 ) -> Derivatives | Any:
@@ -209,14 +214,14 @@ def directional_derivatives(
 @public
 @torch.no_grad()
 def gram_matrix(
-    model_fn: ModelFn,
+    model_fn: AnyModelFn,
     params: PyTree,
     X: PyTree,
     y: PyTree,
-    criterion: AnyCriterion,
+    criterion: Criteria,
     *,
     groups: Sequence[Group] | None = None,
-    subsampling_ggn: Indices | None = None,
+    subsampling_ggn: TermIndices | None = None,
     gram: GramWay = "auto",
     chunk_size: int | None = None,
 ) -> Float[Tensor, "i i"] | Any:
@@ -254,6 +259,6 @@ def gram_matrix(
         chunk_size=chunk_size,
         gradient=False,
     ) as model:
-        matrices = gram_matrices(model.jacobians[0], model.leaves, model.curvature_weights)
+        matrices = gram_matrices(model)
         check_outputs_depend(model, matrices)
     return grouped([matrix.to(model.dtype) for matrix in matrices], groups)

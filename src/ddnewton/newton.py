@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddnewton.criteria import AnyCriterion
+from ddnewton.criteria import Criteria
 from ddnewton.errors import public
 from ddnewton.inputs.groups import Group, grouped
-from ddnewton.inputs.samples import Indices
+from ddnewton.inputs.terms import TermIndices
 from ddnewton.quadratic.directions import directions_of
 from ddnewton.quadratic.flat import check_slopes
 from ddnewton.quadratic.info import NewtonInfo
@@ -34,25 +34,25 @@ from ddnewton.quadratic.quadratic_model import (
 )
 from ddnewton.quadratic.solution import info_of, solve, without_eigenpairs
 from ddnewton.trees import unflatten
-from ddnewton.types import DampingRule, GramWay, ModelFn, PyTree, Select
+from ddnewton.types import AnyModelFn, DampingRule, GramWay, PyTree, Select
 
 
 @public
 @torch.no_grad()
 def newton_step(
-    model_fn: ModelFn,
+    model_fn: AnyModelFn,
     params: PyTree,
     X: PyTree,
     y: PyTree,
-    criterion: AnyCriterion,
+    criterion: Criteria,
     damping: float | Tensor | DampingRule,
     *,
     select: Select | None = None,
     complement: float | None = None,
     groups: Sequence[Group] | None = None,
-    subsampling_grad: Indices | None = None,
-    subsampling_ggn: Indices | None = None,
-    subsampling_curvature: Indices | None = None,
+    subsampling_grad: TermIndices | None = None,
+    subsampling_ggn: TermIndices | None = None,
+    subsampling_curvature: TermIndices | None = None,
     gram: GramWay = "auto",
     chunk_size: int | None = None,
 ) -> PyTree:
@@ -160,19 +160,19 @@ def newton_step(
 @public
 @torch.no_grad()
 def newton_step_and_info(
-    model_fn: ModelFn,
+    model_fn: AnyModelFn,
     params: PyTree,
     X: PyTree,
     y: PyTree,
-    criterion: AnyCriterion,
+    criterion: Criteria,
     damping: float | Tensor | DampingRule,
     *,
     select: Select | None = None,
     complement: float | None = None,
     groups: Sequence[Group] | None = None,
-    subsampling_grad: Indices | None = None,
-    subsampling_ggn: Indices | None = None,
-    subsampling_curvature: Indices | None = None,
+    subsampling_grad: TermIndices | None = None,
+    subsampling_ggn: TermIndices | None = None,
+    subsampling_curvature: TermIndices | None = None,
     gram: GramWay = "auto",
     chunk_size: int | None = None,
 ) -> tuple[PyTree, NewtonInfo | Any]:

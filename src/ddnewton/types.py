@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
@@ -12,6 +12,9 @@ PyTree: TypeAlias = Any
 
 ModelFn: TypeAlias = Callable[[PyTree, PyTree], Tensor]
 """``model_fn(params, X) -> outputs``, the samples on axis 0 of X's leaves and of the outputs."""
+
+AnyModelFn: TypeAlias = ModelFn | Mapping[Any, ModelFn]
+"""One function, or a dict of them: the terms of a loss, whose X and y are dicts as well."""
 
 Criterion: TypeAlias = Callable[[Tensor, PyTree], Tensor]
 """``criterion(outputs, y) -> scalar``, convex in the outputs, of which no two samples interact."""

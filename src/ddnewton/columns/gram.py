@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ddnewton.columns.alignment import Leaves, cut_to, paired
 from ddnewton.columns.contraction import completed, inner, product
 from ddnewton.columns.factors import (
     Factor,
@@ -29,15 +30,11 @@ from ddnewton.columns.factors import (
     from_order,
     in_order,
     inner_products,
-    pieces,
     scaled_columns,
     weighted_sums,
 )
 from ddnewton.transforms import concatenated, summed
 from ddnewton.trees import chunks
-
-Leaves: TypeAlias = Sequence[int]
-"""The numbers of the leaves that make up a block."""
 
 CACHED_ENTRIES, ROWS_PER_ENTRY = 2**17, 4
 """How many entries of dense rows are made at a time, and how many rows at least for each entry of
@@ -68,44 +65,68 @@ def products(
 ) -> list[Float[Tensor, "i j"]]:
     """Return AᵀB for every block; for A = B half of it is computed, and mirrored."""
     same = left is right
-    cut_left, cut_right = _cuts(left, blocks), _cuts(right, blocks)
+    pairings = [paired(left, right, block) for block in blocks]
     rows: list[list[list[Tensor]]] = [[[] for _ in left.chunks] for _ in blocks]
     for i, left_chunk in enumerate(left.chunks):
-        left_factors = cut_left(left.visit(left_chunk))
+        left_factors = left.visit(left_chunk)
         for j, right_chunk in enumerate(right.chunks):
             # Of a Jacobian with itself, the lower half is the transpose of the upper one.
             if same and j < i:
                 continue
             diagonal = same and i == j
-            right_factors = left_factors if diagonal else cut_right(right.visit(right_chunk))
-            for row, a, b in zip(rows, left_factors, right_factors, strict=True):
+            right_factors = left_factors if diagonal else right.visit(right_chunk)
+            for row, pairs_of in zip(rows, pairings, strict=True):
                 shape = (*_shape(left, left_chunk), *_shape(right, right_chunk))
-                terms = (inner(x, y, shape[1::2]) for x, y in zip(a, b, strict=True))
+                pairs = pairs_of(left_factors, right_factors)
+                products_of_pairs = (inner(x, y, shape[1::2]) for x, y in pairs)
                 # A block that the model makes no use of has no factors, and no products.
-                row[i].append(reduce(summed, terms) if a else _zeros(shape, left))
+                row[i].append(reduce(summed, products_of_pairs) if pairs else _zeros(shape, left))
                 if same and not diagonal:
                     row[j].append(row[i][-1].permute(2, 3, 0, 1))
     # Put the products of pairs of chunks side by side, and count columns as everywhere else.
     return [_counted(concatenated([concatenated(parts, 2) for parts in row], 0)) for row in rows]
 
 
+def side_by_side(
+    rows: Sequence[Jacobian], columns: Sequence[Jacobian], blocks: Sequence[Leaves]
+) -> list[Float[Tensor, "a i"]]:
+    """Return AᵀB for every block, where A and B are the columns of several Jacobians."""
+    # Of two that both have, one product is the transpose of the other.
+    grid: dict[tuple[int, int], list[Tensor]] = {}
+    for r, left in enumerate(rows):
+        for c, right in enumerate(columns):
+            mirrored = c < r < len(columns) and left is columns[r] and right is rows[c]
+            grid[r, c] = (
+                [matrix.mT for matrix in grid[c, r]] if mirrored else products(left, right, blocks)
+            )
+    numbers = range(len(columns))
+    return [
+        concatenated(
+            [concatenated([grid[r, c][b] for c in numbers], 1) for r in range(len(rows))], 0
+        )
+        for b in range(len(blocks))
+    ]
+
+
 def outer_products(
-    jacobian: Jacobian, blocks: Sequence[Leaves], weights: Float[Tensor, " i"]
+    jacobians: Sequence[Jacobian], blocks: Sequence[Leaves], weights: Float[Tensor, " i"]
 ) -> list[Float[Tensor, "_ _"]]:
     """Return A diag(w) Aᵀ for every block."""
-    cut = _cuts(jacobian, blocks)
-    orders = [_order(jacobian, block) for block in blocks]
     totals: list[Tensor | float] = [0.0 for _ in blocks]
-    for chunk in jacobian.chunks:
-        root = _of_chunk(jacobian, weights[None], chunk)[0].sqrt()
-        for b, factors in enumerate(cut(jacobian.visit(chunk))):
-            # Rows √w a, so many at a time that they stay in the cache where there are few entries.
-            d = sum(map(entry_count, factors))
-            rows = max(CACHED_ENTRIES // max(1, d), ROWS_PER_ENTRY * d)
-            for samples in chunks(len(root), max(1, rows // jacobian.columns)):
-                scaled = [scaled_columns(factor, root, samples) for factor in factors]
-                a = _side_by_side(scaled, orders[b], root[samples].reshape(-1, 1)).mT
-                totals[b] = totals[b] + product(a, a)
+    counts = [jacobian.samples * jacobian.columns for jacobian in jacobians]
+    for jacobian, own_weights in zip(jacobians, weights.split(counts), strict=True):
+        cut = _cuts(jacobian, blocks)
+        orders = [_order(jacobian, block) for block in blocks]
+        for chunk in jacobian.chunks:
+            root = _of_chunk(jacobian, own_weights[None], chunk)[0].sqrt()
+            for b, factors in enumerate(cut(jacobian.visit(chunk))):
+                # Rows √w a, so many at a time that they stay in the cache if they have few entries.
+                d = sum(map(entry_count, factors))
+                rows = max(CACHED_ENTRIES // max(1, d), ROWS_PER_ENTRY * d)
+                for samples in chunks(len(root), max(1, rows // jacobian.columns)):
+                    scaled = [scaled_columns(factor, root, samples) for factor in factors]
+                    a = _side_by_side(scaled, orders[b], root[samples].reshape(-1, 1)).mT
+                    totals[b] = totals[b] + product(a, a)
     return [completed(torch.as_tensor(total), symmetric=True) for total in totals]
 
 
@@ -169,16 +190,8 @@ def _cuts(
     jacobian: Jacobian, blocks: Sequence[Leaves]
 ) -> Callable[[Sequence[Factor]], list[list[Factor]]]:
     """Return a function that cuts the factors of all parameters to those of every block."""
-    whole = len(jacobian.sizes)
-    if all(len(block) == whole for block in blocks):
-        return lambda factors: [list(factors) for _ in blocks]
-    wanted = [[[leaf in block for leaf, _ in ps] for ps in jacobian.pieces] for block in blocks]
-
-    def cut(factors: Sequence[Factor]) -> list[list[Factor]]:
-        cut_factors = (map(pieces, factors, of_block) for of_block in wanted)
-        return [[factor for factor in fs if factor is not None] for fs in cut_factors]
-
-    return cut
+    cuts = [cut_to(jacobian, block) for block in blocks]
+    return lambda factors: [cut(factors) for cut in cuts]
 
 
 def _order(jacobian: Jacobian, block: Leaves) -> Int[Tensor, " d"] | None:

@@ -9,7 +9,7 @@ from ddnewton.criteria.heteroscedastic import heteroscedastic_nll
 from ddnewton.criteria.likelihoods import bce_with_logits, gaussian_nll, poisson_nll
 from ddnewton.criteria.loss import Expansion, Loss, slopes_of, spanned
 from ddnewton.criteria.majorized import majorized
-from ddnewton.criteria.monte_carlo import AnyCriterion, MonteCarlo, monte_carlo
+from ddnewton.criteria.monte_carlo import AnyCriterion, Criteria, MonteCarlo, monte_carlo
 from ddnewton.criteria.regression import huber, mse, smooth_l1
 from ddnewton.criteria.softmax import cross_entropy
 from ddnewton.criteria.weighted import weighted
@@ -17,6 +17,7 @@ from ddnewton.criteria.with_curvature import with_curvature
 
 __all__ = [
     "AnyCriterion",
+    "Criteria",
     "Expansion",
     "Loss",
     "MonteCarlo",

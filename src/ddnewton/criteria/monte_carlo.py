@@ -7,7 +7,7 @@ sample, where the exact Hessian of a softmax has C − 1: fewer columns make a c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -36,6 +36,7 @@ class MonteCarlo(NamedTuple):
 
 
 AnyCriterion: TypeAlias = Criterion | Loss | MonteCarlo
+Criteria: TypeAlias = AnyCriterion | Mapping[Any, AnyCriterion]
 """What the public functions take as a criterion."""
 
 

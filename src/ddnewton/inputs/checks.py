@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -136,14 +136,21 @@ def check_derivatives(values: Tensor) -> None:
 
 
 def check_functions(model_fn: object, select: object) -> None:
-    """Require ``model_fn`` to be a function of two arguments, and ``select`` a function or None."""
-    if not callable(model_fn):
-        rule, remedy = "model_fn must be a function", "Pass model_fn(params, X) -> outputs."
-        raise BadType(sentence(rule, repr(model_fn), remedy))
-    if isinstance(model_fn, nn.Module) and not _accepts_arguments(model_fn.forward, 2):
-        rule, got = "model_fn must take params and X", f"the module {type(model_fn).__name__}"
-        remedy = "Pass lambda p, x: torch.func.functional_call(module, p, (x,))."
-        raise BadType(sentence(rule, got, remedy))
+    """Require ``model_fn`` to be one or several functions of two arguments, and a valid ``select``.
+
+    Several are the terms of a loss, in a dict.
+    """
+    # Every term's function, which may not be a module itself.
+    functions = model_fn.values() if isinstance(model_fn, Mapping) else [model_fn]
+    for function in functions:
+        if not callable(function):
+            rule = "model_fn must be a function, or a dict of them, one for each term of the loss"
+            remedy = "Pass model_fn(params, X) -> outputs."
+            raise BadType(sentence(rule, repr(function), remedy))
+        if isinstance(function, nn.Module) and not _accepts_arguments(function.forward, 2):
+            rule, got = "model_fn must take params and X", f"the module {type(function).__name__}"
+            remedy = "Pass lambda p, x: torch.func.functional_call(module, p, (x,))."
+            raise BadType(sentence(rule, got, remedy))
     check_select("select", select)
 
 

@@ -8,17 +8,15 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
-from ddnewton.criteria import AnyCriterion
-from ddnewton.errors import BadValue, public, sentence
-from ddnewton.inputs.checks import check_batch, check_functions, check_options, check_params
+from ddnewton.criteria import Criteria
+from ddnewton.errors import public
+from ddnewton.inputs.checks import check_functions, check_options, check_params
 from ddnewton.inputs.groups import Group
-from ddnewton.inputs.samples import Indices
+from ddnewton.inputs.terms import TermIndices, first_samples
 from ddnewton.optim.adaptation import (
     Adaptation,
-    Choice,
     LearningRate,
     as_adaptation,
     levenberg_marquardt,
@@ -31,8 +29,7 @@ from ddnewton.optim.state import State, UpdateInfo, check_state, first_state
 from ddnewton.optim.update import local_model, next_state, update_info
 from ddnewton.quadratic.quadratic_model import quadratic_model
 from ddnewton.transforms import any_known
-from ddnewton.trees import sample_count, tree_leaves
-from ddnewton.types import DampingRule, GramWay, ModelFn, PyTree, Select
+from ddnewton.types import AnyModelFn, DampingRule, GramWay, PyTree, Select
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +49,8 @@ class Update:
 
     settings: Settings
     model_of: partial[Any]  # of `quadratic_model`
-    subsampling_grad: Indices | None
-    subsampling_ggn: Indices | None
+    subsampling_grad: TermIndices | None
+    subsampling_ggn: TermIndices | None
     notices: Notices
 
     def __call__(
@@ -78,8 +75,8 @@ class FunctionalOptimizer(NamedTuple):
 
 @public
 def directional_newton(
-    model_fn: ModelFn,
-    criterion: AnyCriterion,
+    model_fn: AnyModelFn,
+    criterion: Criteria,
     damping: float | Tensor | DampingRule | Adaptation | None = None,
     *,
     learning_rate: LearningRate | None = None,
@@ -89,9 +86,9 @@ def directional_newton(
     select: Select | None = None,
     complement: Complement = None,
     groups: Sequence[Group] | None = None,
-    subsampling_grad: Indices | None = None,
-    subsampling_ggn: Indices | None = None,
-    subsampling_curvature: Indices | None = None,
+    subsampling_grad: TermIndices | None = None,
+    subsampling_ggn: TermIndices | None = None,
+    subsampling_curvature: TermIndices | None = None,
     gram: GramWay = "auto",
     chunk_size: int | None = None,
 ) -> FunctionalOptimizer:
@@ -222,7 +219,9 @@ def update(
     check_params(params)
     check_state(state, params, bool(settings.momentum))
     # Samples that a damping is chosen on are in no step.
-    first, held_out = _split(settings.adaptation.choice, state, X)
+    first, held_out, choice = None, None, settings.adaptation.choice
+    if choice is not None and any_known(state.updates % choice.every == 0):
+        first, held_out = first_samples(plan.model_of.args[0], X, choice.fraction)
     grad = first if plan.subsampling_grad is None else plan.subsampling_grad
     ggn = first if plan.subsampling_ggn is None else plan.subsampling_ggn
     # Expand the loss, search for a step, and take it.
@@ -233,18 +232,3 @@ def update(
         notice(plan.notices, local, settings, step, info)
         moved = added(params, torch.where(step.taken, step.rate * step.vector, 0))
         return moved, next_state(state, step, params), info
-
-
-def _split(
-    choice: Choice | None, state: State, X: PyTree
-) -> tuple[slice | None, Int[Tensor, " _"] | None]:
-    """Return the first samples, of which a step is made, and the last, which are held out."""
-    if choice is None or not any_known(state.updates % choice.every == 0):
-        return None, None
-    check_batch(X=X)
-    n, device = sample_count(X), tree_leaves(X)[0].device
-    count = n - max(1, round(choice.fraction * n))
-    if count < 1:
-        rule = "a batch to hold samples out of must have two of them or more"
-        raise BadValue(sentence(rule, n, "Pass a larger batch, or damp by another rule."))
-    return slice(0, count), torch.arange(count, n, device=device)

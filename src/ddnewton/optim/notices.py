@@ -38,7 +38,7 @@ def notice(
     if torch.compiler.is_compiling():
         return
     # Without a complement, a step follows only what has curvature.
-    name = local.model.objective.name
+    name = local.model.names
     if settings.complement is None and any_known(info.flat_share > FLAT_SHARE_WARNED):
         share = float(unwrapped(info.flat_share).nan_to_num().amax())
         notices.once(

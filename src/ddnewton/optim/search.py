@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -37,7 +38,7 @@ class LocalModel(NamedTuple):
     proximal: Proximal | None
     updates: Int[Tensor, ""]
     damping: Float[Tensor, ""]  # of the step before
-    held_out: Int[Tensor, " _"] | None  # samples to choose a damping on
+    held_out: Sequence[Int[Tensor, " _"]] | None  # samples of every term to choose a damping on
     curvature: Curvature
     gradient_norm: Float[Tensor, ""]
 
@@ -74,13 +75,17 @@ def loss_at(
     local: LocalModel,
     decay: float | Tensor,
     vector: Float[Tensor, " d"],
-    samples: Int[Tensor, " _"] | None,
+    samples: Sequence[Int[Tensor, " _"] | None],
 ) -> Float[Tensor, ""]:
-    """Return the loss of some samples, with its penalty, after a step, as its dtype has it."""
+    """Return the loss of some samples of every term, with its penalty, after a step.
+
+    It is taken at the parameters as their dtype has them.
+    """
     moved = added(local.params, vector)
-    pairs = zip(tree_leaves(as_real(moved)), local.model.linearization.leaves, strict=True)
-    leaves = [new.to(leaf) for new, leaf in pairs]
-    return _penalised(trial_loss(local.model, leaves, samples), decay, moved)
+    leaves = tree_leaves(as_real(moved))
+    pairs = zip(local.model.terms, samples, strict=True)
+    losses = [trial_loss(term, leaves, indices) for term, indices in pairs]
+    return _penalised(torch.as_tensor(sum(losses)), decay, moved)
 
 
 def _penalised(loss: Float[Tensor, ""], decay: float | Tensor, params: PyTree) -> Float[Tensor, ""]:
@@ -140,10 +145,10 @@ def _tried(
     rate = rate * (radius / (rate * vector).norm()).nan_to_num(nan=1.0).clamp(max=1)
     moved = rate * vector
     # The loss before and after, of the samples of the gradient.
-    samples = local.model.objective.samples.slopes
-    losses = local.model.losses if samples is None else local.model.losses[samples]
+    samples = [term.objective.samples.slopes for term in local.model.terms]
+    loss = torch.as_tensor(sum(term.losses_of_gradient.mean() for term in local.model.terms))
     decay = 0.0 if local.proximal is None else local.proximal.decay
-    before = _penalised(losses.mean(), decay, local.params)
+    before = _penalised(loss, decay, local.params)
     after = loss_at(local, decay, moved, samples)
     # The decrease that the quadratic model promises, −(gᵀs + ½ sᵀG s).
     slopes, curvatures = quadratic_along(local.trials, moved[None])
@@ -169,7 +174,8 @@ def noise_of(local: LocalModel, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """Return by how much the rounding of the loss and of the parameters moves the loss."""
     dtype = narrowest(tree_leaves(as_real(local.params)))
     apart = torch.finfo(dtype).eps * flattened(local.params).norm()
-    of_loss = torch.finfo(local.model.linearization.precise.dtype).eps * loss.abs()
+    outputs = [term.linearization.precise for term in local.model.terms]
+    of_loss = torch.finfo(narrowest(outputs)).eps * loss.abs()
     of_params: Tensor = local.gradient_norm * apart + local.curvature.trace * apart**2
     return of_params + LOSS_ROUNDINGS * of_loss
 

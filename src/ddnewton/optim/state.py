@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ddnewton.errors import BadType, BadValue, sentence
+from ddnewton.quadratic.term import TermLosses
 from ddnewton.trees import tree_leaves, tree_map
 from ddnewton.types import PyTree
 
@@ -56,6 +57,8 @@ class UpdateInfo(NamedTuple):
     flat_share: Float[Tensor, ""]
     """Share of the squared gradient norm without any curvature, as in `NewtonInfo`, of all groups
     together; nan where no eigenpairs were needed, or only leading ones."""
+    losses: TermLosses
+    """The losses of the terms by their names, without the penalty; or the loss, of one term."""
 
 
 def first_state(params: PyTree, momentum: bool) -> State:

@@ -66,7 +66,7 @@ def trial_steps(
     proximal: Proximal | None,
 ) -> TrialSteps:
     """Return the trial steps of a batch."""
-    sizes = [leaf.numel() for leaf in model.linearization.leaves]
+    sizes = model.sizes
     pulls: list[ProximalBlock] = []
     leafwise: list[LeafwiseBlock] = []
     if proximal is not None:
@@ -139,7 +139,7 @@ def _from_centres(
             centre.weights @ block.vectors + vector
             for centre, block, vector in zip(centres, trials.proximal_blocks, vectors, strict=True)
         ]
-    sizes = [leaf.numel() for leaf in model.linearization.leaves]
+    sizes = model.sizes
     return joined(vectors, model.leaves, sizes)
 
 
@@ -149,7 +149,7 @@ def quadratic_along(
     """Return the quadratic model along vectors, damped by δ where one is given."""
     model, proximal = trials.model, trials.proximal
     # The loss: gᵀv and vᵀG v.
-    sizes = [leaf.numel() for leaf in model.linearization.leaves]
+    sizes = model.sizes
     column_slopes = rmatmat(model.jacobians, range(len(sizes)), vectors.mT)
     weights = model.curvature_weights
     of_curvature = column_slopes[: len(weights)]

@@ -25,7 +25,7 @@ def local_model(
     settings: Settings,
     params: PyTree,
     state: State,
-    held_out: Int[Tensor, " _"] | None,
+    held_out: Sequence[Int[Tensor, " _"]] | None,
 ) -> LocalModel:
     """Return the loss of a batch around the parameters, ready to be searched for a step."""
     # Refuse what weight decay leaves undefined, before the work.
@@ -101,6 +101,7 @@ def update_info(local: LocalModel, step: Step, settings: Settings) -> UpdateInfo
         attempts=step.tried,
         accepted=step.taken,
         flat_share=_flat_share(local),
+        losses=local.model.losses,
     )
 
 

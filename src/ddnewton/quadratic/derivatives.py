@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ class Derivatives(NamedTuple):
 
 
 def first_derivatives(
-    column_slopes: Float[Tensor, "a k"], z: Float[Tensor, "m n"]
+    of_basis: Float[Tensor, "i k"], of_gradients: Float[Tensor, "_ k"], z: Float[Tensor, "m n"]
 ) -> Float[Tensor, "n2 k"]:
     """Return γ from the slopes of the columns along the directions, s_ik = a_iᵀ e_k.
 
@@ -26,9 +27,8 @@ def first_derivatives(
         γ_nk = Σ_m z_nm s_nmk:
 
     no gradient is formed, and nothing is divided by an eigenvalue (Dangel, Tatzel, Hennig, 2022,
-    section 3.2 does so). The columns after the first m n are themselves gradients of samples.
+    section 3.2 does so). Further columns are themselves ``of_gradients`` of samples.
     """
-    of_basis, of_gradients = column_slopes.tensor_split([z.numel()])
     gammas = (z[..., None] * of_basis.unflatten(0, z.shape)).sum(0)
     return torch.cat([gammas, of_gradients]) if len(of_gradients) else gammas
 
@@ -45,3 +45,11 @@ def second_derivatives(
     per_sample = column_slopes.unflatten(0, h.shape)
     lambdas: Tensor = (h[..., None] * per_sample.square()).sum(0)
     return lambdas
+
+
+def over_all_samples(terms: Sequence[Float[Tensor, "_ k"]]) -> Float[Tensor, "n k"]:
+    """Return the rows of several terms as one matrix, whose mean is the sum of theirs."""
+    if len(terms) == 1:
+        return terms[0]
+    n = sum(map(len, terms))
+    return torch.cat([rows * (n / len(rows)) for rows in terms])

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.quadratic.derivatives import Derivatives, first_derivatives, second_derivatives
+from ddnewton.quadratic.derivatives import (
+    Derivatives,
+    first_derivatives,
+    over_all_samples,
+    second_derivatives,
+)
 from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.kept import BlockDirections, Directions, keep
 from ddnewton.quadratic.quadratic_model import QuadraticModel
@@ -33,20 +39,31 @@ def directions_of(
 def _derivatives(
     model: QuadraticModel, matrices: Sequence[GaussNewton], kept: Sequence[Directions]
 ) -> list[Derivatives]:
-    """Return γ and λ of the samples asked for, in their order."""
-    # Of the samples that the columns are of.
-    count = len(model.curvature_weights)
-    gammas = [first_derivatives(directions.column_slopes, model.z) for directions in kept]
-    lambdas = [second_derivatives(block.column_slopes[:count], model.h) for block in kept]
-    # Of samples that the directions have not seen, λ alone.
-    if model.unseen is not None:
-        column_slopes = unseen_column_slopes(model, model.unseen, matrices, kept)
-        unseen = [second_derivatives(slopes, model.unseen.h) for slopes in column_slopes]
-        lambdas = [torch.cat(pair) for pair in zip(lambdas, unseen, strict=True)]
-    # The rows of those that were asked for.
-    gamma_rows, lambda_rows = (slice(None) if rows is None else rows for rows in model.rows)
-    pairs = zip(gammas, lambdas, strict=True)
-    return [Derivatives(slope[gamma_rows], curvature[lambda_rows]) for slope, curvature in pairs]
+    """Return γ and λ of the samples asked for, in their order, term by term.
+
+    Those of a term are scaled so that the mean over the samples of all terms is the sum of the
+    terms' means.
+    """
+    # The slopes of every term's columns: of those of the curvature, then of the gradient's own.
+    counts = [term.z.numel() for term in model.terms]
+    counts += [len(term.further_weights) for term in model.terms]
+    slopes = [directions.column_slopes.split(counts) for directions in kept]
+    parts: list[list[Derivatives]] = [[] for _ in kept]
+    for t, term in enumerate(model.terms):
+        of_curvature = [by_term[t] for by_term in slopes]
+        further = [by_term[len(model.terms) + t] for by_term in slopes]
+        gammas = list(map(partial(first_derivatives, z=term.z), of_curvature, further))
+        lambdas = [second_derivatives(columns, term.h) for columns in of_curvature]
+        # Of samples that the directions have not seen, λ alone.
+        if term.unseen is not None:
+            column_slopes = unseen_column_slopes(model, term, term.unseen, matrices, kept)
+            unseen = [second_derivatives(columns, term.unseen.h) for columns in column_slopes]
+            lambdas = [torch.cat(pair) for pair in zip(lambdas, unseen, strict=True)]
+        # The rows of those that were asked for.
+        gamma_rows, lambda_rows = (slice(None) if rows is None else rows for rows in term.rows)
+        for b, (slope, curvature) in enumerate(zip(gammas, lambdas, strict=True)):
+            parts[b].append(Derivatives(slope[gamma_rows], curvature[lambda_rows]))
+    return [Derivatives(*map(over_all_samples, zip(*of_block, strict=True))) for of_block in parts]
 
 
 def orthonormal(vectors: Float[Tensor, "k d"], kept: Directions) -> Float[Tensor, "k d"]:

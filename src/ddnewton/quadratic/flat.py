@@ -60,7 +60,7 @@ def check_slopes(model: QuadraticModel, matrices: Sequence[GaussNewton], *, curv
     if any_known((largest <= 0) & (norm > 0)):
         rule = "the loss must have curvature where its gradient is not zero"
         size = float(unwrapped(norm).amax())
-        got = f"{model.objective.name} with a gradient of norm {size:.3g} and no curvature at all"
+        got = f"{model.names} with a gradient of norm {size:.3g} and no curvature at all"
         raise BadValue(sentence(rule, got, WAYS_OUT))
 
 
@@ -69,7 +69,7 @@ def check_outputs_depend(
 ) -> None:
     """Require outputs that depend on a parameter. Looked at only where there is no curvature."""
     if any_known(_largest_trace(matrices) <= 0):
-        check_dependence(_depends(model.linearization))
+        check_dependence(any(_depends(term.linearization) for term in model.terms))
 
 
 def _largest_trace(matrices: Sequence[GaussNewton] | Sequence[Tensor]) -> Float[Tensor, ""]:
@@ -81,7 +81,7 @@ def flat_square(
     model: QuadraticModel, spectrum: Spectrum, gradient_weights: Float[Tensor, " a"]
 ) -> Float[Tensor, ""]:
     """Return the squared norm of the part of a block's gradient that has no curvature, ‖g_⊥‖²."""
-    flat = (model.h.reshape(-1) <= 0) & _steep(model)
+    flat = (model.curvature_weights <= 0) & _steep(model)
     padding = (0, len(gradient_weights) - len(flat))
     return _square(spectrum, torch.where(F.pad(flat, padding), gradient_weights, 0))
 
@@ -97,12 +97,12 @@ def flat_share(
 
 def has_flat_samples(model: QuadraticModel) -> bool:
     """Return whether a sample has, or may have, a slope without curvature."""
-    return any_possible((model.h <= 0) & (model.z.abs() > LEAST_SLOPE))
+    return any_possible((model.curvature_weights <= 0) & _steep(model))
 
 
 def _steep(model: QuadraticModel) -> Bool[Tensor, " i"]:
     """Return a mask of the columns along which the loss has a slope beyond rounding."""
-    return model.z.reshape(-1).abs() > LEAST_SLOPE
+    return model.z.abs() > LEAST_SLOPE
 
 
 def _square(spectrum: Spectrum, weights: Float[Tensor, " a"]) -> Float[Tensor, ""]:

@@ -17,8 +17,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ddnewton.columns.alignment import Leaves
 from ddnewton.columns.factors import Jacobian
-from ddnewton.columns.gram import Columns, Leaves, columns_of, matmat, outer_products, products
+from ddnewton.columns.gram import (
+    Columns,
+    columns_of,
+    matmat,
+    outer_products,
+    side_by_side,
+)
 from ddnewton.inputs.checks import check_derivatives
 from ddnewton.inputs.memory import NEVER_ASKED_BYTES, check_fits
 
@@ -64,39 +71,49 @@ class GaussNewton(NamedTuple):
 
 
 def check_matrices_fit(
-    leaves: Sequence[Tensor], blocks: Sequence[Leaves], h: Float[Tensor, "n m"]
+    leaves: Sequence[Tensor], blocks: Sequence[Leaves], curvatures: Sequence[Float[Tensor, "_ _"]]
 ) -> None:
-    """Require the matrices of the blocks, a copy of each and its vectors to fit into memory."""
-    n, m = h.shape
+    """Require the matrices of the blocks, a copy of each and its vectors to fit into memory.
+
+    ``curvatures`` are h [n, m] of every term, one for each column.
+    """
     lengths = [sum(leaves[leaf].numel() for leaf in block) for block in blocks]
-    sides = [min(n * m, d) for d in lengths]
+    count = sum(h.numel() for h in curvatures)
+    sides = [min(count, d) for d in lengths]
     size = 3 * sum(side**2 for side in sides) * torch.float64.itemsize
     if size <= NEVER_ASKED_BYTES:
         return
+    shapes = [h.shape for h in curvatures]
     what = (
         f"Gauss-Newton matrices of side {', '.join(map(str, sides))}, a copy and vectors of each, "
-        f"of N·M = {n}·{m} columns along {', '.join(map(str, lengths))} parameters"
+        f"of N·M = {' + '.join(f'{n}·{m}' for n, m in shapes)} columns along "
+        f"{', '.join(map(str, lengths))} parameters"
     )
     remedy = (
         "Pass monte_carlo(criterion, 1, generator) or empirical_fisher(criterion) for fewer "
         "columns, subsampling_ggn for fewer samples, or groups for smaller matrices."
     )
-    check_fits(size, what, remedy, h.device)
+    check_fits(size, what, remedy, curvatures[0].device)
 
 
 def block_matrices(
-    jacobians: Sequence[Jacobian], blocks: Sequence[Leaves], weights: Float[Tensor, " i"]
+    jacobians: Sequence[Jacobian],
+    count: int,
+    blocks: Sequence[Leaves],
+    weights: Float[Tensor, " i"],
 ) -> list[GaussNewton]:
-    """Return the matrix of every block, on the side of the columns where that is no longer."""
-    first, sizes = jacobians[0], jacobians[0].sizes
+    """Return the matrix of every block, on the side of the columns where that is no longer.
+
+    The first ``count`` Jacobians are those of the curvature.
+    """
+    curved, sizes = jacobians[:count], jacobians[0].sizes
     lengths = [sum(sizes[leaf] for leaf in block) for block in blocks]
     on_columns = [len(weights) <= d or d == 0 for d in lengths]
     # One visit of the model for all blocks of a side.
     column_blocks = [block for block, yes in zip(blocks, on_columns, strict=True) if yes]
     parameter_blocks = [block for block, yes in zip(blocks, on_columns, strict=True) if not yes]
-    rows = [products(jacobian, first, column_blocks) for jacobian in jacobians if column_blocks]
-    tall = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*rows, strict=True))
-    square = iter(outer_products(first, parameter_blocks, weights) if parameter_blocks else [])
+    tall = iter(side_by_side(jacobians, curved, column_blocks) if column_blocks else [])
+    square = iter(outer_products(curved, parameter_blocks, weights) if parameter_blocks else [])
     entries = [next(tall) if yes else next(square) for yes in on_columns]
     for matrix in entries:
         # What is not finite in a column shows in its square: no need to look at every product.
@@ -106,17 +123,6 @@ def block_matrices(
         GaussNewton(yes, columns_of(jacobians, block), weights, matrix)
         for yes, block, matrix in zip(on_columns, blocks, entries, strict=True)
     ]
-
-
-def gram_matrices(
-    jacobian: Jacobian, blocks: Sequence[Leaves], weights: Float[Tensor, " i"]
-) -> list[Float[Tensor, "i i"]]:
-    """Return K of every block, on the side of the columns however long that is."""
-    root = weights.sqrt()
-    inner = products(jacobian, jacobian, blocks)
-    for matrix in inner:
-        check_derivatives(matrix)
-    return [root[:, None] * matrix * root for matrix in inner]
 
 
 def block_vectors(

@@ -7,6 +7,8 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ddnewton.quadratic.term import TermLosses
+
 
 class NewtonInfo(NamedTuple):
     """The parts of a step, in the dtype of the model's outputs or float32 if that is narrower.
@@ -33,3 +35,5 @@ class NewtonInfo(NamedTuple):
     flat_share: Float[Tensor, ""]
     """Share of the squared gradient norm that comes from samples whose loss has a slope and no
     curvature, and lies outside all directions with curvature. Only ``complement`` follows it."""
+    losses: TermLosses
+    """The losses of the terms by their names, whose sum is the loss; or the loss, of one term."""

@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.columns.factors import Jacobian
-from ddnewton.columns.gram import Leaves, products
+from ddnewton.columns.alignment import Leaves
+from ddnewton.columns.gram import side_by_side
 from ddnewton.errors import BadValue, sentence
 from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.proximal import ProximalBlock, different
@@ -47,13 +47,13 @@ def leafwise_blocks(
     """Return the blocks with their inner products by decay; none where one holds for each block."""
     if all(len(pull.decays) == 1 for pull in pulls):
         return []
-    sizes = model.jacobians[0].sizes
+    sizes = model.sizes
     blocks = []
     for leaves, matrix, pull in zip(model.leaves, matrices, pulls, strict=True):
         # Which leaves have which decay, and the inner products along these.
         parts = [[leaf for leaf in leaves if decays[leaf] == decay] for decay in pull.decays]
         empty = matrix.entries.new_zeros(0, *matrix.entries.shape)
-        inner = _inner(model.jacobians, parts) if matrix.on_columns else empty
+        inner = _inner(model, parts) if matrix.on_columns else empty
         by_param = [matrix.weights.new_full((sizes[leaf],), float(decays[leaf])) for leaf in leaves]
         blocks.append(
             LeafwiseBlock(
@@ -78,7 +78,7 @@ def check_leafwise(
             "a damping rule": callable(block.damping),
             "select": block.select is not None,
             "a number as complement": complement not in (None, "damping"),
-            "subsampling_curvature": model.rows.lambdas is not None,
+            "subsampling_curvature": model.has_curvature_samples,
         }
         for name, given in asked.items():
             if given:
@@ -112,7 +112,6 @@ def unscaled(
     return vector / damping if matrix.on_columns else vector * damping.rsqrt()
 
 
-def _inner(jacobians: Sequence[Jacobian], parts: Sequence[Leaves]) -> Float[Tensor, "g a i"]:
+def _inner(model: QuadraticModel, parts: Sequence[Leaves]) -> Float[Tensor, "g a i"]:
     """Return AᵀA₁ along some sets of leaves."""
-    rows = [torch.stack(products(jacobian, jacobians[0], parts)) for jacobian in jacobians]
-    return torch.cat(rows, 1)
+    return torch.stack(side_by_side(model.jacobians, model.curvature_jacobians, parts))

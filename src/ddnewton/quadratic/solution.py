@@ -24,6 +24,7 @@ from ddnewton.quadratic.info import NewtonInfo
 from ddnewton.quadratic.kept import BlockDirections
 from ddnewton.quadratic.proximal import Centre, along_directions, centred_gradient_weights
 from ddnewton.quadratic.quadratic_model import QuadraticModel
+from ddnewton.trees import tree_map
 
 
 class Solution(NamedTuple):
@@ -42,7 +43,7 @@ def without_eigenpairs(
     condition: float = CHOLESKY_CONDITION,
 ) -> list[Float[Tensor, " _"]] | None:
     """Return the steps of the blocks, or None unless one damping of all directions is all asked."""
-    if model.rows.lambdas is not None:
+    if model.has_curvature_samples:
         return None
     steps = []
     for b, (block, matrix) in enumerate(zip(model.blocks, matrices, strict=True)):
@@ -94,9 +95,9 @@ def solve(
         remainder = outside(spectrum, model.gradient_weights, kept)
         delta = torch.as_tensor(complement, dtype=remainder.dtype, device=remainder.device)
         coordinates = coordinates - torch.where(delta > 0, remainder / delta, 0)
-    elif block.select is None and not callable(block.damping) and model.rows.lambdas is None:
+    elif block.select is None and not callable(block.damping) and not model.has_curvature_samples:
         padding = (0, len(model.gradient_weights) - len(model.curvature_weights))
-        curved = F.pad(model.h.reshape(-1) > 0, padding)
+        curved = F.pad(model.curvature_weights > 0, padding)
         part = vanishing(spectrum, model.gradient_weights, curved, block.damping)
         coordinates = coordinates - part
     return Solution(dampings, coefficients, coordinates)
@@ -114,7 +115,7 @@ def info_of(
     square = gradient.square().sum()
     inside = torch.where(kept.live, gamma, 0).square().sum()
     info = NewtonInfo(
-        loss=model.losses.mean(),
+        loss=model.loss,
         evals=kept.evals,
         gammas=gammas,
         lambdas=lambdas,
@@ -125,9 +126,10 @@ def info_of(
         gradient_share=torch.where(square > 0, inside / square, 1).clamp(max=1),
         rank=directions.spectrum.live.sum(),
         flat_share=flat_share(model, [directions], square.sqrt()),
+        losses=model.losses,
     )
-    cast = (x if x.dtype == torch.int64 else x.to(model.dtype) for x in info)
-    return NewtonInfo(*cast)
+    cast: NewtonInfo = tree_map(lambda x: x if x.dtype == torch.int64 else x.to(model.dtype), info)
+    return cast
 
 
 def _same(first: float | Tensor, second: float | Tensor) -> bool:

@@ -9,14 +9,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ddnewton.criteria.expand import joint_loss, losses, weight
-from ddnewton.quadratic.quadratic_model import QuadraticModel
+from ddnewton.quadratic.term import Term
 from ddnewton.trees import chunks, take
 
 
 def trial_loss(
-    model: QuadraticModel, leaves: Sequence[Tensor], samples: Int[Tensor, " s"] | None
+    term: Term, leaves: Sequence[Tensor], samples: Int[Tensor, " s"] | None
 ) -> Float[Tensor, ""]:
-    r"""Return the mean loss of some samples, None for all, at other parameters.
+    r"""Return the mean loss of some samples of a term, None for all, at other parameters.
 
     Where samples have no losses of their own, it is the batch's loss L with the samples that are
     not asked for left at their outputs f, and of s samples the change counts N / s times,
@@ -25,25 +25,27 @@ def trial_loss(
 
     as the mean of their parts of the gradient does. For a plain mean that is the same change.
     """
-    loss, y = model.objective.loss, model.objective.y
-    linearization, outputs = model.linearization, model.linearization.outputs
+    loss, y = term.objective.loss, term.objective.y
+    linearization, outputs = term.linearization, term.linearization.outputs
+    pairs = zip(leaves, linearization.leaves, strict=True)
+    leaves = [new.to(leaf) for new, leaf in pairs]
     # The outputs a chunk of samples at a time, as many as their Jacobians are.
     asked = samples
     if asked is None:
         asked = torch.arange(outputs.shape[0], device=outputs.device)
-    size = model.jacobians[0].chunks[0].stop
+    size = term.curvature_columns.chunks[0].stop
     parts = [asked[chunk] for chunk in chunks(len(asked), size)]
     moved = (linearization.function(leaves, part) for part in parts)
     # Every sample's own loss, or the loss of all outputs together.
     scale = weight(loss, outputs, linearization.precise, y)
     together = joint_loss(loss, outputs, linearization.precise, y)
     if together is None:
-        pairs = zip(moved, parts, strict=True)
-        values = [losses(loss, part, take(y, indices)) for part, indices in pairs]
+        at_parts = zip(moved, parts, strict=True)
+        values = [losses(loss, part, take(y, indices)) for part, indices in at_parts]
         return torch.as_tensor(scale * torch.cat(values)).mean()
     changed = torch.cat(list(moved))
     if samples is None:
         return torch.as_tensor(scale * together(changed))
-    before = model.losses.mean()
+    before = term.losses.mean()
     after = scale * together(linearization.precise.index_copy(0, samples, changed))
     return before + outputs.shape[0] / len(samples) * (after - before)

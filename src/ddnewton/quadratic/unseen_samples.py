@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.func import jvp
 
 from ddnewton.columns.factors import Jacobian
-from ddnewton.columns.gram import columns_of, matmat, products
+from ddnewton.columns.gram import columns_of, matmat, side_by_side
 from ddnewton.linearize.precision import ramp
 from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.kept import Directions
-from ddnewton.quadratic.quadratic_model import QuadraticModel, Unseen, to_parameters
+from ddnewton.quadratic.quadratic_model import QuadraticModel, to_parameters
+from ddnewton.quadratic.term import Term, Unseen
 from ddnewton.transforms import unwrapped, vmap
 from ddnewton.trees import unflatten
 
@@ -37,6 +38,7 @@ PUSHED_AT_ONCE = 2**20
 
 def unseen_column_slopes(
     model: QuadraticModel,
+    term: Term,
     unseen: Unseen,
     matrices: Sequence[GaussNewton],
     kept: Sequence[Directions],
@@ -45,22 +47,23 @@ def unseen_column_slopes(
     count = sum(directions.vectors.shape[1] for directions in kept)
     if 0 < PULLBACKS_PER_DIRECTION * count <= unseen.basis.shape[2]:
         try:
-            return _pushed(model, unseen, matrices, kept)
+            return _pushed(model, term, unseen, matrices, kept)
         except torch.OutOfMemoryError:
             raise
         except Exception as reason:  # noqa: BLE001 - a model need not have a forward mode
             logger.info("directions are not pushed forward: %s", reason)
-    return _multiplied(model, unseen, matrices, kept)
+    return _multiplied(model, term, unseen, matrices, kept)
 
 
 def _pushed(
     model: QuadraticModel,
+    term: Term,
     unseen: Unseen,
     matrices: Sequence[GaussNewton],
     kept: Sequence[Directions],
 ) -> list[Float[Tensor, "i _"]]:
     """Return the slopes from J_n e_k, with the directions of all blocks pushed forward."""
-    linearization, leaves = model.linearization, tuple(model.linearization.leaves)
+    linearization, leaves = term.linearization, tuple(term.linearization.leaves)
     # The directions of all blocks as parameters, one after the other: zero outside their block.
     vectors = to_parameters(model, matrices, [directions.vectors.mT for directions in kept])
     trees = [
@@ -108,15 +111,17 @@ def _check_adjoint(
 
 def _multiplied(
     model: QuadraticModel,
+    term: Term,
     unseen: Unseen,
     matrices: Sequence[GaussNewton],
     kept: Sequence[Directions],
 ) -> list[Float[Tensor, "i _"]]:
     """Return the slopes from inner products of the columns, pulled back, with the directions."""
-    columns = model.linearization.jacobian(unseen.basis, unseen.samples)
+    columns = term.linearization.jacobian(unseen.basis, unseen.samples)
     pairs = zip(model.leaves, matrices, strict=True)
     blocks = [block for block, matrix in pairs if matrix.on_columns]
-    inner = iter(products(columns, model.jacobians[0], blocks) if blocks else [])
+    curved = model.curvature_jacobians
+    inner = iter(side_by_side([columns], curved, blocks) if blocks else [])
     return [
         next(inner) @ directions.vectors[: len(model.curvature_weights)]
         if matrix.on_columns

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, overload
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,6 +18,7 @@ from ddnewton.inputs.checks import (
     check_functions,
     check_params,
 )
+from ddnewton.inputs.terms import about_term, check_keys, is_several, of_term, term_names
 from ddnewton.linearize.calls import alone, first_line
 from ddnewton.linearize.independence import SamplesMix, check_independent, evaluate
 from ddnewton.linearize.model import Model
@@ -27,7 +31,7 @@ from ddnewton.linearize.structured.visit import Visit, visit
 from ddnewton.linearize.widening import in_float64, widen_leaf
 from ddnewton.transforms import first_member
 from ddnewton.trees import as_real, on_pairs, take, tree_leaves, tree_map
-from ddnewton.types import ModelFn, PyTree
+from ddnewton.types import AnyModelFn, ModelFn, PyTree
 
 TRACED_SAMPLES = 4
 """The number of samples on which a trace is compared with its model."""
@@ -51,9 +55,13 @@ def no_layers(reason: Untraceable) -> str:
     )
 
 
+@overload
+def prepare(model_fn: ModelFn, params: PyTree, X: PyTree) -> Prepared: ...
+@overload
+def prepare(model_fn: Mapping[Any, ModelFn], params: PyTree, X: PyTree) -> dict[Any, Prepared]: ...
 @public
 @torch.no_grad()
-def prepare(model_fn: ModelFn, params: PyTree, X: PyTree) -> Prepared:
+def prepare(model_fn: AnyModelFn, params: PyTree, X: PyTree) -> Prepared | dict[Any, Prepared]:
     """Find the layers of a model once, for any number of steps.
 
     The result is a ``model_fn`` itself, faster in `newton_step` than the one it is made from. It
@@ -69,7 +77,7 @@ def prepare(model_fn: ModelFn, params: PyTree, X: PyTree) -> Prepared:
     Returns
     -------
     Prepared
-        A ``model_fn``.
+        A ``model_fn``; of a dict of functions, the terms of a loss, a dict of them.
 
     Raises
     ------
@@ -90,6 +98,16 @@ def prepare(model_fn: ModelFn, params: PyTree, X: PyTree) -> Prepared:
     """
     check_functions(model_fn, None)
     check_params(params)
+    check_keys(model_fn, X=X)
+    prepared = {}
+    for name in term_names(model_fn):
+        with about_term(name):
+            prepared[name] = _prepared(of_term(model_fn, name), params, of_term(X, name))
+    return prepared if is_several(model_fn) else prepared[None]
+
+
+def _prepared(model_fn: ModelFn, params: PyTree, X: PyTree) -> Prepared:
+    """Find the layers of one model, unless they are known."""
     check_batch(X=X)
     if isinstance(model_fn, Prepared):
         model_fn.leaves(params, X)

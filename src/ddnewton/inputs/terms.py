@@ -1,0 +1,177 @@
+"""The terms of a loss: dicts of functions, inputs, targets and criteria with the same keys.
+
+A loss of one term has the name None, and its arguments stand by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ddnewton.errors import BadType, BadValue, sentence
+from ddnewton.inputs.checks import check_batch
+from ddnewton.inputs.samples import Indices, Samples, indices
+from ddnewton.trees import sample_count, tree_leaves
+from ddnewton.types import PyTree
+
+Name: TypeAlias = Hashable
+"""The key of a term, None where the loss is one term."""
+
+TermIndices: TypeAlias = Indices | Mapping[Any, Indices | None]
+"""Indices of samples, or a dict of them for the terms of a loss."""
+
+EXAMPLE = '{"inside": …, "edge": …}'
+"""A dict of terms, for messages."""
+
+
+class TermArguments(NamedTuple):
+    """What is passed for one term of the loss."""
+
+    name: Name
+    model_fn: Any
+    X: PyTree
+    y: PyTree
+    criterion: Any
+    samples: Samples
+
+
+def is_several(model_fn: object) -> bool:
+    """Return whether a model is a dict of functions, one for each term of the loss."""
+    return isinstance(model_fn, Mapping)
+
+
+def term_names(model_fn: object) -> list[Name]:
+    """Return the names of the terms, [None] for a loss of one."""
+    if not isinstance(model_fn, Mapping):
+        return [None]
+    if not model_fn:
+        rule, remedy = "model_fn must hold at least one term", f"Pass functions, {EXAMPLE}."
+        raise BadValue(sentence(rule, "an empty dict", remedy))
+    return list(model_fn)
+
+
+def of_term(tree: Any, name: Name) -> Any:
+    """Return the part of an argument that is for one term."""
+    return tree if name is None else tree[name]
+
+
+def check_keys(model_fn: object, **trees: Any) -> None:
+    """Require arguments to be dicts with the keys of the model's terms, where there are several."""
+    names = term_names(model_fn)
+    if names == [None]:
+        return
+    for argument, tree in trees.items():
+        rule = f"where model_fn is a dict of terms, {argument} must be a dict with the same keys"
+        remedy = f"The terms are {_listed(names)}: pass {argument} = {EXAMPLE}."
+        if not isinstance(tree, Mapping):
+            raise BadType(sentence(rule, type(tree).__name__, remedy))
+        if set(tree) != set(names):
+            raise BadValue(sentence(rule, f"keys {_listed(tree)}", remedy))
+
+
+def criterion_of(model_fn: object, criterion: Any, name: Name) -> Any:
+    """Return the criterion of a term: one may serve all."""
+    if not isinstance(criterion, Mapping):
+        return criterion
+    if name is None:
+        rule = "criterion may be a dict only where model_fn is a dict of terms"
+        remedy = f"Pass model_fn, X and y as dicts too, {EXAMPLE}."
+        raise BadType(sentence(rule, "a dict", remedy))
+    check_keys(model_fn, criterion=criterion)
+    return criterion[name]
+
+
+def terms_of(
+    model_fn: Any,
+    X: PyTree,
+    y: PyTree,
+    criterion: Any,
+    subsampling: Mapping[str, TermIndices | None],
+) -> list[TermArguments]:
+    """Return the arguments of every term, in the order of ``model_fn``, with its samples.
+
+    ``subsampling`` are the indices of the slopes, the directions and the curvatures.
+    """
+    # One key for every term, in all of them.
+    check_keys(model_fn, X=X, y=y)
+    for option, samples in subsampling.items():
+        _check_indices(option, samples, term_names(model_fn))
+    terms = []
+    for name in term_names(model_fn):
+        inputs, targets = of_term(X, name), of_term(y, name)
+        with about_term(name):
+            # As many targets as inputs, and indices among these.
+            check_batch(X=inputs, y=targets)
+            n, device = sample_count(inputs), tree_leaves(inputs)[0].device
+            sets = (
+                indices(option, _indices_of(samples, name), n, device)
+                for option, samples in subsampling.items()
+            )
+            own = criterion_of(model_fn, criterion, name)
+        function = of_term(model_fn, name)
+        terms.append(TermArguments(name, function, inputs, targets, own, Samples(*sets)))
+    return terms
+
+
+@contextmanager
+def about_term(name: Name) -> Iterator[None]:
+    """Put the name of a term in front of the errors raised inside."""
+    try:
+        yield
+    except (BadValue, BadType) as error:
+        if name is not None:
+            error.args = (f"term {name!r}: {error}",)
+        raise
+
+
+def _indices_of(samples: Any, name: Name) -> Indices | None:
+    """Return the indices of one term; of a term without any, None for all samples."""
+    return samples.get(name) if isinstance(samples, Mapping) else samples
+
+
+def _check_indices(option: str, samples: Any, names: list[Name]) -> None:
+    """Require a dict of terms for a sub-sample of several, and none for one of one."""
+    if samples is None:
+        return
+    several = names != [None]
+    if several != isinstance(samples, Mapping):
+        rule = (
+            f"{option} must be a dict of indices where model_fn is a dict of terms, and only there"
+        )
+        remedy = f"Pass {option} = {EXAMPLE}." if several else "Pass the indices themselves."
+        raise BadType(sentence(rule, type(samples).__name__, remedy))
+    if several and (unknown := [key for key in samples if key not in names]):
+        rule = f"{option} must name terms of model_fn"
+        raise BadValue(sentence(rule, _listed(unknown), f"The terms are {_listed(names)}."))
+
+
+def _listed(names: Any) -> str:
+    """Return names side by side, for messages."""
+    return ", ".join(map(repr, names))
+
+
+def first_samples(
+    model_fn: Any, X: PyTree, fraction: float
+) -> tuple[TermIndices, list[Int[Tensor, " _"]]]:
+    """Return the samples of every term but a last ``fraction``, and these."""
+    check_keys(model_fn, X=X)
+    first: dict[Name, slice] = {}
+    last = []
+    for name in term_names(model_fn):
+        with about_term(name):
+            inputs = of_term(X, name)
+            check_batch(X=inputs)
+            n, device = sample_count(inputs), tree_leaves(inputs)[0].device
+            # At least one of either.
+            count = n - max(1, round(fraction * n))
+            if count < 1:
+                rule = "a batch to hold samples out of must have two of them or more"
+                raise BadValue(sentence(rule, n, "Pass a larger batch, or damp by another rule."))
+        first[name] = slice(0, count)
+        last.append(torch.arange(count, n, device=device))
+    return first.get(None, first), last

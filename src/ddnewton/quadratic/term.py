@@ -1,0 +1,160 @@
+"""One term of the loss to second order: its values, and the weights of its columns.
+
+    X → outputs f → ∇ℓ_n = L z + R 1, ∇²ℓ_n = L diag(h) Lᵀ → columns A = JᵀL
+    gradient A z / N,        Gauss-Newton matrix A₁ diag(h / N) A₁ᵀ
+
+Where the gradient is of samples that give no directions, or L does not span it, gradients of single
+samples are columns of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ddnewton.columns.factors import Jacobian
+from ddnewton.criteria.expand import expand_batch
+from ddnewton.criteria.loss import Expansion, Loss, slopes_of
+from ddnewton.inputs.samples import Samples, rows_among
+from ddnewton.inputs.terms import Name
+from ddnewton.linearize.linearization import Linearization
+from ddnewton.types import PyTree
+
+TermLosses: TypeAlias = Tensor | dict[Any, Tensor]
+"""The loss of every term by its name, or that of the only one."""
+
+
+class Objective(NamedTuple):
+    """The loss of a batch, and which samples its derivatives are of."""
+
+    term: Name
+    criterion_name: str  # for messages
+    loss: Loss
+    y: PyTree
+    samples: Samples
+    gradient: bool  # whether anybody asks for it
+
+
+class SampleRows(NamedTuple):
+    """In which rows of γ and λ the samples asked for stand; None for all rows in their order."""
+
+    gammas: Int[Tensor, " _"] | None
+    lambdas: Int[Tensor, " _"] | None
+
+
+class Unseen(NamedTuple):
+    """Samples whose curvature is asked for along directions that other samples give."""
+
+    samples: Int[Tensor, " n"]
+    basis: Float[Tensor, "n c m"]  # L
+    h: Float[Tensor, "m n"]
+
+
+class Term(NamedTuple):
+    """A term of the loss to second order: values per sample, columns, and their weights."""
+
+    objective: Objective
+    linearization: Linearization
+    losses: Float[Tensor, " n"]
+    z: Float[Tensor, "m n2"]  # of the samples that give the directions
+    h: Float[Tensor, "m n2"]
+    gradient_weights: Float[Tensor, "m n2"]  # z / N, 0 for samples not of the gradient
+    further_weights: Float[Tensor, " _"]  # 1 / N, of the gradient's own columns
+    curvature_columns: Jacobian
+    gradient_columns: Jacobian | None  # the gradient's own
+    rows: SampleRows
+    unseen: Unseen | None
+
+    @property
+    def curvature_weights(self) -> Float[Tensor, "m n2"]:
+        """The weights h / N of the columns of the curvature."""
+        return self.h / self.h.shape[1]  # the 1/N
+
+    @property
+    def losses_of_gradient(self) -> Float[Tensor, " _"]:
+        """The losses of the samples that the gradient is of."""
+        samples = self.objective.samples.slopes
+        return self.losses if samples is None else self.losses[samples]
+
+
+class GradientWeights(NamedTuple):
+    """The gradient as a sum of columns: of the curvature's and of its own, with its samples' rows.
+
+    ``samples`` are those that have columns of their own, None for none.
+    """
+
+    of_curvature: Float[Tensor, "m n"]
+    further: Float[Tensor, " _"]
+    rows: Int[Tensor, " _"] | None
+    samples: Int[Tensor, " _"] | None
+
+
+def expansion_of(linearization: Linearization, objective: Objective) -> Expansion:
+    """Expand a term around the outputs."""
+    _, _, loss, y, _, _ = objective
+    return expand_batch(loss, linearization.outputs, linearization.precise, y)
+
+
+def term_of(linearization: Linearization, objective: Objective, expansion: Expansion) -> Term:
+    """Return a term whose columns are pulled back to the parameters."""
+    samples, n = objective.samples, len(expansion.value)
+    # The columns of the curvature: those of L, of the samples that give the directions.
+    of_directions = of_samples(expansion, samples.directions)
+    curvature_columns = linearization.jacobian(of_directions.basis, samples.directions)
+    # The gradient is made of the same columns, and of gradients that these do not span.
+    z, gradient_columns = of_directions.z.T, None
+    gradient = GradientWeights(z / n, z.new_zeros(0), None, None)
+    if objective.gradient:
+        gradient = _gradient_weights(expansion, of_directions, samples)
+        if gradient.samples is not None:
+            slopes = slopes_of(expansion)[gradient.samples, :, None]
+            every = samples.slopes is None and len(gradient.samples) == n
+            gradient_columns = linearization.jacobian(slopes, None if every else gradient.samples)
+    # Curvatures may be asked for of samples that give no directions.
+    lambda_rows, unseen = None, None
+    if samples.curvatures is not None:
+        lambda_rows, new = rows_among(samples.curvatures, samples.directions, n)
+        if new is not None:
+            of_new = of_samples(expansion, new)
+            unseen = Unseen(new, of_new.basis, of_new.h.T)
+    return Term(
+        objective=objective,
+        linearization=linearization,
+        losses=expansion.value,
+        z=z,
+        h=of_directions.h.T,
+        gradient_weights=gradient.of_curvature,
+        further_weights=gradient.further,
+        curvature_columns=curvature_columns,
+        gradient_columns=gradient_columns,
+        rows=SampleRows(gradient.rows, lambda_rows),
+        unseen=unseen,
+    )
+
+
+def of_samples(expansion: Expansion, samples: Int[Tensor, " _"] | None) -> Expansion:
+    """Return the expansions of some samples, None for all."""
+    return expansion if samples is None else Expansion(*(part[samples] for part in expansion))
+
+
+def _gradient_weights(
+    expansion: Expansion, of_directions: Expansion, samples: Samples
+) -> GradientWeights:
+    """Return the gradient's weights, its samples' rows, and samples with columns of their own."""
+    n, count = len(expansion.value), len(of_directions.value)
+    wanted, device = samples.slopes, of_directions.value.device
+    if expansion.R.shape[2] == 0:
+        rows, gradient_samples = rows_among(wanted, samples.directions, n)
+    else:  # the columns of the curvature do not span the gradient
+        gradient_samples = torch.arange(n, device=device) if wanted is None else wanted
+        rows = torch.arange(count, count + len(gradient_samples), device=device)
+    # z of the samples that give directions and belong to the gradient; 1 for a column of its own.
+    z = of_directions.z.T
+    if rows is not None:
+        z = z * z.new_zeros(count).index_fill(0, rows[rows < count], 1)
+    total = n if wanted is None else len(wanted)
+    further = z.new_ones(0 if gradient_samples is None else len(gradient_samples))
+    return GradientWeights(z / total, further / total, rows, gradient_samples)
