@@ -29,7 +29,7 @@ from ddnewton.quadratic.quadratic_model import (
 )
 from ddnewton.quadratic.spectrum import eigenvalues
 from ddnewton.trees import unflatten
-from ddnewton.types import AnyModelFn, GramWay, PyTree, Select
+from ddnewton.types import AnyModelFn, GramWays, PyTree, Select
 
 
 @public
@@ -43,23 +43,22 @@ def ggn_eigvalsh(
     *,
     groups: Sequence[Group] | None = None,
     subsampling_ggn: TermIndices | None = None,
-    gram: GramWay = "auto",
+    gram: GramWays = "auto",
     chunk_size: int | None = None,
 ) -> Float[Tensor, " i"] | Any:
     r"""Return the eigenvalues of the generalized Gauss-Newton matrix, ascending.
 
     .. math:: G = \frac{1}{N} \sum_n J_n^\top \nabla^2 \ell_n J_n = V V^\top
 
-    They are those of the Gram matrix VᵀV, as many as V has columns: NM. All others of the D that G
-    has are zero; where NM > D, so are the first NM − D of these. Arguments and errors as for
-    `ddnewton.newton_step`.
+    They are those of the Gram matrix VᵀV, as many as V has columns: NM. All others of G's are zero;
+    where NM > D, so are the first NM − D. Arguments and errors as for `ddnewton.newton_step`.
 
     Returns
     -------
     Tensor
-        [NM], in the dtype of the outputs or float32 if that is narrower; with ``groups`` a tuple,
-        one tensor for each. They are right to the rounding of the largest: above a gigaflop models
-        in float32 are evaluated so, and what is below 1e-7 of it is known to `ggn_eigh` only.
+        [NM], in the dtype of the outputs or float32 if that is narrower, to the rounding of the
+        largest: above a gigaflop models in float32 are evaluated so, and what is below 1e-7 of it
+        is known to `ggn_eigh` only. With ``groups`` a tuple of such.
 
     Examples
     --------
@@ -96,7 +95,7 @@ def ggn_eigh(
     select: Select | None = None,
     groups: Sequence[Group] | None = None,
     subsampling_ggn: TermIndices | None = None,
-    gram: GramWay = "auto",
+    gram: GramWays = "auto",
     chunk_size: int | None = None,
 ) -> tuple[Float[Tensor, " k"], PyTree] | Any:
     r"""Return eigenvalues of the generalized Gauss-Newton matrix, and their eigenvectors.
@@ -104,7 +103,7 @@ def ggn_eigh(
     .. math:: G e_k = \lambda_k e_k, \qquad e_k^\top e_l = \delta_{kl}
 
     Arguments and errors as for `ddnewton.newton_step`. K vectors take K times the memory of the
-    parameters, so say which with ``select``; None means all above the rank tolerance.
+    parameters: say which with ``select``; None means all above the rank tolerance.
 
     Returns
     -------
@@ -137,12 +136,12 @@ def ggn_eigh(
         model, matrices = gauss_newton_matrices(expanded)
         check_outputs_depend(model, matrices)
         kept = [block.kept for block in directions_of(model, matrices, only_kept=True)]
-        evals = [directions.evals.to(model.dtype) for directions in kept]
         vectors = to_parameters(model, matrices, [directions.vectors.mT for directions in kept])
         evecs = [
             unflatten([vector], [leaves], params)
             for vector, leaves in zip(map(orthonormal, vectors, kept), model.leaves, strict=True)
         ]
+    evals = [directions.evals.to(model.dtype) for directions in kept]
     return grouped(list(zip(evals, evecs, strict=True)), groups)
 
 
@@ -160,19 +159,17 @@ def directional_derivatives(
     subsampling_grad: TermIndices | None = None,
     subsampling_ggn: TermIndices | None = None,
     subsampling_curvature: TermIndices | None = None,
-    gram: GramWay = "auto",
+    gram: GramWays = "auto",
     chunk_size: int | None = None,
 ) -> Derivatives | Any:
     r"""Return slopes and curvatures of every sample's loss along eigenvectors of the GGN.
 
-    .. math::
-
-        \gamma_{nk} = e_k^\top \nabla \ell_n, \qquad
+    .. math:: \gamma_{nk} = e_k^\top \nabla \ell_n, \qquad
         \lambda_{nk} = e_k^\top J_n^\top \nabla^2 \ell_n J_n e_k
 
-    Their means over the samples are the slope of the loss along e_k and, over the samples that
-    G is made of, the eigenvalue. Arguments and errors as for `ddnewton.newton_step`. No gradient
-    and no eigenvector is formed.
+    Their means over the samples, of all terms, are the slope of the loss along e_k and, over those
+    that G is made of, the eigenvalue. No gradient and no eigenvector is formed. Arguments and
+    errors as for `ddnewton.newton_step`.
 
     Returns
     -------
@@ -189,8 +186,8 @@ def directional_derivatives(
     >>> line = lambda p, x: p["slope"] * x + p["offset"]
     >>> zero = {"slope": torch.zeros(1), "offset": torch.zeros(1)}
     >>> x = torch.tensor([[0.0], [1.0], [2.0]])
-    >>> loss = torch.nn.MSELoss()
-    >>> gammas, lambdas = directional_derivatives(line, zero, x, 3 * x + 1, loss, select=top_k(1))
+    >>> problem = (line, zero, x, 3 * x + 1, torch.nn.MSELoss())
+    >>> gammas, lambdas = directional_derivatives(*problem, select=top_k(1))
     >>> lambdas[:, 0], lambdas.mean()
     (tensor([0.6838, 3.8974, 9.7434]), tensor(4.7749))
     """
@@ -222,13 +219,12 @@ def gram_matrix(
     *,
     groups: Sequence[Group] | None = None,
     subsampling_ggn: TermIndices | None = None,
-    gram: GramWay = "auto",
+    gram: GramWays = "auto",
     chunk_size: int | None = None,
 ) -> Float[Tensor, "i i"] | Any:
     r"""Return the Gram matrix VᵀV, which has the nonzero eigenvalues of the GGN VVᵀ.
 
-    .. math:: V_{:, nm} = J_n^\top s_{nm} / \sqrt N, \qquad
-        \nabla^2 \ell_n = \sum_m s_{nm} s_{nm}^\top
+    .. math:: V_{:, nm} = J_n^\top s_{nm} / \sqrt N,\; \nabla^2 \ell_n = \sum_m s_{nm} s_{nm}^\top
 
     Arguments and errors as for `ddnewton.newton_step`.
 
@@ -236,9 +232,9 @@ def gram_matrix(
     -------
     Tensor
         [NM, NM], in the dtype of the outputs or float32 if that is narrower, rows and columns by
-        m·N + n. N is the number of samples, those of a sub-sample; M that of columns of a sample:
-        the number of outputs, for cross-entropy C − 1 at every position, under `monte_carlo` the
-        number of draws, under `empirical_fisher` one. With ``groups`` a tuple of matrices.
+        m·N + n, term after term. N is the number of samples, those of a sub-sample; M that of
+        columns of a sample: the number of outputs, for cross-entropy C − 1 at every position, under
+        `monte_carlo` that of draws, under `empirical_fisher` one. With ``groups`` a tuple of such.
 
     Examples
     --------

@@ -34,7 +34,7 @@ from ddnewton.quadratic.quadratic_model import (
 )
 from ddnewton.quadratic.solution import info_of, solve, without_eigenpairs
 from ddnewton.trees import unflatten
-from ddnewton.types import AnyModelFn, DampingRule, GramWay, PyTree, Select
+from ddnewton.types import AnyModelFn, DampingRule, GramWays, PyTree, Select
 
 
 @public
@@ -53,7 +53,7 @@ def newton_step(
     subsampling_grad: TermIndices | None = None,
     subsampling_ggn: TermIndices | None = None,
     subsampling_curvature: TermIndices | None = None,
-    gram: GramWay = "auto",
+    gram: GramWays = "auto",
     chunk_size: int | None = None,
 ) -> PyTree:
     r"""Return the directionally damped Newton step, to be added to the parameters.
@@ -173,7 +173,7 @@ def newton_step_and_info(
     subsampling_grad: TermIndices | None = None,
     subsampling_ggn: TermIndices | None = None,
     subsampling_curvature: TermIndices | None = None,
-    gram: GramWay = "auto",
+    gram: GramWays = "auto",
     chunk_size: int | None = None,
 ) -> tuple[PyTree, NewtonInfo | Any]:
     """Return `newton_step` and a record of its parts; with groups, a record for each.

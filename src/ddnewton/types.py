@@ -27,3 +27,6 @@ Select: TypeAlias = Callable[[Tensor], Tensor | Sequence[int]]
 
 GramWay: TypeAlias = Literal["auto", "structured", "dense"]
 """How the Gram matrix is formed: from the layers, from dense columns, or the better of both."""
+
+GramWays: TypeAlias = GramWay | Mapping[Any, GramWay]
+"""One way, or a dict of them for the terms of a loss."""

@@ -9,7 +9,13 @@ from ddnewton.criteria.heteroscedastic import heteroscedastic_nll
 from ddnewton.criteria.likelihoods import bce_with_logits, gaussian_nll, poisson_nll
 from ddnewton.criteria.loss import Expansion, Loss, slopes_of, spanned
 from ddnewton.criteria.majorized import majorized
-from ddnewton.criteria.monte_carlo import AnyCriterion, Criteria, MonteCarlo, monte_carlo
+from ddnewton.criteria.monte_carlo import (
+    AnyCriterion,
+    Criteria,
+    MonteCarlo,
+    generators_of,
+    monte_carlo,
+)
 from ddnewton.criteria.regression import huber, mse, smooth_l1
 from ddnewton.criteria.softmax import cross_entropy
 from ddnewton.criteria.weighted import weighted
@@ -30,6 +36,7 @@ __all__ = [
     "expand_batch",
     "fisher",
     "gaussian_nll",
+    "generators_of",
     "heteroscedastic_nll",
     "huber",
     "joint_loss",

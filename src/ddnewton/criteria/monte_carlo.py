@@ -137,6 +137,14 @@ def sampled(criterion: MonteCarlo) -> Loss:
     return loss._replace(expand=expand, scores=None, fisher=None, columns=columns)
 
 
+def generators_of(criterion: Criteria) -> dict[Any, torch.Generator]:
+    """Return the generators of criteria that draw, by term; that of a single one by None."""
+    criteria = criterion if isinstance(criterion, Mapping) else {None: criterion}
+    return {
+        name: drawn.generator for name, drawn in criteria.items() if isinstance(drawn, MonteCarlo)
+    }
+
+
 def undrawn(criterion: AnyCriterion, remedy: str) -> Loss:
     """Return the record of a criterion whose curvature is replaced: not one that is drawn."""
     if isinstance(criterion, MonteCarlo):

@@ -136,11 +136,8 @@ def check_derivatives(values: Tensor) -> None:
 
 
 def check_functions(model_fn: object, select: object) -> None:
-    """Require ``model_fn`` to be one or several functions of two arguments, and a valid ``select``.
-
-    Several are the terms of a loss, in a dict.
-    """
-    # Every term's function, which may not be a module itself.
+    """Require a function of two arguments, or one for every term, and a function or None."""
+    # No module, unless its forward has two arguments.
     functions = model_fn.values() if isinstance(model_fn, Mapping) else [model_fn]
     for function in functions:
         if not callable(function):
@@ -160,9 +157,10 @@ def check_options(damping: object, complement: object, gram: object, chunk_size:
     check_damping("damping", damping)
     if complement is not None:
         check_positive("complement", complement)
-    if gram not in GRAM_OPTIONS:
-        rule = f"gram must be one of {', '.join(map(repr, GRAM_OPTIONS))}"
-        raise BadValue(sentence(rule, repr(gram), 'Leave it at "auto".'))
+    for way in gram.values() if isinstance(gram, Mapping) else [gram]:
+        if way not in GRAM_OPTIONS:
+            rule = f"gram must be one of {', '.join(map(repr, GRAM_OPTIONS))}"
+            raise BadValue(sentence(rule, repr(way), 'Leave it at "auto".'))
     if chunk_size is not None:
         if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
             rule, got = "chunk_size must be an integer or None", type(chunk_size).__name__

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, overload
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ddnewton.errors import BadType, BadValue, sentence, warn
+from ddnewton.inputs.terms import EXAMPLE, is_several
 from ddnewton.process import ONE_THREAD
 from ddnewton.types import PyTree
 
@@ -57,9 +58,17 @@ class ModuleFunction:
             return dict(self.module.named_parameters())
 
 
+@overload
 def as_function(
     module: nn.Module, forward: Forward | None = None
-) -> tuple[ModuleFunction, dict[str, Tensor]]:
+) -> tuple[ModuleFunction, dict[str, Tensor]]: ...
+@overload
+def as_function(
+    module: nn.Module, forward: Mapping[Any, Forward]
+) -> tuple[dict[Any, ModuleFunction], dict[str, Tensor]]: ...
+def as_function(
+    module: nn.Module, forward: Forward | Mapping[Any, Forward] | None = None
+) -> tuple[ModuleFunction | dict[Any, ModuleFunction], dict[str, Tensor]]:
     """Return a module as a pure function, and the parameters that it is a function of.
 
     .. code-block:: python
@@ -78,12 +87,14 @@ def as_function(
         `torch.compile` are taken off: names are those of the module inside.
     forward
         ``forward(module, X) -> outputs``, where the outputs are not ``module(X)``; for models of
-        Hugging Face ``lambda module, X: module(**X).logits``.
+        Hugging Face ``lambda module, X: module(**X).logits``. For a loss of several terms, a dict
+        of such functions.
 
     Returns
     -------
     model_fn
-        ``model_fn(params, X) -> outputs``. It can be pickled where module and forward can.
+        ``model_fn(params, X) -> outputs``. It can be pickled where module and forward can. A dict
+        of them where ``forward`` is one.
     params
         The parameters that require gradients, by name, detached.
 
@@ -105,8 +116,9 @@ def as_function(
     True
     """
     # The function, and its parameters: some to train, all of them with values.
-    model_fn = module_function("as_function", module, forward)
-    params = {name: p for name, p in model_fn.parameters().items() if p.requires_grad}
+    functions = module_functions("as_function", module, forward)
+    first = next(iter(functions.values()))
+    params = {name: p for name, p in first.parameters().items() if p.requires_grad}
     if not params:
         rule = "as_function: a parameter of the module must require a gradient"
         remedy = "Call requires_grad_()."
@@ -118,19 +130,33 @@ def as_function(
             "Call the module on a batch first.",
         )
         raise BadValue(sentence(rule, f"none yet of {', '.join(lazy)}", remedy))
+    model_fn = functions if is_several(forward) else first
     return model_fn, {name: p.detach() for name, p in params.items()}
 
 
-def module_function(caller: str, module: nn.Module, forward: Forward | None) -> ModuleFunction:
-    """Return a module, without what runs it in parallel or compiled, as a function."""
+def module_functions(
+    caller: str, module: nn.Module, forward: Forward | Mapping[Any, Forward] | None
+) -> dict[Any, ModuleFunction]:
+    """Return a module, without what runs it in parallel or compiled, as a function of every term.
+
+    The name of a loss that is one term is None.
+    """
     if not isinstance(module, nn.Module):
         rule, remedy = f"{caller}: module must be an nn.Module", "Pass the net itself."
         raise BadType(sentence(rule, type(module).__name__, remedy))
-    if forward is not None and not callable(forward):
-        rule = f"{caller}: forward must be a function of module and X"
-        remedy = "Pass forward(module, X)."
-        raise BadType(sentence(rule, type(forward).__name__, remedy))
-    return ModuleFunction(_inside_wrappers(module), forward)
+    # Of every term a function; of the only one, which may be the module's own, None.
+    several = isinstance(forward, Mapping)
+    forwards = dict(forward) if isinstance(forward, Mapping) else {None: forward}
+    for function in forwards.values():
+        if not callable(function) and (several or function is not None):
+            rule = f"{caller}: forward must be a function of module and X, or a dict of them"
+            remedy = "Pass forward(module, X)."
+            raise BadType(sentence(rule, type(function).__name__, remedy))
+    if not forwards:
+        rule, remedy = f"{caller}: forward must hold at least one term", f"Pass {EXAMPLE}."
+        raise BadValue(sentence(rule, "an empty dict", remedy))
+    inside = _inside_wrappers(module)
+    return {name: ModuleFunction(inside, function) for name, function in forwards.items()}
 
 
 def _inside_wrappers(module: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -17,10 +17,12 @@ from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.inputs.checks import check_batch
 from ddnewton.inputs.samples import Indices, Samples, indices
 from ddnewton.trees import sample_count, tree_leaves
-from ddnewton.types import PyTree
+from ddnewton.types import GramWay, GramWays, PyTree
 
 Name: TypeAlias = Hashable
 """The key of a term, None where the loss is one term."""
+
+T = TypeVar("T")
 
 TermIndices: TypeAlias = Indices | Mapping[Any, Indices | None]
 """Indices of samples, or a dict of them for the terms of a loss."""
@@ -37,6 +39,7 @@ class TermArguments(NamedTuple):
     X: PyTree
     y: PyTree
     criterion: Any
+    gram: GramWay
     samples: Samples
 
 
@@ -60,6 +63,11 @@ def of_term(tree: Any, name: Name) -> Any:
     return tree if name is None else tree[name]
 
 
+def one_or_several(parts: Mapping[Name, T]) -> T | Mapping[Name, T]:
+    """Return the part of the only term, or the parts of several: the opposite of `of_term`."""
+    return parts.get(None, parts)
+
+
 def check_keys(model_fn: object, **trees: Any) -> None:
     """Require arguments to be dicts with the keys of the model's terms, where there are several."""
     names = term_names(model_fn)
@@ -74,23 +82,12 @@ def check_keys(model_fn: object, **trees: Any) -> None:
             raise BadValue(sentence(rule, f"keys {_listed(tree)}", remedy))
 
 
-def criterion_of(model_fn: object, criterion: Any, name: Name) -> Any:
-    """Return the criterion of a term: one may serve all."""
-    if not isinstance(criterion, Mapping):
-        return criterion
-    if name is None:
-        rule = "criterion may be a dict only where model_fn is a dict of terms"
-        remedy = f"Pass model_fn, X and y as dicts too, {EXAMPLE}."
-        raise BadType(sentence(rule, "a dict", remedy))
-    check_keys(model_fn, criterion=criterion)
-    return criterion[name]
-
-
 def terms_of(
     model_fn: Any,
     X: PyTree,
     y: PyTree,
     criterion: Any,
+    gram: GramWays,
     subsampling: Mapping[str, TermIndices | None],
 ) -> list[TermArguments]:
     """Return the arguments of every term, in the order of ``model_fn``, with its samples.
@@ -112,9 +109,17 @@ def terms_of(
                 indices(option, _indices_of(samples, name), n, device)
                 for option, samples in subsampling.items()
             )
-            own = criterion_of(model_fn, criterion, name)
-        function = of_term(model_fn, name)
-        terms.append(TermArguments(name, function, inputs, targets, own, Samples(*sets)))
+            terms.append(
+                TermArguments(
+                    name=name,
+                    model_fn=of_term(model_fn, name),
+                    X=inputs,
+                    y=targets,
+                    criterion=_one_for_all(model_fn, "criterion", criterion, name),
+                    gram=_one_for_all(model_fn, "gram", gram, name),
+                    samples=Samples(*sets),
+                )
+            )
     return terms
 
 
@@ -127,6 +132,18 @@ def about_term(name: Name) -> Iterator[None]:
         if name is not None:
             error.args = (f"term {name!r}: {error}",)
         raise
+
+
+def _one_for_all(model_fn: Any, argument: str, value: Any, name: Name) -> Any:
+    """Return an option of a term, of which one may serve all."""
+    if not isinstance(value, Mapping):
+        return value
+    if name is None:
+        rule = f"{argument} may be a dict only where model_fn is a dict of terms"
+        remedy = f"Pass model_fn, X and y as dicts too, {EXAMPLE}."
+        raise BadType(sentence(rule, "a dict", remedy))
+    check_keys(model_fn, **{argument: value})
+    return value[name]
 
 
 def _indices_of(samples: Any, name: Name) -> Indices | None:

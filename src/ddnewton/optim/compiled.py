@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from ddnewton.criteria import MonteCarlo
+from ddnewton.criteria import Criteria, generators_of
 from ddnewton.optim.notices import FLAT_SHARE_WARNED
 from ddnewton.optim.settings import Settings
 from ddnewton.optim.state import State, UpdateInfo
@@ -18,14 +18,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def has_one_trial(settings: Settings, criterion: object, state: State) -> bool | Bool[Tensor, ""]:
+def has_one_trial(settings: Settings, criterion: Criteria, state: State) -> bool | Bool[Tensor, ""]:
     """Return whether an update is one trial, if that is taken: no search over lengths or a grid.
 
     Nor may anything be drawn, for the update may be made once more.
     """
     adaptation = settings.adaptation
     by_length = adaptation.by_length or settings.trust_radius is not None
-    if by_length or callable(adaptation.rule) or isinstance(criterion, MonteCarlo):
+    if by_length or callable(adaptation.rule) or generators_of(criterion):
         return False
     choice = adaptation.choice
     return choice is None or state.updates % choice.every != 0

@@ -29,7 +29,7 @@ from ddnewton.optim.state import State, UpdateInfo, check_state, first_state
 from ddnewton.optim.update import local_model, next_state, update_info
 from ddnewton.quadratic.quadratic_model import quadratic_model
 from ddnewton.transforms import any_known
-from ddnewton.types import AnyModelFn, DampingRule, GramWay, PyTree, Select
+from ddnewton.types import AnyModelFn, DampingRule, GramWays, PyTree, Select
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ def directional_newton(
     subsampling_grad: TermIndices | None = None,
     subsampling_ggn: TermIndices | None = None,
     subsampling_curvature: TermIndices | None = None,
-    gram: GramWay = "auto",
+    gram: GramWays = "auto",
     chunk_size: int | None = None,
 ) -> FunctionalOptimizer:
     r"""Return an optimizer of damped Newton steps, as a pair of pure functions.

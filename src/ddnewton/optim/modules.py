@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ddnewton.inputs.checks import check_batch
 from ddnewton.inputs.module_function import ModuleFunction
+from ddnewton.inputs.terms import Name, about_term, check_keys, of_term, one_or_several
 from ddnewton.linearize.independence import evaluate
 from ddnewton.linearize.linearization import dense_flops, is_tiny
 from ddnewton.linearize.module_state import equal, writes
@@ -17,7 +18,7 @@ from ddnewton.linearize.structured.prepare import Untraceable, no_layers, prepar
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.process import ONE_THREAD
 from ddnewton.trees import TreeSpec, parameter_count, sample_count, take, tree_flatten
-from ddnewton.types import ModelFn, PyTree
+from ddnewton.types import GramWay, GramWays, ModelFn, PyTree
 
 COMPARED_BY_VALUE = (
     bool,
@@ -51,6 +52,42 @@ class TracedModule(NamedTuple):
     untrained: list[Tensor]  # copies: writing through .data leaves no other trace
     slow: str | None  # why it has no layers; empty where that costs nothing, None where it has
     updates_left: int  # until it is traced, below 0 after that
+
+
+def traced_terms(
+    before: Mapping[Name, Sequence[TracedModule]],
+    functions: Mapping[Name, ModuleFunction],
+    params: PyTree,
+    X: PyTree,
+    gram: GramWays,
+) -> dict[Name, list[TracedModule]]:
+    """Return the function of every term, in front of those before: as `traced_modules` does.
+
+    Layers are searched for at once where columns are to be formed from them, and not at all where
+    they are to be dense.
+    """
+    check_keys(one_or_several(functions), X=X)
+    traced = {}
+    for name, function in functions.items():
+        way = gram[name] if isinstance(gram, Mapping) else gram
+        traced[name] = [TracedModule(function, [], [], "", -1)]
+        if way != "dense":
+            with about_term(name):
+                kept, inputs = before.get(name, []), of_term(X, name)
+                traced[name] = traced_modules(kept, function, params, inputs, way == "structured")
+    return traced
+
+
+def gram_ways(traced: Mapping[Name, Sequence[TracedModule]], gram: GramWays) -> dict[Name, GramWay]:
+    """Return how the columns of every term are formed.
+
+    What has no layers, or none yet, is not searched for them at every step.
+    """
+    ways: dict[Name, GramWay] = {}
+    for name, (current, *_) in traced.items():
+        way = gram[name] if isinstance(gram, Mapping) else gram
+        ways[name] = "dense" if way == "auto" and current.slow is not None else way
+    return ways
 
 
 def traced_modules(

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ddnewton.criteria import AnyCriterion, MonteCarlo
+from ddnewton.criteria import Criteria, generators_of
 from ddnewton.optim.state import State
 
 Stored: TypeAlias = Mapping[Tensor, Mapping[str, Any]]
@@ -53,13 +53,28 @@ def from_stored(
 
 
 @contextmanager
-def restoring_draws(criterion: AnyCriterion) -> Iterator[None]:
-    """Restore the state of the random numbers of a criterion if a step inside is refused."""
-    generator = criterion.generator if isinstance(criterion, MonteCarlo) else None
-    before = None if generator is None else generator.get_state()
+def restoring_draws(criterion: Criteria) -> Iterator[None]:
+    """Restore the state of the random numbers of criteria if a step inside is refused."""
+    generators = generators_of(criterion).values()
+    before = [generator.get_state() for generator in generators]
     try:
         yield
     except BaseException:
-        if generator is not None and before is not None:
-            generator.set_state(before)
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
         raise
+
+
+def stored_draws(criterion: Criteria) -> dict[str, Any]:
+    """Return the state of the random numbers of criteria: by term, or of the only one."""
+    states = {name: generator.get_state() for name, generator in generators_of(criterion).items()}
+    return {"generator": states.get(None, states)} if states else {}
+
+
+def load_draws(criterion: Criteria, stored: Mapping[str, Any]) -> None:
+    """Set the random numbers of criteria to a state that was stored by `stored_draws`."""
+    if "generator" not in stored:
+        return
+    states = stored["generator"]
+    for name, generator in generators_of(criterion).items():
+        generator.set_state((states if name is None else states[name]).cpu())

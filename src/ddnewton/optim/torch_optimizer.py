@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ddnewton.criteria import AnyCriterion, MonteCarlo
+from ddnewton.criteria import Criteria
 from ddnewton.errors import BadValue, sentence
 from ddnewton.inputs.checks import check_nonnegative
-from ddnewton.inputs.module_function import Forward, module_function
+from ddnewton.inputs.module_function import Forward, module_functions
+from ddnewton.inputs.terms import one_or_several
 from ddnewton.optim.adaptation import Adaptation, as_adaptation, levenberg_marquardt
 from ddnewton.optim.closures import batch_of_step
 from ddnewton.optim.functional import FunctionalOptimizer, directional_newton
-from ddnewton.optim.modules import TracedModule, traced_modules
+from ddnewton.optim.modules import TracedModule, gram_ways, traced_terms
 from ddnewton.optim.notices import Notices
 from ddnewton.optim.parameter_groups import (
     as_blocks,
@@ -27,8 +28,14 @@ from ddnewton.optim.parameter_groups import (
 )
 from ddnewton.optim.settings import Complement, WeightDecay, check_weight_decay
 from ddnewton.optim.state import UpdateInfo
-from ddnewton.optim.stored_state import from_stored, restoring_draws, to_stored
-from ddnewton.types import DampingRule, GramWay, ModelFn, PyTree, Select
+from ddnewton.optim.stored_state import (
+    from_stored,
+    load_draws,
+    restoring_draws,
+    stored_draws,
+    to_stored,
+)
+from ddnewton.types import AnyModelFn, DampingRule, GramWays, PyTree, Select
 
 
 class DirectionalNewton(Optimizer):
@@ -45,9 +52,8 @@ class DirectionalNewton(Optimizer):
     returns the batch, ``(X, y)``. Parameter groups are blocks of the Gauss-Newton matrix, with
     ``"lr"``, ``"weight_decay"``, ``"damping"`` and ``"select"`` of their own. Buffers, and
     parameters that are in no group or require no gradient, are used as they are at every step;
-    layers that mix samples have to be in eval mode. The layers of the module are found in the first
-    step, and again when the shape of a sample changes, or anything in the module other than the
-    trained parameters.
+    layers that mix samples have to be in eval mode. The layers are found in the first step, and
+    again when the shape of a sample changes, or anything in the module but the trained parameters.
 
     Parameters
     ----------
@@ -66,7 +72,8 @@ class DirectionalNewton(Optimizer):
         Learning rate, for schedulers to change. None is 1, times the learning rate of the damping,
         such as the falling one of `ddnewton.held_out`.
     forward
-        ``forward(module, X) -> outputs``, where the outputs are not ``module(X)``.
+        ``forward(module, X) -> outputs``, where the outputs are not ``module(X)``. For a loss of
+        several terms, a dict of such functions; X, y and criterion are dicts of the same keys.
 
     Attributes
     ----------
@@ -95,7 +102,7 @@ class DirectionalNewton(Optimizer):
     def __init__(
         self,
         module: nn.Module,
-        criterion: AnyCriterion,
+        criterion: Criteria,
         damping: float | Tensor | DampingRule | Adaptation | None = None,
         *,
         params: Iterable[Any] | None = None,
@@ -105,12 +112,12 @@ class DirectionalNewton(Optimizer):
         trust_radius: float | None = None,
         select: Select | None = None,
         complement: Complement = None,
-        forward: Forward | None = None,
-        gram: GramWay = "auto",
+        forward: Forward | Mapping[Any, Forward] | None = None,
+        gram: GramWays = "auto",
         chunk_size: int | None = None,
     ) -> None:
         # Check the arguments that only this class has.
-        self._function = module_function("DirectionalNewton", module, forward)
+        self._functions = module_functions("DirectionalNewton", module, forward)
         if lr is not None:
             check_nonnegative("DirectionalNewton: lr", lr)
         # Keep the options: the functional optimizer is made anew in every step, for the groups that
@@ -128,22 +135,22 @@ class DirectionalNewton(Optimizer):
             "chunk_size": chunk_size,
         }
         self._group_options: list[dict[str, Any]] = []
-        self._traced: list[TracedModule] = []
+        self._traced: dict[Any, list[TracedModule]] = {}
         self._notices = Notices()
         self.info = None
         # Make the groups, and check the other options, by making an optimizer of them.
         if params is None:
-            params = [p for p in self._function.parameters().values() if p.requires_grad]
+            params = [p for p in self._parameters().values() if p.requires_grad]
         check_weight_decay(weight_decay)
         decay = weight_decay if isinstance(weight_decay, Mapping) else float(weight_decay)
         super().__init__(params, {"lr": 1.0 if lr is None else float(lr), "weight_decay": decay})
-        self._optimizer(self._function)
+        self._optimizer(one_or_several(self._functions))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the module, as a block of the Gauss-Newton matrix."""
         group, options = without_options(param_group)
         super().add_param_group(group)
-        of_module = {id(p) for p in self._function.parameters().values()}
+        of_module = {id(p) for p in self._parameters().values()}
         if any(id(p) not in of_module for p in self.param_groups[-1]["params"]):
             self.param_groups.pop()
             rule = "DirectionalNewton: params must be parameters of the module"
@@ -172,17 +179,14 @@ class DirectionalNewton(Optimizer):
         X, y = batch_of_step(X, y, closure)
         params = self._trained()
         # Find the layers of the module, unless they are those of the last step.
-        if self._options["gram"] == "dense":
-            optimizer = self._optimizer(self._function)
-        else:
-            at_once = self._options["gram"] == "structured"
-            self._traced = traced_modules(self._traced, self._function, params, X, at_once)
-            current = self._traced[0]
-            optimizer = self._optimizer(current.model_fn)
-            # What has no layers, or none yet, is not searched for them at every step.
-            if not at_once and current.slow is not None:
-                self._notices.once("layers", current.slow)
-                optimizer = self._optimizer(self._function, gram="dense")
+        gram = self._options["gram"]
+        self._traced = traced_terms(self._traced, self._functions, params, X, gram)
+        functions = {name: traced[0].model_fn for name, traced in self._traced.items()}
+        ways = gram_ways(self._traced, gram)
+        for name, (current, *_) in self._traced.items():
+            if ways[name] == "dense":
+                self._notices.once("layers", current.slow or "")
+        optimizer = self._optimizer(one_or_several(functions), gram=one_or_several(ways))
         # Make the step as a pure function of parameters and state.
         first = self._grouped()[0]
         state = from_stored(self.state, optimizer.init(params), params, first)
@@ -199,26 +203,26 @@ class DirectionalNewton(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, including that of the random numbers of `ddnewton.monte_carlo`."""
-        state = super().state_dict()
-        if isinstance(self._criterion, MonteCarlo):
-            state["generator"] = self._criterion.generator.get_state()
-        return state
+        return super().state_dict() | stored_draws(self._criterion)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, to go on from where it was saved."""
         super().load_state_dict(state_dict)
-        if isinstance(self._criterion, MonteCarlo) and "generator" in state_dict:
-            self._criterion.generator.set_state(state_dict["generator"].cpu())
+        load_draws(self._criterion, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes to copy or pickle: no hooks, as in torch, and no traced layers.
 
         The layers are found again in the next step.
         """
-        names = ("_function", "_criterion", "_base_rate", "_options", "_group_options")
+        names = ("_functions", "_criterion", "_base_rate", "_options", "_group_options")
         attributes: dict[str, Any] = super().__getstate__()
         attributes |= {name: getattr(self, name) for name in (*names, "_notices", "info")}
-        return attributes | {"_traced": []}
+        return attributes | {"_traced": {}}
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """Return the parameters of the module by name."""
+        return next(iter(self._functions.values())).parameters()
 
     def _grouped(self) -> list[Tensor]:
         """Return the parameters of all groups, in the order of the groups."""
@@ -227,14 +231,14 @@ class DirectionalNewton(Optimizer):
     def _trained(self) -> dict[str, Tensor]:
         """Return the parameters in groups that require gradients, in the module's order."""
         grouped = {id(p) for p in self._grouped()}
-        named = self._function.parameters()
+        named = self._parameters()
         if not grouped <= {id(p) for p in named.values()}:
             rule = "step: the parameters of all groups must still be those of the module"
             remedy = "Load with assign=False, or make the optimizer after changing the module."
             raise BadValue(sentence(rule, "others in their place", remedy))
         return {name: p for name, p in named.items() if id(p) in grouped and p.requires_grad}
 
-    def _optimizer(self, model_fn: ModelFn, **options: Any) -> FunctionalOptimizer:
+    def _optimizer(self, model_fn: AnyModelFn, **options: Any) -> FunctionalOptimizer:
         """Return the optimizer as pure functions, with the groups as they are now."""
         optimizer = directional_newton(
             model_fn,

@@ -38,7 +38,7 @@ from ddnewton.quadratic.gauss_newton import (
 )
 from ddnewton.quadratic.term import Objective, Term, TermLosses, expansion_of, of_samples, term_of
 from ddnewton.trees import as_real, on_pairs
-from ddnewton.types import AnyModelFn, DampingRule, PyTree, Select
+from ddnewton.types import AnyModelFn, DampingRule, GramWays, PyTree, Select
 
 
 class QuadraticModel(NamedTuple):
@@ -116,7 +116,7 @@ def quadratic_model(
     subsampling_grad: TermIndices | None = None,
     subsampling_ggn: TermIndices | None = None,
     subsampling_curvature: TermIndices | None = None,
-    gram: str = "auto",
+    gram: GramWays = "auto",
     chunk_size: int | None = None,
     gradient: bool = True,
 ) -> Iterator[QuadraticModel]:
@@ -133,7 +133,7 @@ def quadratic_model(
         "subsampling_ggn": subsampling_ggn,
         "subsampling_curvature": subsampling_curvature,
     }
-    terms = terms_of(model_fn, X, y, criterion, subsampling)
+    terms = terms_of(model_fn, X, y, criterion, gram, subsampling)
     blocks = blocks_of(groups, params, select, damping)
     objectives = [_objective(term, params, gradient) for term in terms]
     # Run the models, and keep them as they are for as long as their columns are asked for.
@@ -145,7 +145,7 @@ def quadratic_model(
                 if not isinstance(function, Prepared):
                     function = on_pairs(function, params)
                 linearization = stack.enter_context(
-                    linearized(function, as_real(params), term.X, gram, chunk_size)
+                    linearized(function, as_real(params), term.X, term.gram, chunk_size)
                 )
                 linearizations.append(linearization)
                 if linearization.complex_outputs:
