@@ -68,7 +68,9 @@ def newton_step(
     ----------
     model_fn
         ``model_fn(params, X) -> outputs`` on a batch, samples on axis 0. Anything torch.func can
-        differentiate in which one sample's output does not depend on another's.
+        differentiate in which one sample's output does not depend on another's. Or a dict of such
+        functions, the terms of a loss that is their sum: X, y and, unless one serves all, criterion
+        are dicts of the same keys, and each term has its own samples and its own mean.
     params
         Pytree of floating-point tensors, or of complex ones: these count as pairs of reals, and so
         do complex outputs, for which the criterion is a function of them.
@@ -96,7 +98,7 @@ def newton_step(
     subsampling_grad, subsampling_ggn
         Indices of the samples whose mean is the gradient, and of those that G is the mean over,
         directions and curvatures; None for all. What is summed or averaged is still the loss of
-        the whole batch, so that both are estimates of its derivatives.
+        the whole batch, so that both are estimates of its derivatives. Of terms, dicts of indices.
     subsampling_curvature
         Indices of the samples whose mean curvature along the directions is λ_k, instead of those
         of ``subsampling_ggn``. On samples that the directions have not seen, λ is free of the bias
@@ -132,6 +134,14 @@ def newton_step(
     >>> zero = {"slope": torch.zeros(1), "offset": torch.zeros(1)}
     >>> x = torch.tensor([[0.0], [1.0], [2.0]])
     >>> step = newton_step(line, zero, x, 3 * x + 1, torch.nn.MSELoss(), damping=0.0)
+    >>> {name: round(value.item(), 5) for name, value in step.items()}
+    {'slope': 3.0, 'offset': 1.0}
+
+    The same line by two terms, with its values at two points and its slope at a third:
+
+    >>> terms = {"values": line, "slope": lambda p, x: p["slope"] + 0 * x}
+    >>> X, y = {"values": x[:2], "slope": x[2:]}, {"values": 3 * x[:2] + 1, "slope": 3 + 0 * x[2:]}
+    >>> step = newton_step(terms, zero, X, y, torch.nn.MSELoss(), damping=0.0)
     >>> {name: round(value.item(), 5) for name, value in step.items()}
     {'slope': 3.0, 'offset': 1.0}
     """

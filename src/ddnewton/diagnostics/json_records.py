@@ -72,6 +72,9 @@ def to_json(name: str, value: object) -> Any:
         value = value.tolist()
     if isinstance(value, list):
         return [to_json(name, item) for item in value]
+    # The losses of terms are a dict of numbers.
+    if isinstance(value, dict):
+        return {str(key): to_json(f"{name}[{key!r}]", item) for key, item in value.items()}
     # Booleans before integers, which they are too.
     if isinstance(value, bool):
         return value

@@ -47,7 +47,8 @@ def append(
         The info of an optimizer's ``update``, or any NamedTuple of scalars. Or the info of
         `newton_step_and_info`, of which the loss, the predicted decrease (of the full step),
         gradient norm, gradient share, rank and flat share are written: those of all groups
-        together, and the smallest gradient share of a group.
+        together, and the smallest gradient share of a group. Losses of several terms are an object
+        of numbers by name, ``"losses"``.
     directions
         The info of `newton_step_and_info`, to write the `summary` of every direction as well.
     more
@@ -149,8 +150,12 @@ def run_file(path: str | Path) -> Path:
 def _scalars(info: object) -> dict[str, Any]:
     """Return the scalars of a step; of a step in blocks, those of all blocks together."""
     blocks = _blocks(info)
+    losses = getattr(blocks[0] if blocks else info, "losses", None)
+    of_terms = {"losses": to_json("losses", losses)} if isinstance(losses, dict) else {}
     if not blocks:
-        return as_plain(info)
+        line = as_plain(info)
+        line.pop("losses", None)  # of one term, which is the loss
+        return line | of_terms
     norms = torch.stack([block.gradient_norm.double() for block in blocks])
     decreases = torch.stack([block.predicted_decrease.double().sum(-1) for block in blocks])
     flat = [
@@ -164,7 +169,7 @@ def _scalars(info: object) -> dict[str, Any]:
         "rank": torch.stack([block.rank for block in blocks]).sum(0),
         "flat_share": torch.stack(flat).sum(0) / norms.square().sum(0).clamp(min=SMALLEST_SQUARE),
     }
-    return {name: to_json(name, value) for name, value in totals.items()}
+    return {name: to_json(name, value) for name, value in totals.items()} | of_terms
 
 
 def _blocks(info: object) -> list[Info]:

@@ -19,6 +19,11 @@ from ddnewton.types import PyTree
 GRAM_OPTIONS = ("auto", "structured", "dense")
 """The values of the option ``gram``."""
 
+TERMS_REMEDY = (
+    "Residuals of several kinds, each with its own points, are terms of the loss: pass model_fn, X "
+    'and y as dicts, such as model_fn={"inside": residual, "edge": trace}.'
+)
+
 
 def check_params(params: PyTree) -> None:
     """Require at least one leaf, and floating-point or complex tensors throughout."""
@@ -65,7 +70,7 @@ def check_batch(**trees: PyTree) -> None:
     if len(set(counts.values())) > 1:
         got = ", ".join(f"{name}: {count}" for name, count in counts.items())
         rule = f"{names} must hold the same number of samples"
-        raise BadValue(sentence(rule, got, "Slice them to a common axis 0."))
+        raise BadValue(sentence(rule, got, f"Slice them to a common axis 0. {TERMS_REMEDY}"))
     if 0 in counts.values():
         raise BadValue(
             sentence(f"{names} must hold at least one sample", "0", "Skip the empty batch.")
@@ -90,7 +95,8 @@ def check_outputs(outputs: object, samples: int) -> None:
     # A tensor of real numbers with a row a sample; only then can its values be looked at.
     if not isinstance(outputs, Tensor):
         rule = "model_fn must return one tensor"
-        raise BadType(sentence(rule, type(outputs).__name__, "Pick or concatenate the outputs."))
+        remedy = f"Pick or concatenate the outputs of a sample. {TERMS_REMEDY}"
+        raise BadType(sentence(rule, type(outputs).__name__, remedy))
     if not outputs.is_floating_point():
         rule = "model_fn must return floating-point outputs"
         raise BadType(sentence(rule, outputs.dtype, "Return logits or real values."))
@@ -123,7 +129,10 @@ def check_sample_axis(outputs: Tensor, samples: int) -> None:
     if outputs.ndim == 0 or outputs.shape[0] != samples:
         rule = "the outputs of model_fn must have the samples on axis 0"
         got = f"outputs: {list(outputs.shape)} for a batch of {samples}"
-        remedy = "Keep the sample axis, also for one sample: squeeze(-1), not squeeze()."
+        remedy = (
+            "Keep the sample axis, also for one sample: squeeze(-1), not squeeze(). Points or "
+            f"weights of samples are parts of X. {TERMS_REMEDY}"
+        )
         raise BadValue(sentence(rule, got, remedy))
 
 
@@ -202,20 +211,6 @@ def _accepts_arguments(function: Callable[..., object], count: int) -> bool:
     except ValueError:  # it has no signature
         return True
     return True
-
-
-def distinct(indices: Tensor, count: int, rule: str, remedy: str) -> Tensor:
-    """Require distinct indices from −count to count − 1, and return them as 0 to count − 1."""
-    indices = indices.long()  # in a smaller dtype, adding the count could overflow
-    values = unwrapped(indices)
-    if any_known((values < -count) | (values >= count)):
-        got = f"indices from {int(values.min())} to {int(values.max())}"
-        raise BadValue(sentence(rule, got, remedy))
-    indices = torch.where(indices < 0, indices + count, indices)
-    ordered = unwrapped(indices).sort(-1).values
-    if any_known(ordered.diff(dim=-1) == 0):
-        raise BadValue(sentence(rule, f"repeats in {values.tolist()}", remedy))
-    return indices
 
 
 def check_nonnegative(name: str, value: object) -> None:

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ddnewton.errors import BadType, BadValue, sentence
-from ddnewton.inputs.checks import distinct
+from ddnewton.transforms import any_known, unwrapped
 
 Indices: TypeAlias = Sequence[int] | slice | Tensor
 
@@ -70,3 +70,17 @@ def rows_among(
     new = samples[row[samples] < 0]
     row[new] = len(row_samples) + torch.arange(len(new), device=row_samples.device)
     return row[samples], new if len(new) else None
+
+
+def distinct(indices: Tensor, count: int, rule: str, remedy: str) -> Tensor:
+    """Require distinct indices from −count to count − 1, and return them as 0 to count − 1."""
+    indices = indices.long()  # in a smaller dtype, adding the count could overflow
+    values = unwrapped(indices)
+    if any_known((values < -count) | (values >= count)):
+        got = f"indices from {int(values.min())} to {int(values.max())}"
+        raise BadValue(sentence(rule, got, remedy))
+    indices = torch.where(indices < 0, indices + count, indices)
+    ordered = unwrapped(indices).sort(-1).values
+    if any_known(ordered.diff(dim=-1) == 0):
+        raise BadValue(sentence(rule, f"repeats in {values.tolist()}", remedy))
+    return indices

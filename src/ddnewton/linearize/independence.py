@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ddnewton.errors import BadValue, sentence
-from ddnewton.inputs.checks import check_outputs
+from ddnewton.inputs.checks import TERMS_REMEDY, check_outputs
 from ddnewton.linearize.calls import called, with_dense_samples
 from ddnewton.linearize.model import Model
 from ddnewton.linearize.module_state import kept
@@ -200,7 +200,7 @@ def check_independent(
         got = f"{quantity} of the batch and of its samples alone, {float(error.max()):.2g} apart"
         remedy = (
             "Something in model_fn mixes the samples: put normalisation layers in eval mode and "
-            "compute nothing across axis 0."
+            f"compute nothing across axis 0. {TERMS_REMEDY}"
         )
         raise SamplesMix(sentence(INDEPENDENCE_RULE, got, remedy))
 

@@ -11,7 +11,7 @@ from ddnewton.errors import warn
 from ddnewton.optim.search import LocalModel, Step, noise_of
 from ddnewton.optim.settings import Settings
 from ddnewton.optim.state import UpdateInfo
-from ddnewton.quadratic.flat import check_slopes
+from ddnewton.quadratic.flat import check_slopes, steep_weights
 from ddnewton.transforms import any_known, unwrapped
 
 FLAT_SHARE_WARNED = 0.01
@@ -60,5 +60,6 @@ def notice(
 def _stands_still(local: LocalModel, step: Step) -> Tensor:
     """Return whether a step of no length is taken where the gradient stands out from rounding."""
     asked = step.taken & (step.outcome.length == 0) & (torch.as_tensor(step.rate) > 0).any()
+    asked = asked & (steep_weights(local.model) != 0).any()
     noise = noise_of(local, step.outcome.before) * local.curvature.trace
     return asked & (local.gradient_norm.square() > noise)

@@ -65,9 +65,9 @@ def decreases(ax: Axes, predicted: Sequence[float], actual: Sequence[float]) -> 
 def history(axes: Sequence[Axes], lines: Lines) -> None:
     """Draw the course of a run on up to six Axes.
 
-    In this order: the loss, with all numbers whose names end in ``loss``; the damping; the actual
-    over the predicted decrease; the rank; the share of the squared gradient norm inside the kept
-    directions; the lengths of the gradient and of the step.
+    In this order: the loss, with those of its terms and all numbers whose names end in ``loss``;
+    the damping; the actual over the predicted decrease; the rank; the share of the squared gradient
+    norm inside the kept directions; the lengths of the gradient and of the step.
 
     ``lines`` are those that `diagnostics.read` returns. A number that is missing or not finite
     leaves a gap. Steps are counted from 1, or are the numbers called ``step`` where every line has
@@ -126,17 +126,24 @@ def _column(lines: Lines, name: str) -> Float[Tensor, " t"]:
     return torch.tensor(numbers, dtype=torch.float64)
 
 
+def _terms(lines: Lines) -> dict[str, Float[Tensor, " t"]]:
+    """Return the loss of every term, where there are several."""
+    of_terms = [line.get("losses") or {} for line in lines]
+    names = dict.fromkeys(name for losses in of_terms for name in losses)
+    return {name: _column(of_terms, name) for name in names}
+
+
 def _draw_loss(ax: Axes, steps: Float[Tensor, " t"], lines: Lines) -> None:
     """Draw all numbers whose names end in ``loss``, and mark the steps that were not taken."""
     # The loss of the batches, a value a step.
     values = _column(lines, "loss")
     drawn = [values]
-    other_losses = {name: None for line in lines for name in line if name.endswith("loss")}
-    other_losses.pop("loss", None)
+    names = dict.fromkeys(name for line in lines for name in line if name.endswith("loss"))
+    names.pop("loss", None)
+    other_losses = _terms(lines) | {name: _column(lines, name) for name in names}
     curve_with_gaps(ax, steps, values, label="loss" if other_losses else None)
     # Other losses, such as ``test_loss``, may be there only now and then: joined, without gaps.
-    for color, name in zip(COLORS[1:], other_losses, strict=False):
-        values = _column(lines, name)
+    for color, (name, values) in zip(COLORS[1:], other_losses.items(), strict=False):
         logged = values.isfinite()
         points: dict[str, Any] = {} if logged.all() else {"marker": ".", "markersize": 5}
         curve_with_gaps(ax, steps[logged], values[logged], color, label=name, **points)

@@ -52,16 +52,20 @@ def check_slopes(model: QuadraticModel, matrices: Sequence[GaussNewton], *, curv
         check_outputs_depend(model, matrices)
     if not curved:
         return
-    # All that the gradient is made of but slopes of rounding.
-    count = len(model.curvature_weights)
-    steep = F.pad(_steep(model), (0, len(model.gradient_weights) - count), value=True)
-    weights = torch.where(steep, model.gradient_weights, 0)
+    weights = steep_weights(model)
     norm = torch.stack([_square(decompose(matrix), weights) for matrix in matrices]).sum().sqrt()
     if any_known((largest <= 0) & (norm > 0)):
         rule = "the loss must have curvature where its gradient is not zero"
         size = float(unwrapped(norm).amax())
         got = f"{model.names} with a gradient of norm {size:.3g} and no curvature at all"
         raise BadValue(sentence(rule, got, WAYS_OUT))
+
+
+def steep_weights(model: QuadraticModel) -> Float[Tensor, " a"]:
+    """Return the weights of all that the gradient is made of but slopes of rounding."""
+    count = len(model.curvature_weights)
+    steep = F.pad(_steep(model), (0, len(model.gradient_weights) - count), value=True)
+    return torch.where(steep, model.gradient_weights, 0)
 
 
 def check_outputs_depend(

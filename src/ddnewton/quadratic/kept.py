@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ddnewton.errors import BadType, BadValue, sentence
-from ddnewton.inputs.checks import distinct
 from ddnewton.inputs.groups import Block
+from ddnewton.inputs.samples import distinct
 from ddnewton.quadratic.derivatives import Derivatives
 from ddnewton.quadratic.spectrum import Spectrum
 from ddnewton.transforms import is_batched
