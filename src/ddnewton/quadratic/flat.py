@@ -52,6 +52,7 @@ def check_slopes(model: QuadraticModel, matrices: Sequence[GaussNewton], *, curv
         check_outputs_depend(model, matrices)
     if not curved:
         return
+    # What no direction with curvature explains of the gradient.
     weights = steep_weights(model)
     norm = torch.stack([_square(decompose(matrix), weights) for matrix in matrices]).sum().sqrt()
     if any_known((largest <= 0) & (norm > 0)):
