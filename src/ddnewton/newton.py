@@ -217,6 +217,6 @@ def newton_step_and_info(
         blocks = directions_of(model, matrices)  # all, for the rank
         solutions = [solve(model, block, complement) for block in blocks]
         vectors = to_parameters(model, matrices, [step.coordinates for step in solutions])
-        infos = list(map(partial(info_of, model), blocks, gradients(model), solutions))
+        infos = list(map(partial(info_of, model), blocks, gradients(model, matrices), solutions))
     step = unflatten(vectors, model.leaves, params)
     return step, grouped(infos, groups)

@@ -21,7 +21,7 @@ def matrix_of(name: str, **options) -> tuple[GaussNewton, list]:
     """The matrix of one block of all parameters, and its model."""
     with quadratic_model(*problem(name), **options) as expanded:
         model, (matrix,) = gauss_newton_matrices(expanded)
-        gradient = gradients(model)[0]
+        (gradient,) = gradients(model, [matrix])
     return matrix, [model, gradient]
 
 

@@ -15,6 +15,11 @@ INTERMEDIATE_BYTES = 2**25
 """How large an intermediate may be: a few of them at once stay in a processor's cache."""
 
 
+WRITTEN_ENTRIES, WRITTEN_PRODUCTS = 2**19, 2**25
+"""Up to how many entries columns are kept dense, and of how many multiplications of their inner
+products: so many take a few milliseconds."""
+
+
 class Outer(NamedTuple):
     """Columns of some samples as outer products.
 
@@ -50,6 +55,20 @@ class Jacobian(NamedTuple):
     device: torch.device
     eps: float  # the rounding of a column
     sums: float  # the rounding of sums of products of columns, 0 for that of float64
+
+
+def written_out(jacobian: Jacobian, factors: Sequence[Factor]) -> Jacobian:
+    """Return a Jacobian with these factors, all in one chunk, as dense columns where they are few.
+
+    Products of small matrices take less time than finding out how to leave them out. Every piece is
+    a factor of its own.
+    """
+    count, d = jacobian.samples * jacobian.columns, sum(map(entry_count, factors))
+    if count * d > WRITTEN_ENTRIES or count * d * min(count, d) > WRITTEN_PRODUCTS:
+        return jacobian
+    dense = [piece for factor in factors for piece in dense_pieces(factor)]
+    pieces = [[piece] for of_factor in jacobian.pieces for piece in of_factor]
+    return jacobian._replace(visit=lambda _: dense, pieces=pieces)
 
 
 def weighted_sums(factor: Factor, weights: Float[Tensor, "k n m"]) -> list[Float[Tensor, "k _"]]:
@@ -109,15 +128,21 @@ def dense_pieces(factor: Factor) -> list[Float[Tensor, "nm _"]]:
     return [part.flatten(2).flatten(0, 1) for part in whole.split(factor.widths, -1)]
 
 
-def scaled_columns(factor: Factor, scales: Float[Tensor, "n m"], samples: slice) -> Factor:
-    """Return the columns of some of the samples, each times a number."""
-    n, m = scales.shape
-    scales = scales[samples]
-    if isinstance(factor, Outer):
-        b = factor.b[samples] * scales.to(factor.b.dtype)[:, :, None, None, None]
-        return factor._replace(a=factor.a[samples], b=b)
-    rows = factor.reshape(n, m, -1)[samples] * scales.to(factor.dtype)[:, :, None]
-    return rows.flatten(0, 1)
+def dense_rows(
+    factors: Sequence[Factor], like: Float[Tensor, "n m"], samples: slice
+) -> Float[Tensor, "nm d"]:
+    """Return the columns of some samples along all factors, one in every row, in float64.
+
+    There are n·m of them, as of numbers ``like``.
+    """
+    m = like.shape[1]
+    pieces = [like.new_empty(like.numel(), 0)]
+    for factor in factors:
+        if isinstance(factor, Outer):
+            pieces += dense_pieces(factor._replace(a=factor.a[samples], b=factor.b[samples]))
+        else:
+            pieces.append(factor[samples.start * m : samples.stop * m])
+    return torch.cat([piece.double() for piece in pieces], 1)
 
 
 def formed(
@@ -152,8 +177,13 @@ def _weighted_sums_outer(
     """Return Σ_nm w_nm Σ_t b_nmt ⊗ a_nt for every row w of the weights."""
     k, shape = weights.shape[0], outer.b.shape[2:]
     g, o, _ = shape
-    # First Σ_m w_nm b_nmt [n k g o t], then the sum over samples and positions with a.
-    b = (weights.to(outer.b.dtype).transpose(0, 1) @ outer.b.flatten(2)).unflatten(2, shape)
+    # First Σ_m w_nm b_nmt [n k g o t], then the sum over samples and positions with a. A product of
+    # many small matrices takes several times as long as one of their entries.
+    by_sample = weights.to(outer.b.dtype).transpose(0, 1)
+    if outer.b.shape[1] == 1:
+        b = by_sample[..., None, None] * outer.b
+    else:
+        b = (by_sample @ outer.b.flatten(2)).unflatten(2, shape)
     if single_position(outer):
         total = (b.flatten(1).T @ outer.a[:, 0, 0]).unflatten(0, (k, o))
     elif outer.a.is_floating_point():
@@ -174,6 +204,8 @@ def _inner_products_outer(outer: Outer, vectors: Float[Tensor, "k _"]) -> Float[
     _, _, g, o, _ = outer.b.shape
     parts = vectors.to(outer.b.dtype).split([g * o * width for width in outer.widths], 1)
     E = torch.cat([part.unflatten(1, (g, o, -1)) for part in parts], -1)
+    if single_position(outer) and outer.b.shape[1] == 1:
+        return _inner_products_single(outer.a[:, 0, 0], outer.b[:, 0, 0, :, 0], E[:, 0]).double()
     # First E a [n k g o t], which is a column of E where a is a one at a place.
     if outer.a.is_floating_point():
         Ea = torch.einsum("kgop,ngtp->nkgot", E, outer.a)
@@ -183,6 +215,15 @@ def _inner_products_outer(outer: Outer, vectors: Float[Tensor, "k _"]) -> Float[
         Ea = F.pad(E, (0, 1))[..., places].movedim(3, 0)
     products: Tensor = outer.b.flatten(2) @ Ea.flatten(2).mT
     return products.flatten(0, 1).double()
+
+
+def _inner_products_single(
+    a: Float[Tensor, "n p"], b: Float[Tensor, "n o"], E: Float[Tensor, "k o p"]
+) -> Float[Tensor, "n k"]:
+    """Return b_nᵀE_k a_n, one large product with the longer of a and b before sums of the other."""
+    if b.shape[1] > a.shape[1]:
+        a, b, E = b, a, E.mT
+    return ((a @ E.flatten(0, 1).mT).unflatten(1, E.shape[:2]) * b[:, None]).sum(2)
 
 
 def single_position(outer: Outer) -> bool:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ddnewton.columns.contraction import flops
-from ddnewton.columns.factors import Factor, Jacobian, Outer
+from ddnewton.columns.factors import Factor, Jacobian, Outer, written_out
 from ddnewton.errors import warn
 from ddnewton.inputs.checks import check_outputs
 from ddnewton.inputs.memory import samples_at_once
@@ -193,7 +193,7 @@ def _by_program(
         # The factors of a single chunk are kept, those of several are computed at every visit.
         if len(parts) == 1:
             factors = of_chunk(parts[0]) if indices is not None else first.pullback(basis)
-        return Jacobian(
+        columns = Jacobian(
             visit=lambda chunk: factors or of_chunk(chunk),
             chunks=parts,
             samples=basis.shape[0],
@@ -205,6 +205,7 @@ def _by_program(
             eps=eps,
             sums=0.0 if outputs.dtype == torch.float64 else torch.finfo(outputs.dtype).eps,
         )
+        return written_out(columns, factors) if factors else columns
 
     return Linearization(
         outputs=outputs.to(prepared.dtype),

@@ -56,7 +56,7 @@ def local_model(
         damping=state.damping,
         held_out=held_out,
         curvature=curvature_of(matrices),
-        gradient_norm=torch.cat(gradients(model)).norm(),
+        gradient_norm=torch.cat(gradients(model, matrices)).norm(),
     )
 
 

@@ -57,7 +57,7 @@ def damped_step(
     # The right side: g itself, √w A₁ᵀg where all of g is damped, or z / N √w where A √w spans it.
     root = weights.sqrt()
     if not matrix.on_columns:
-        right = matrix.columns.matmat(gradient_weights[None])[0]
+        right = matrix.coordinates(gradient_weights)
     elif beyond:
         right = root * (matrix.entries.mT @ gradient_weights)
     else:

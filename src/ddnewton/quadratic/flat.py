@@ -48,7 +48,7 @@ def check_slopes(model: QuadraticModel, matrices: Sequence[GaussNewton], *, curv
     largest = _largest_trace(matrices)
     if not any_known(largest <= 0):
         return
-    if not any(any_known(g != 0) for g in gradients(model)):
+    if not any(any_known(g != 0) for g in gradients(model, matrices)):
         check_outputs_depend(model, matrices)
     if not curved:
         return

@@ -93,15 +93,16 @@ def scaled_matrix(
         rule = "leaves without weight_decay need a damping above 0 beside others that have one"
         raise BadValue(sentence(rule, "0", "Pass a number above 0 as damping."))
     root, columns = (block.of_params + delta).rsqrt(), matrix.columns
+    gradient = matrix.gradient
     if matrix.on_columns:
         entries = torch.einsum("g,gai->ai", 1 / (block.decays + delta), block.products)
     else:
-        entries = root[:, None] * matrix.entries * root
+        entries, gradient = root[:, None] * matrix.entries * root, root * gradient
     scaled = columns._replace(
         matmat=lambda weights: root * columns.matmat(weights),
         rmatmat=lambda vectors: columns.rmatmat(root[:, None] * vectors),
     )
-    return matrix._replace(columns=scaled, entries=entries)
+    return matrix._replace(columns=scaled, entries=entries, gradient=gradient)
 
 
 def unscaled(

@@ -70,6 +70,7 @@ def compile_program(
     ]
     later += [(i, entries[i]) for i in direct]
     return Program(
+        plain=graph,
         graph=_probed(graph, sites, sources),
         sites=[Site(site.meta[SHAPE], site.meta[DTYPE]) for site in sites],
         size=sum(site.meta[SHAPE].numel() for site in sites) + sum(sizes[i] for i in direct),
@@ -98,7 +99,10 @@ def widened_program(program: Program, dtype: torch.dtype) -> tuple[Program, bool
         one._replace(graph=one.graph and widened_graph(one.graph, dtype)[0])
         for one in program.derived_leaves
     ]
-    wide = program._replace(graph=graph, sites=sites, derived_leaves=derived, rounding=0.0)
+    plain, _ = widened_graph(program.plain, dtype)
+    wide = program._replace(
+        plain=plain, graph=graph, sites=sites, derived_leaves=derived, rounding=0.0
+    )
     return wide, rounded
 
 

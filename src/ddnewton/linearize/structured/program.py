@@ -72,12 +72,13 @@ class DerivedLeaves(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A graph that takes a probe for every site after its inputs, and also returns the sources.
+    """A graph as it is, and one that takes a probe for every site and also returns the sources.
 
     A probe is added to the result of an operation: its cotangent, pulled back, is that of the
     result. The factors of columns are the layers, the derived leaves, and the direct ones.
     """
 
+    plain: GraphModule  # (*params, *x) -> outputs
     graph: GraphModule  # (*params, *x, *probes) -> (outputs, sources)
     sites: Sequence[Site]
     size: int  # the number of cotangents of a sample and column

@@ -30,8 +30,7 @@ def run(
     program: Program, leaves: Sequence[Tensor], samples: Sequence[Tensor]
 ) -> Float[Tensor, "n ..."]:
     """Return the model's outputs, which can be differentiated along parameters or samples."""
-    probes = _probes(program, leaves[0], samples[0].shape[0])
-    outputs: Tensor = _of_samples(program, leaves, [], samples, probes)[0]
+    outputs: Tensor = vmap(lambda sample: program.plain.forward(*leaves, *sample))(list(samples))
     return outputs
 
 
@@ -73,15 +72,7 @@ def visit(program: Program, leaves: Sequence[Tensor], samples: Sequence[Tensor])
     def pullback(basis: Float[Tensor, "n c m"]) -> list[Factor]:
         # Pull back column m of every sample's basis at a time, or several of them.
         cotangents = basis.to(outputs).movedim(-1, 0).reshape(-1, *outputs.shape)
-        size, start = max(1, COTANGENTS_AT_ONCE // (n * program.size)), 0
-        pulled: list[Tensor] = []
-        for group in cotangents.split(size):
-            pieces, stop = _pulled(pull, group), start + group.shape[0]
-            # In place, column by column, for all of them are most of what a step takes of memory.
-            pulled = pulled or [x.new_empty(n, len(cotangents), *x.shape[2:]) for x in pieces]
-            for whole, piece in zip(pulled, pieces, strict=True):
-                whole[:, start:stop] = piece.transpose(0, 1)
-            start = stop
+        pulled = _by_groups(pull, cotangents, max(1, COTANGENTS_AT_ONCE // (n * program.size)))
         # Read b off the probes and a off the sources; a copy's cotangents are columns themselves.
         at_sites, rows = pulled[: len(probes)], pulled[len(probes) :]
         outer = partial(_outer, at_sites, sources)
@@ -93,6 +84,24 @@ def visit(program: Program, leaves: Sequence[Tensor], samples: Sequence[Tensor])
         return [*factors, *(row.reshape(row.shape[0] * row.shape[1], -1) for row in rows)]
 
     return Visit(outputs, pullback)
+
+
+def _by_groups(
+    pull: Callable[[Tensor], list[Tensor]], cotangents: Float[Tensor, "m n ..."], size: int
+) -> list[Tensor]:
+    """Return the pullbacks of so many cotangents at a time, samples first: [n m ...]."""
+    if len(cotangents) <= size:
+        return [piece.transpose(0, 1) for piece in _pulled(pull, cotangents)]
+    n, start = cotangents.shape[1], 0
+    wholes: list[Tensor] = []
+    for group in cotangents.split(size):
+        pieces, stop = _pulled(pull, group), start + group.shape[0]
+        # In place, column by column, for all of them are most of what a step takes of memory.
+        wholes = wholes or [x.new_empty(n, len(cotangents), *x.shape[2:]) for x in pieces]
+        for whole, piece in zip(wholes, pieces, strict=True):
+            whole[:, start:stop] = piece.transpose(0, 1)
+        start = stop
+    return wholes
 
 
 def _pulled(

@@ -1,0 +1,78 @@
+"""The normal equations of a block, G = A₁ diag(w) A₁ᵀ and g = A₁ z, in one pass over the columns.
+
+On the side of the parameters G and g are all that a damped step and its promise ask for, and to
+write the columns out takes as long as to multiply them: it is done once, for as many samples at a
+time as stay in a processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ddnewton.columns.contraction import completed, product
+from ddnewton.columns.factors import Factor, Jacobian, dense_rows, entry_count, in_order
+from ddnewton.columns.gram import Leaves, cuts_to, of_chunk, order_of
+from ddnewton.transforms import scaled, summed
+from ddnewton.trees import chunks
+
+CACHED_ENTRIES, ROWS_PER_ENTRY = 2**17, 4
+"""How many entries of dense rows are made at a time, and how many rows at least for each entry of
+one, so that the sum of their products is not what takes the time."""
+
+
+class NormalEquations(NamedTuple):
+    """G and g of a block, in the order of its parameters."""
+
+    matrix: Float[Tensor, "d d"]
+    gradient: Float[Tensor, " d"]
+
+
+def normal_equations(
+    jacobian: Jacobian,
+    blocks: Sequence[Leaves],
+    weights: Float[Tensor, " i"],
+    gradient_weights: Float[Tensor, " i"],
+) -> list[NormalEquations]:
+    """Return A diag(w) Aᵀ and A z for every block."""
+    cut, both = cuts_to(jacobian, blocks), torch.stack([weights, gradient_weights])
+    parts: list[list[NormalEquations]] = [[] for _ in blocks]
+    for chunk in jacobian.chunks:
+        of_curvature, of_gradient = of_chunk(jacobian, both, chunk)
+        for b, factors in enumerate(cut(jacobian.visit(chunk))):
+            for samples in _at_once(jacobian, factors, chunk):
+                # The rows a for g, and √w a in their place for G.
+                z, root = of_gradient[samples], of_curvature[samples].sqrt()
+                rows = dense_rows(factors, z, samples)
+                gradient = z.reshape(-1) @ rows
+                rows = scaled(rows, root.reshape(-1, 1)).mT
+                parts[b].append(NormalEquations(product(rows, rows), gradient))
+    return [
+        _in_order(_total(of_block), order_of(jacobian, block))
+        for of_block, block in zip(parts, blocks, strict=True)
+    ]
+
+
+def _at_once(jacobian: Jacobian, factors: Sequence[Factor], chunk: slice) -> list[slice]:
+    """Return so many samples of a chunk at a time that their rows stay in the cache."""
+    d = sum(map(entry_count, factors))
+    rows = max(CACHED_ENTRIES // max(1, d), ROWS_PER_ENTRY * d)
+    return chunks(chunk.stop - chunk.start, max(1, rows // jacobian.columns))
+
+
+def _total(parts: Sequence[NormalEquations]) -> NormalEquations:
+    """Return the sums of the parts of all samples."""
+    return NormalEquations(*(reduce(summed, of_all) for of_all in zip(*parts, strict=True)))
+
+
+def _in_order(sums: NormalEquations, order: Int[Tensor, " d"] | None) -> NormalEquations:
+    """Return sums over the factors' entries in the order of the parameters."""
+    matrix = completed(sums.matrix, symmetric=True)
+    return NormalEquations(
+        matrix=in_order(in_order(matrix, order).mT, order), gradient=in_order(sums.gradient, order)
+    )
