@@ -8,15 +8,15 @@ time as stay in a processor's cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ddnewton.columns.contraction import completed, product
-from ddnewton.columns.factors import Factor, Jacobian, dense_rows, entry_count, in_order
+from ddnewton.columns.factors import Factor, Jacobian, entry_count, joined_places, joined_rows
 from ddnewton.columns.gram import Leaves, cuts_to, of_chunk, order_of
 from ddnewton.transforms import scaled, summed
 from ddnewton.trees import chunks
@@ -41,21 +41,21 @@ def normal_equations(
 ) -> list[NormalEquations]:
     """Return A diag(w) Aᵀ and A z for every block."""
     cut, both = cuts_to(jacobian, blocks), torch.stack([weights, gradient_weights])
-    parts: list[list[NormalEquations]] = [[] for _ in blocks]
+    totals: list[NormalEquations | None] = [None for _ in blocks]
+    places: list[Int[Tensor, " d"] | None] = [None for _ in blocks]
     for chunk in jacobian.chunks:
         of_curvature, of_gradient = of_chunk(jacobian, both, chunk)
         for b, factors in enumerate(cut(jacobian.visit(chunk))):
+            places[b] = joined_places(factors, order_of(jacobian, blocks[b]))
             for samples in _at_once(jacobian, factors, chunk):
                 # The rows a for g, and √w a in their place for G.
                 z, root = of_gradient[samples], of_curvature[samples].sqrt()
-                rows = dense_rows(factors, z, samples)
+                rows = joined_rows(factors, z, samples)
                 gradient = z.reshape(-1) @ rows
                 rows = scaled(rows, root.reshape(-1, 1)).mT
-                parts[b].append(NormalEquations(product(rows, rows), gradient))
-    return [
-        _in_order(_total(of_block), order_of(jacobian, block))
-        for of_block, block in zip(parts, blocks, strict=True)
-    ]
+                totals[b] = _sum(totals[b], NormalEquations(product(rows, rows), gradient))
+    pairs = zip(totals, places, strict=True)
+    return [_in_order(total, order) for total, order in pairs if total is not None]
 
 
 def _at_once(jacobian: Jacobian, factors: Sequence[Factor], chunk: slice) -> list[slice]:
@@ -65,14 +65,16 @@ def _at_once(jacobian: Jacobian, factors: Sequence[Factor], chunk: slice) -> lis
     return chunks(chunk.stop - chunk.start, max(1, rows // jacobian.columns))
 
 
-def _total(parts: Sequence[NormalEquations]) -> NormalEquations:
-    """Return the sums of the parts of all samples."""
-    return NormalEquations(*(reduce(summed, of_all) for of_all in zip(*parts, strict=True)))
+def _sum(total: NormalEquations | None, part: NormalEquations) -> NormalEquations:
+    """Return a sum, in the memory of the total where there is one."""
+    return part if total is None else NormalEquations(*map(summed, total, part))
 
 
-def _in_order(sums: NormalEquations, order: Int[Tensor, " d"] | None) -> NormalEquations:
-    """Return sums over the factors' entries in the order of the parameters."""
-    matrix = completed(sums.matrix, symmetric=True)
-    return NormalEquations(
-        matrix=in_order(in_order(matrix, order).mT, order), gradient=in_order(sums.gradient, order)
-    )
+def _in_order(total: NormalEquations, order: Int[Tensor, " d"] | None) -> NormalEquations:
+    """Return sums over the entries of rows in the order of the parameters."""
+    matrix, gradient = completed(total.matrix, symmetric=True), total.gradient
+    if order is None:
+        return NormalEquations(matrix, gradient)
+    if len(order) != len(gradient):  # a parameter that no factor has is one past the last
+        matrix, gradient = F.pad(matrix, (0, 1, 0, 1)), F.pad(gradient, (0, 1))
+    return NormalEquations(matrix[order[:, None], order], gradient[order])
