@@ -21,24 +21,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ddnewton.columns.alignment import Leaves, cut_to, paired
-from ddnewton.columns.contraction import completed, inner, product
+from ddnewton.columns.contraction import inner
 from ddnewton.columns.factors import (
     Factor,
     Jacobian,
-    dense_pieces,
     entry_count,
     from_order,
     in_order,
     inner_products,
-    scaled_columns,
     weighted_sums,
 )
 from ddnewton.transforms import concatenated, summed
-from ddnewton.trees import chunks
-
-CACHED_ENTRIES, ROWS_PER_ENTRY = 2**17, 4
-"""How many entries of dense rows are made at a time, and how many rows at least for each entry of
-one, so that the sum of their products is not what takes the time."""
 
 
 class Columns(NamedTuple):
@@ -108,28 +101,6 @@ def side_by_side(
     ]
 
 
-def outer_products(
-    jacobians: Sequence[Jacobian], blocks: Sequence[Leaves], weights: Float[Tensor, " i"]
-) -> list[Float[Tensor, "_ _"]]:
-    """Return A diag(w) Aᵀ for every block."""
-    totals: list[Tensor | float] = [0.0 for _ in blocks]
-    counts = [jacobian.samples * jacobian.columns for jacobian in jacobians]
-    for jacobian, own_weights in zip(jacobians, weights.split(counts), strict=True):
-        cut = _cuts(jacobian, blocks)
-        orders = [_order(jacobian, block) for block in blocks]
-        for chunk in jacobian.chunks:
-            root = _of_chunk(jacobian, own_weights[None], chunk)[0].sqrt()
-            for b, factors in enumerate(cut(jacobian.visit(chunk))):
-                # Rows √w a, so many at a time that they stay in the cache if they have few entries.
-                d = sum(map(entry_count, factors))
-                rows = max(CACHED_ENTRIES // max(1, d), ROWS_PER_ENTRY * d)
-                for samples in chunks(len(root), max(1, rows // jacobian.columns)):
-                    scaled = [scaled_columns(factor, root, samples) for factor in factors]
-                    a = _side_by_side(scaled, orders[b], root[samples].reshape(-1, 1)).mT
-                    totals[b] = totals[b] + product(a, a)
-    return [completed(torch.as_tensor(total), symmetric=True) for total in totals]
-
-
 def matmat(
     jacobians: Sequence[Jacobian], blocks: Sequence[Leaves], weights: Sequence[Float[Tensor, "_ a"]]
 ) -> list[Float[Tensor, "_ _"]]:
@@ -138,17 +109,17 @@ def matmat(
     split_weights = [block_weights.split(counts, 1) for block_weights in weights]
     totals: list[list[Tensor]] = [[] for _ in blocks]
     for number, jacobian in enumerate(jacobians):
-        cut = _cuts(jacobian, blocks)
+        cut = cuts_to(jacobian, blocks)
         # The sum over the columns of a chunk, for every block in the order of its factors.
         sums: list[list[Tensor]] = [[] for _ in blocks]
         for chunk in jacobian.chunks:
             for b, factors in enumerate(cut(jacobian.visit(chunk))):
-                w = _of_chunk(jacobian, split_weights[b][number], chunk)
+                w = of_chunk(jacobian, split_weights[b][number], chunk)
                 parts = [part for factor in factors for part in weighted_sums(factor, w)]
                 sums[b].append(torch.cat([w.new_zeros(len(w), 0), *parts], 1))
         # The sum over chunks, in the order of the parameters.
         for b, block in enumerate(blocks):
-            totals[b].append(in_order(_total(sums[b]), _order(jacobian, block)))
+            totals[b].append(in_order(_total(sums[b]), order_of(jacobian, block)))
     return [_total(jacobian_sums) for jacobian_sums in totals]
 
 
@@ -158,7 +129,7 @@ def rmatmat(
     """Return AᵀE, the slopes of all columns along directions of a block."""
     parts = []
     for jacobian in jacobians:
-        cut, order = _cuts(jacobian, [block]), _order(jacobian, block)
+        cut, order = cuts_to(jacobian, [block]), order_of(jacobian, block)
         column_slopes = []
         for chunk in jacobian.chunks:
             # Cut the vectors into the entries of every factor, and sum over the factors.
@@ -186,7 +157,7 @@ def _shape(jacobian: Jacobian, chunk: slice) -> tuple[int, int]:
     return chunk.stop - chunk.start, jacobian.columns
 
 
-def _cuts(
+def cuts_to(
     jacobian: Jacobian, blocks: Sequence[Leaves]
 ) -> Callable[[Sequence[Factor]], list[list[Factor]]]:
     """Return a function that cuts the factors of all parameters to those of every block."""
@@ -194,7 +165,7 @@ def _cuts(
     return lambda factors: [cut(factors) for cut in cuts]
 
 
-def _order(jacobian: Jacobian, block: Leaves) -> Int[Tensor, " d"] | None:
+def order_of(jacobian: Jacobian, block: Leaves) -> Int[Tensor, " d"] | None:
     """Return for every parameter of a block which entry of its factors it is."""
     order, entries = jacobian.order, [piece for ps in jacobian.pieces for piece in ps]
     if order is None or len(block) == len(jacobian.sizes):
@@ -212,16 +183,7 @@ def _counted(whole: Float[Tensor, "n m n2 m2"]) -> Float[Tensor, "i j"]:
     return whole.permute(1, 0, 3, 2).flatten(0, 1).flatten(1, 2)
 
 
-def _side_by_side(
-    factors: Sequence[Factor], order: Int[Tensor, " d"] | None, rows: Float[Tensor, "nm _"]
-) -> Float[Tensor, "nm d"]:
-    """Return the columns themselves, one in every row; there are as many as ``rows``."""
-    entries = (piece.double() for factor in factors for piece in dense_pieces(factor))
-    columns: Tensor = in_order(torch.cat([rows[:, :0], *entries], 1), order)
-    return columns
-
-
-def _of_chunk(
+def of_chunk(
     jacobian: Jacobian, weights: Float[Tensor, "k i"], chunk: slice
 ) -> Float[Tensor, "k n m"]:
     """Return the weights of a chunk's columns."""

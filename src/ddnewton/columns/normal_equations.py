@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ddnewton.columns.alignment import Leaves
 from ddnewton.columns.contraction import completed, product
 from ddnewton.columns.factors import Factor, Jacobian, entry_count, joined_places, joined_rows
-from ddnewton.columns.gram import Leaves, cuts_to, of_chunk, order_of
+from ddnewton.columns.gram import cuts_to, of_chunk, order_of
 from ddnewton.transforms import scaled, summed
 from ddnewton.trees import chunks
 
@@ -34,17 +35,30 @@ class NormalEquations(NamedTuple):
 
 
 def normal_equations(
-    jacobian: Jacobian,
+    jacobians: Sequence[Jacobian],
     blocks: Sequence[Leaves],
     weights: Float[Tensor, " i"],
     gradient_weights: Float[Tensor, " i"],
 ) -> list[NormalEquations]:
-    """Return A diag(w) Aᵀ and A z for every block."""
-    cut, both = cuts_to(jacobian, blocks), torch.stack([weights, gradient_weights])
+    """Return A diag(w) Aᵀ and A z for every block, with the columns of several Jacobians as A."""
+    totals: list[NormalEquations | None] = [None for _ in blocks]
+    counts = [jacobian.samples * jacobian.columns for jacobian in jacobians]
+    both = torch.stack([weights, gradient_weights]).split(counts, 1)
+    for jacobian, weights_of_both in zip(jacobians, both, strict=True):
+        for b, sums in enumerate(_of_jacobian(jacobian, blocks, weights_of_both)):
+            totals[b] = _sum(totals[b], sums)
+    return [total for total in totals if total is not None]
+
+
+def _of_jacobian(
+    jacobian: Jacobian, blocks: Sequence[Leaves], weights: Float[Tensor, "2 i"]
+) -> list[NormalEquations]:
+    """Return the same for the columns of one Jacobian."""
+    cut = cuts_to(jacobian, blocks)
     totals: list[NormalEquations | None] = [None for _ in blocks]
     places: list[Int[Tensor, " d"] | None] = [None for _ in blocks]
     for chunk in jacobian.chunks:
-        of_curvature, of_gradient = of_chunk(jacobian, both, chunk)
+        of_curvature, of_gradient = of_chunk(jacobian, weights, chunk)
         for b, factors in enumerate(cut(jacobian.visit(chunk))):
             places[b] = joined_places(factors, order_of(jacobian, blocks[b]))
             for samples in _at_once(jacobian, factors, chunk):

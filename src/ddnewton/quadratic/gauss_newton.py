@@ -19,13 +19,8 @@ from torch import Tensor
 
 from ddnewton.columns.alignment import Leaves
 from ddnewton.columns.factors import Jacobian
-from ddnewton.columns.gram import (
-    Columns,
-    columns_of,
-    matmat,
-    outer_products,
-    side_by_side,
-)
+from ddnewton.columns.gram import Columns, columns_of, matmat, side_by_side
+from ddnewton.columns.normal_equations import NormalEquations, normal_equations
 from ddnewton.inputs.checks import check_derivatives
 from ddnewton.inputs.memory import NEVER_ASKED_BYTES, check_fits
 
@@ -34,13 +29,16 @@ class GaussNewton(NamedTuple):
     """The Gauss-Newton matrix of a block: K on the side of the columns, else G.
 
     ``entries`` are AᵀA₁ [a, i] on the side of the columns, where the rows after the first i belong
-    to columns of the gradient alone, and G [d, d] on that of the parameters.
+    to columns of the gradient alone, and G [d, d] on that of the parameters. ``gradient`` is in the
+    coordinates of that side: the weights of all columns, or g itself.
     """
 
     on_columns: bool
     columns: Columns
     weights: Float[Tensor, " i"]
+    gradient_weights: Float[Tensor, " a"]
     entries: Float[Tensor, "side side2"]
+    gradient: Float[Tensor, " side"]
 
     def matrix(self) -> Float[Tensor, "side2 side2"]:
         """Return K or G, a copy that may be written to."""
@@ -64,6 +62,17 @@ class GaussNewton(NamedTuple):
     def trace(self) -> Float[Tensor, ""]:
         """Return the trace, the same on both sides."""
         return self.diagonal().sum()
+
+    def coordinates(self, weights: Float[Tensor, " a"]) -> Float[Tensor, " side"]:
+        """Return the sum of all columns with some weights, in the coordinates of the side.
+
+        With the weights of the gradient it is at hand.
+        """
+        if self.on_columns:
+            return weights
+        if weights is self.gradient_weights:
+            return self.gradient
+        return self.columns.matmat(weights[None])[0]
 
     def to_parameters(self, coordinates: Float[Tensor, "k j"]) -> Float[Tensor, "k d"]:
         """Return vectors of parameters from weights of all columns, or from themselves."""
@@ -101,6 +110,7 @@ def block_matrices(
     count: int,
     blocks: Sequence[Leaves],
     weights: Float[Tensor, " i"],
+    gradient_weights: Float[Tensor, " a"],
 ) -> list[GaussNewton]:
     """Return the matrix of every block, on the side of the columns where that is no longer.
 
@@ -113,15 +123,45 @@ def block_matrices(
     column_blocks = [block for block, yes in zip(blocks, on_columns, strict=True) if yes]
     parameter_blocks = [block for block, yes in zip(blocks, on_columns, strict=True) if not yes]
     tall = iter(side_by_side(jacobians, curved, column_blocks) if column_blocks else [])
-    square = iter(outer_products(curved, parameter_blocks, weights) if parameter_blocks else [])
-    entries = [next(tall) if yes else next(square) for yes in on_columns]
-    for matrix in entries:
+    equations = iter(
+        _equations(jacobians, count, parameter_blocks, weights, gradient_weights)
+        if parameter_blocks
+        else []
+    )
+    sides = [(next(tall), gradient_weights) if yes else next(equations) for yes in on_columns]
+    for matrix, _ in sides:
         # What is not finite in a column shows in its square: no need to look at every product.
         check_derivatives(matrix.diagonal())
         check_derivatives(matrix[matrix.shape[1] :])
     return [
-        GaussNewton(yes, columns_of(jacobians, block), weights, matrix)
-        for yes, block, matrix in zip(on_columns, blocks, entries, strict=True)
+        GaussNewton(
+            on_columns=yes,
+            columns=columns_of(jacobians, block),
+            weights=weights,
+            gradient_weights=gradient_weights,
+            entries=matrix,
+            gradient=gradient,
+        )
+        for yes, block, (matrix, gradient) in zip(on_columns, blocks, sides, strict=True)
+    ]
+
+
+def _equations(
+    jacobians: Sequence[Jacobian],
+    count: int,
+    blocks: Sequence[Leaves],
+    weights: Float[Tensor, " i"],
+    gradient_weights: Float[Tensor, " a"],
+) -> list[NormalEquations]:
+    """Return G and g of blocks on the side of the parameters, g with columns of its own."""
+    i = len(weights)
+    equations = normal_equations(jacobians[:count], blocks, weights, gradient_weights[:i])
+    if len(jacobians) == count:
+        return equations
+    own = matmat(jacobians[count:], blocks, [gradient_weights[None, i:] for _ in blocks])
+    return [
+        of_block._replace(gradient=of_block.gradient + further[0])
+        for of_block, further in zip(equations, own, strict=True)
     ]
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.columns.factors import Jacobian
-from ddnewton.columns.gram import matmat, side_by_side
+from ddnewton.columns.gram import side_by_side
 from ddnewton.criteria.expand import as_loss, on_complex
 from ddnewton.criteria.loss import name_of
 from ddnewton.criteria.monte_carlo import Criteria
@@ -186,8 +186,8 @@ def gauss_newton_matrices(
 
 def matrices_of(model: QuadraticModel) -> list[GaussNewton]:
     """Return the matrices of the blocks, in the precision that the model is in."""
-    count = len(model.terms)
-    return block_matrices(model.jacobians, count, model.leaves, model.curvature_weights)
+    weights = model.curvature_weights, model.gradient_weights
+    return block_matrices(model.jacobians, len(model.terms), model.leaves, *weights)
 
 
 def gram_matrices(model: QuadraticModel) -> list[Float[Tensor, "i i"]]:
@@ -208,10 +208,9 @@ def to_parameters(
     return block_vectors(model.jacobians, model.leaves, matrices, coordinates)
 
 
-def gradients(model: QuadraticModel) -> list[Float[Tensor, " _"]]:
+def gradients(model: QuadraticModel, matrices: Sequence[GaussNewton]) -> list[Float[Tensor, " _"]]:
     """Return every block's gradient, A z / N."""
-    weights = [model.gradient_weights[None] for _ in model.blocks]
-    return [gradient[0] for gradient in matmat(model.jacobians, model.leaves, weights)]
+    return to_parameters(model, matrices, [matrix.gradient for matrix in matrices])
 
 
 def _expanded(
