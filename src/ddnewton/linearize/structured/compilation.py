@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from ddnewton.linearize.structured.derived import Derived, derived_weights
 from ddnewton.linearize.structured.program import DerivedLeaves, Layer, Part, Program, Site
 from ddnewton.linearize.structured.rules import DTYPE, SHAPE, aten
+from ddnewton.linearize.structured.simplified import simplified
 from ddnewton.linearize.structured.uses import (
     Survey,
     WeightUses,
@@ -104,6 +105,11 @@ def widened_program(program: Program, dtype: torch.dtype) -> tuple[Program, bool
         plain=plain, graph=graph, sites=sites, derived_leaves=derived, rounding=0.0
     )
     return wide, rounded
+
+
+def simplified_program(program: Program) -> Program:
+    """Return a program that computes the same with fewer operations."""
+    return program._replace(plain=simplified(program.plain), graph=simplified(program.graph))
 
 
 def _layer(pair: Sequence[WeightUses], sites: list[Node], sources: list[Node]) -> Layer:

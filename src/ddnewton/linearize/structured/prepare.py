@@ -26,7 +26,7 @@ from ddnewton.linearize.precision import Widened, if_same_function, narrowest, p
 from ddnewton.linearize.structured.compilation import compile_program, widened_program
 from ddnewton.linearize.structured.program import Program
 from ddnewton.linearize.structured.trace import trace
-from ddnewton.linearize.structured.traced_model import Prepared, signature
+from ddnewton.linearize.structured.traced_model import Prepared, kept, signature
 from ddnewton.linearize.structured.visit import Visit, visit
 from ddnewton.linearize.widening import in_float64, widen_leaf
 from ddnewton.transforms import first_member
@@ -114,7 +114,7 @@ def _prepared(model_fn: ModelFn, params: PyTree, X: PyTree) -> Prepared:
         return model_fn
     # From here on all parameters are real.
     model_fn, params = on_pairs(model_fn, params), as_real(params)
-    return prepared_model(evaluate(model_fn, params, X, None, TRACED_SAMPLES))
+    return kept(prepared_model(evaluate(model_fn, params, X, None, TRACED_SAMPLES)))
 
 
 def prepared_model(model: Model) -> Prepared:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,11 @@ from torch.fx import GraphModule
 
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.linearize.precision import narrowest
-from ddnewton.linearize.structured.compilation import compile_program, widened_program
+from ddnewton.linearize.structured.compilation import (
+    compile_program,
+    simplified_program,
+    widened_program,
+)
 from ddnewton.linearize.structured.program import Program
 from ddnewton.linearize.widening import plain_copy
 from ddnewton.transforms import vmap
@@ -97,6 +101,16 @@ def signature(name: str, tree: PyTree, skip: int) -> Signature:
     return Signature(name, tree_structure(tree), skip, leaves)
 
 
+def kept(prepared: Prepared) -> Prepared:
+    """Return a model with simpler programs, which are worth their making if used many times."""
+    narrow, wide = prepared.narrow, prepared.wide
+    return replace(
+        prepared,
+        narrow=simplified_program(narrow),
+        wide=None if wide is None else simplified_program(wide),
+    )
+
+
 def _compiled_anew(
     sample: GraphModule, widened: bool, params: Signature, X: Signature, *shapes: Any
 ) -> Prepared:
@@ -105,7 +119,7 @@ def _compiled_anew(
     narrow, wide = compile_program(sample, leaves, samples), None
     if widened:
         wide, _ = widened_program(narrow, narrowest([*leaves, *samples]))
-    return Prepared(sample, narrow, wide, params, X, *shapes)
+    return kept(Prepared(sample, narrow, wide, params, X, *shapes))
 
 
 def _any_leaves(expected: Signature) -> list[Tensor]:
