@@ -128,50 +128,6 @@ def dense_pieces(factor: Factor) -> list[Float[Tensor, "nm _"]]:
     return [part.flatten(2).flatten(0, 1) for part in whole.split(factor.widths, -1)]
 
 
-def joined_rows(
-    factors: Sequence[Factor], like: Float[Tensor, "n m"], samples: slice
-) -> Float[Tensor, "nm _"]:
-    """Return the columns of some samples along all factors, one in every row, in float64.
-
-    There are as many as numbers ``like``, n·m. The entries of outer products are as they come, [o p],
-    not piece by piece: `joined_places` tells where each is.
-    """
-    m = like.shape[1]
-    parts = [like.new_empty(like.numel(), 0)]
-    for factor in factors:
-        if isinstance(factor, Outer):
-            b, a = factor.b[samples], rows_of(factor._replace(a=factor.a[samples]))
-            parts.append(formed(b, a).flatten(2).flatten(0, 1))
-        else:
-            parts.append(factor[samples.start * m : samples.stop * m])
-    return torch.cat([part.double() for part in parts], 1)
-
-
-def joined_places(
-    factors: Sequence[Factor], order: Int[Tensor, " d"] | None
-) -> Int[Tensor, " d"] | None:
-    """Return the places in `joined_rows` of the parameters, whose order in pieces is given."""
-    if all(not isinstance(factor, Outer) or len(factor.widths) == 1 for factor in factors):
-        return order
-    # The places of all pieces, one after the other, and one past the last.
-    places, start = [], 0
-    for factor in factors:
-        count, device = (
-            entry_count(factor),
-            (factor.b if isinstance(factor, Outer) else factor).device,
-        )
-        entries = torch.arange(start, start + count, device=device)
-        if isinstance(factor, Outer):
-            by_piece = entries.unflatten(0, (-1, sum(factor.widths))).split(factor.widths, 1)
-            places += [piece.reshape(-1) for piece in by_piece]
-        else:
-            places.append(entries)
-        start += count
-    places.append(torch.full_like(places[0][:1], start))
-    whole = torch.cat(places)
-    return whole[:-1] if order is None else whole[order]
-
-
 def formed(
     b: Float[Tensor, "n m g o t"], a: Float[Tensor, "n g t p"]
 ) -> Float[Tensor, "n m g o p"]:

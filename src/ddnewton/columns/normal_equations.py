@@ -7,7 +7,7 @@ time as stay in a processor's cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ddnewton.columns.alignment import Leaves
 from ddnewton.columns.contraction import completed, product
-from ddnewton.columns.factors import Factor, Jacobian, entry_count, joined_places, joined_rows
+from ddnewton.columns.factors import Factor, Jacobian, Outer, entry_count, formed, rows_of
 from ddnewton.columns.gram import cuts_to, of_chunk, order_of
 from ddnewton.transforms import scaled, summed
 from ddnewton.trees import chunks
 
-CACHED_ENTRIES, ROWS_PER_ENTRY = 2**17, 4
+CACHED_ENTRIES, ROWS_PER_ENTRY = 2**16, 4
 """How many entries of dense rows are made at a time, and how many rows at least for each entry of
 one, so that the sum of their products is not what takes the time."""
 
@@ -58,25 +58,72 @@ def _of_jacobian(
     totals: list[NormalEquations | None] = [None for _ in blocks]
     places: list[Int[Tensor, " d"] | None] = [None for _ in blocks]
     for chunk in jacobian.chunks:
-        of_curvature, of_gradient = of_chunk(jacobian, weights, chunk)
+        of_curvature, of_gradient = of_chunk(jacobian, weights, chunk).unbind()
+        root = of_curvature.sqrt()
         for b, factors in enumerate(cut(jacobian.visit(chunk))):
-            places[b] = joined_places(factors, order_of(jacobian, blocks[b]))
-            for samples in _at_once(jacobian, factors, chunk):
+            places[b] = _places(factors, order_of(jacobian, blocks[b]))
+            readers = [_reader(factor, jacobian.columns) for factor in factors]
+            for samples in _at_once(factors, *root.shape):
                 # The rows a for g, and √w a in their place for G.
-                z, root = of_gradient[samples], of_curvature[samples].sqrt()
-                rows = joined_rows(factors, z, samples)
-                gradient = z.reshape(-1) @ rows
-                rows = scaled(rows, root.reshape(-1, 1)).mT
+                z = of_gradient[samples].reshape(-1)
+                rows = torch.cat([z.new_empty(len(z), 0), *(read(samples) for read in readers)], 1)
+                gradient = z @ rows
+                rows = scaled(rows, root[samples].reshape(-1, 1)).mT
                 totals[b] = _sum(totals[b], NormalEquations(product(rows, rows), gradient))
     pairs = zip(totals, places, strict=True)
     return [_in_order(total, order) for total, order in pairs if total is not None]
 
 
-def _at_once(jacobian: Jacobian, factors: Sequence[Factor], chunk: slice) -> list[slice]:
-    """Return so many samples of a chunk at a time that their rows stay in the cache."""
+def _at_once(factors: Sequence[Factor], n: int, m: int) -> list[slice]:
+    """Return so many samples at a time, of n with m columns, that their rows stay in the cache."""
     d = sum(map(entry_count, factors))
-    rows = max(CACHED_ENTRIES // max(1, d), ROWS_PER_ENTRY * d)
-    return chunks(chunk.stop - chunk.start, max(1, rows // jacobian.columns))
+    return chunks(n, max(1, max(CACHED_ENTRIES // max(1, d), ROWS_PER_ENTRY * d) // m))
+
+
+def _reader(factor: Factor, m: int) -> Callable[[slice], Float[Tensor, "nm _"]]:
+    """Return a function from some samples to the rows of a factor, in float64.
+
+    Where each entry of an outer product is, `_places` tells.
+    """
+    if not isinstance(factor, Outer):
+        return lambda samples: factor[samples.start * m : samples.stop * m].double()
+    b, a = factor.b, rows_of(factor)
+    if b.shape[4] > 1:
+        return lambda samples: formed(b[samples], a[samples]).flatten(2).flatten(0, 1).double()
+    left, right = a[:, None], b
+    if _is_a_first(factor):
+        left, right = left.mT, right.mT
+    return lambda samples: (left[samples] * right[samples]).flatten(2).flatten(0, 1).double()
+
+
+def _is_a_first(outer: Outer) -> bool:
+    """Return whether entries are counted [p o], not [o p].
+
+    Of a single position they come of a broadcast, which takes half the time along the longer axis.
+    """
+    return outer.b.shape[4] == 1 and sum(outer.widths) < outer.b.shape[3]
+
+
+def _places(factors: Sequence[Factor], order: Int[Tensor, " d"] | None) -> Int[Tensor, " d"] | None:
+    """Return the places in `_rows` of the parameters, whose order in pieces is given."""
+    if all(not isinstance(x, Outer) or len(x.widths) == x.b.shape[3] == 1 for x in factors):
+        return order
+    # The places of all pieces, one after the other, and one past the last.
+    places, start = [], 0
+    for factor in factors:
+        count, outer = entry_count(factor), isinstance(factor, Outer)
+        entries = torch.arange(start, start + count, device=(factor.b if outer else factor).device)
+        if not isinstance(factor, Outer):
+            places.append(entries)
+        else:
+            g, p = factor.b.shape[2], sum(factor.widths)
+            by_axes = (
+                entries.reshape(g, p, -1).mT if _is_a_first(factor) else entries.reshape(g, -1, p)
+            )
+            places += [piece.reshape(-1) for piece in by_axes.split(factor.widths, 2)]
+        start += count
+    whole = torch.cat([*places, places[0].new_full((1,), start)])
+    return whole[:-1] if order is None else whole[order]
 
 
 def _sum(total: NormalEquations | None, part: NormalEquations) -> NormalEquations:
