@@ -63,7 +63,7 @@ class Linearization(NamedTuple):
     outputs: Float[Tensor, "n ..."]  # in the model's own dtype
     precise: Float[Tensor, "n ..."]  # in the dtype in which they are computed
     jacobian: Callable[[Float[Tensor, "n c m"], Int[Tensor, " n"] | None], Jacobian]
-    function: Callable[[Sequence[Tensor], Int[Tensor, " n"]], Tensor]
+    function: Callable[[Sequence[Tensor], Int[Tensor, " n"] | slice], Tensor]
     leaves: Sequence[Tensor]
     in_float64: Callable[[], Linearization] | None
     complex_outputs: bool  # which are pairs of reals here

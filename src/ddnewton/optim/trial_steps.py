@@ -150,11 +150,7 @@ def quadratic_along(
     model, proximal = trials.model, trials.proximal
     # The loss: gᵀv and vᵀG v.
     sizes = model.sizes
-    column_slopes = rmatmat(model.jacobians, range(len(sizes)), vectors.mT)
-    weights = model.curvature_weights
-    of_curvature = column_slopes[: len(weights)]
-    slopes = model.gradient_weights @ column_slopes
-    curvatures = of_curvature.mT @ (weights[:, None] * of_curvature)
+    slopes, curvatures = _of_loss(trials, vectors)
     # The penalty of weight decay.
     if proximal is not None and len(proximal.params):
         decayed = proximal.decay * vectors
@@ -168,6 +164,25 @@ def quadratic_along(
             scalar = delta if callable(block.damping) else block.damping
             curvatures = curvatures + scalar * (of_block @ of_block.mT)
     return Quadratic(slopes, curvatures)
+
+
+def _of_loss(trials: TrialSteps, vectors: Float[Tensor, "k d"]) -> Quadratic:
+    """Return the quadratic model of the loss alone along vectors."""
+    model, (matrix, *others) = trials.model, trials.matrices
+    every_leaf = range(len(model.sizes))
+    # By G and g of all parameters. The rounding of G is that of a change of δ, as in the solution
+    # without eigenpairs; where these were needed, sums of squares have more digits.
+    whole = not others and list(model.leaves[0]) == list(every_leaf)
+    if whole and not (matrix.on_columns or trials.known):
+        return Quadratic(vectors @ matrix.gradient, vectors @ matrix.entries @ vectors.mT)
+    # By the slopes of all columns.
+    column_slopes = rmatmat(model.jacobians, every_leaf, vectors.mT)
+    weights = model.curvature_weights
+    of_curvature = column_slopes[: len(weights)]
+    return Quadratic(
+        slopes=model.gradient_weights @ column_slopes,
+        curvatures=of_curvature.mT @ (weights[:, None] * of_curvature),
+    )
 
 
 def curvature_of(matrices: Sequence[GaussNewton]) -> Curvature:

@@ -30,11 +30,9 @@ def trial_loss(
     pairs = zip(leaves, linearization.leaves, strict=True)
     leaves = [new.to(leaf) for new, leaf in pairs]
     # The outputs a chunk of samples at a time, as many as their Jacobians are.
-    asked = samples
-    if asked is None:
-        asked = torch.arange(outputs.shape[0], device=outputs.device)
-    size = term.curvature_columns.chunks[0].stop
-    parts = [asked[chunk] for chunk in chunks(len(asked), size)]
+    count = outputs.shape[0] if samples is None else len(samples)
+    slices = chunks(count, term.curvature_columns.chunks[0].stop)
+    parts = slices if samples is None else [samples[part] for part in slices]
     moved = (linearization.function(leaves, part) for part in parts)
     # Every sample's own loss, or the loss of all outputs together.
     scale = weight(loss, outputs, linearization.precise, y)
