@@ -79,6 +79,15 @@ def any_known(mask: Tensor) -> bool:
     return not torch.compiler.is_compiling() and bool(unwrapped(mask).any())
 
 
+def any_not_finite(*tensors: Tensor) -> bool:
+    """Return whether an entry of some tensors is known to be nan or infinite.
+
+    A sum that is finite is one of finite numbers, and takes a single pass.
+    """
+    sums_are_finite = torch.stack([tensor.sum().isfinite() for tensor in tensors])
+    return any_known(~sums_are_finite) and any(any_known(~x.isfinite()) for x in tensors)
+
+
 def untransformed() -> AbstractContextManager[object]:
     """Return a context outside every transform, to draw the same random numbers for all members."""
     if torch.compiler.is_compiling():

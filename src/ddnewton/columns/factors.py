@@ -134,6 +134,8 @@ def formed(
     """Return Σ_t b_t ⊗ a_t; a single position takes no sum, and no small products."""
     if a.shape[2] == 1:
         return b * a[:, None]
+    if b.shape[1] == 1:
+        return (b[:, 0] @ a)[:, None]
     return torch.einsum("nmgot,ngtp->nmgop", b, a)
 
 

@@ -16,7 +16,7 @@ from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.inputs.memory import NEVER_ASKED_BYTES, check_fits, free_bytes
 from ddnewton.linearize.calls import first_line
 from ddnewton.linearize.precision import loss_in_float64
-from ddnewton.transforms import any_known, first_member, unwrapped
+from ddnewton.transforms import any_known, any_not_finite, first_member, unwrapped
 from ddnewton.trees import take, tree_map
 from ddnewton.types import Criterion, PyTree
 
@@ -169,11 +169,12 @@ def _basis_of_two(loss: Loss, f: Float[Tensor, "n ..."], y: PyTree) -> Float[Ten
 
 def _check_expansion(expansion: Expansion) -> None:
     """Require a finite loss and Hessians without negative eigenvalues."""
-    if any(any_known(~part.isfinite()) for part in expansion if part.numel()):
+    if any_not_finite(*(part for part in expansion if part.numel())):
         got = "nan or inf in the loss or its derivatives"
         raise BadValue(sentence("the loss must be finite", got, "Check the outputs and y."))
     h = expansion.h
-    if any_known(h < -CONVEXITY_TOLERANCE * unwrapped(h).abs().amax()):
+    negative = any_known(h < 0)
+    if negative and any_known(h < -CONVEXITY_TOLERANCE * unwrapped(h).abs().amax()):
         h = unwrapped(h)
         rule = "criterion must be convex in the outputs"
         got = f"a Hessian eigenvalue of {h.min().item():.3g}"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ddnewton.errors import BadType, BadValue, sentence
-from ddnewton.transforms import any_known, unwrapped
+from ddnewton.transforms import any_known, any_not_finite, unwrapped
 from ddnewton.types import PyTree
 
 
@@ -129,7 +129,7 @@ def _check_values(outputs: Tensor, y: Tensor) -> None:
         rule = "y must have the shape of the model's outputs"
         got = f"outputs: {list(outputs.shape)}, y: {list(y.shape)}"
         raise BadValue(sentence(rule, got, "Reshape one of them; nothing is broadcast."))
-    if any_known(~y.isfinite()):
+    if any_not_finite(y):
         raise BadValue(sentence("y must be finite", "nan or inf in y", "Clean the targets."))
 
 

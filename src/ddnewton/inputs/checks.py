@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ddnewton.errors import BadType, BadValue, sentence
-from ddnewton.transforms import any_known, unwrapped
+from ddnewton.transforms import any_known, any_not_finite, unwrapped
 from ddnewton.trees import named_leaves, tree_leaves
 from ddnewton.types import PyTree
 
@@ -104,7 +104,7 @@ def check_outputs(outputs: object, samples: int) -> None:
     if outputs.numel() == 0:
         rule = "model_fn must return at least one output a sample"
         raise BadValue(sentence(rule, list(outputs.shape), "Check the model's last layer."))
-    if any_known(~outputs.isfinite()):
+    if any_not_finite(outputs):
         rule, got = "the outputs of model_fn must be finite", "nan or inf"
         raise BadValue(sentence(rule, got, "Check params and X; lower the last step."))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from ddnewton.errors import warn
 from ddnewton.optim.search import LocalModel, Step, noise_of
@@ -48,7 +47,7 @@ def notice(
             "fisher(criterion), or a complement, with which all of the gradient counts.",
         )
     # A step of no length is none, unless the gradient is zero or the learning rate is.
-    if any_known(_stands_still(local, step)):
+    if _stands_still(local, step):
         check_slopes(local.model, local.trials.matrices, curved=True)
         notices.once(
             "still",
@@ -57,9 +56,11 @@ def notice(
         )
 
 
-def _stands_still(local: LocalModel, step: Step) -> Tensor:
+def _stands_still(local: LocalModel, step: Step) -> bool:
     """Return whether a step of no length is taken where the gradient stands out from rounding."""
+    if not any_known(step.taken & (step.outcome.length == 0)):
+        return False
     asked = step.taken & (step.outcome.length == 0) & (torch.as_tensor(step.rate) > 0).any()
     asked = asked & (steep_weights(local.model) != 0).any()
     noise = noise_of(local, step.outcome.before) * local.curvature.trace
-    return asked & (local.gradient_norm.square() > noise)
+    return any_known(asked & (local.gradient_norm.square() > noise))

@@ -83,10 +83,10 @@ def _factorized(
 ) -> tuple[Float[Tensor, "side side"], Bool[Tensor, ""] | Int[Tensor, ""]]:
     """Return a lower factor, written over the matrix, and whether there is none.
 
-    What lies above the diagonal is left there: torch's own function takes longer to clear it, and
-    for new memory, than to factorize.
+    What lies above the diagonal is left there: of a large matrix torch's own function takes longer
+    to clear it, and for new memory, than to factorize.
     """
-    if not matrix.is_cpu:
+    if len(matrix) <= 2 * CHOLESKY_BLOCK or not matrix.is_cpu:
         factor, failed = torch.linalg.cholesky_ex(matrix)
         return factor, failed
     failures = [matrix.new_zeros((), dtype=torch.int32)]

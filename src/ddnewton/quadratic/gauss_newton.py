@@ -132,7 +132,8 @@ def block_matrices(
     for matrix, _ in sides:
         # What is not finite in a column shows in its square: no need to look at every product.
         check_derivatives(matrix.diagonal())
-        check_derivatives(matrix[matrix.shape[1] :])
+        if len(matrix) > matrix.shape[1]:
+            check_derivatives(matrix[matrix.shape[1] :])
     return [
         GaussNewton(
             on_columns=yes,
