@@ -21,7 +21,6 @@ from ddnewton.columns.factors import (
     Jacobian,
     Outer,
     dense_columns,
-    dense_pieces,
     in_order,
     pieces,
 )
@@ -51,9 +50,10 @@ def cut_to(jacobian: Jacobian, block: Leaves) -> Cut:
     if len(block) == len(jacobian.sizes):
         return list
     wanted = [[leaf in block for leaf, _ in ps] for ps in jacobian.pieces]
+    sizes = [[size for _, size in ps] for ps in jacobian.pieces]
 
     def cut(factors: Sequence[Factor]) -> list[Factor]:
-        cut_factors = map(pieces, factors, wanted)
+        cut_factors = map(pieces, factors, wanted, sizes)
         return [factor for factor in cut_factors if factor is not None]
 
     return cut
@@ -149,8 +149,9 @@ def _fit(left: Factor, right: Factor) -> bool:
 
 def _piece(factors: Sequence[Factor], jacobian: Jacobian, place: Place) -> Factor:
     """Return one piece of a factor."""
-    count = len(jacobian.pieces[place.factor])
-    piece = pieces(factors[place.factor], [number == place.piece for number in range(count)])
+    sizes = [size for _, size in jacobian.pieces[place.factor]]
+    wanted = [number == place.piece for number in range(len(sizes))]
+    piece = pieces(factors[place.factor], wanted, sizes)
     assert piece is not None
     return piece
 
@@ -159,12 +160,7 @@ def _dense(
     factors: Sequence[Factor], jacobian: Jacobian, places: Sequence[Place], leaf: int
 ) -> Float[Tensor, "nm _"]:
     """Return the dense columns along a leaf, in the order of its entries."""
-    parts = [
-        dense_pieces(factors[place.factor])[place.piece]
-        if isinstance(factors[place.factor], Outer)
-        else dense_columns(factors[place.factor])
-        for place in places
-    ]
+    parts = [dense_columns(_piece(factors, jacobian, place)) for place in places]
     order = _order_of_leaf(jacobian, leaf)
     if order is None:
         return torch.cat(parts, 1)

@@ -60,15 +60,15 @@ class Jacobian(NamedTuple):
 def written_out(jacobian: Jacobian, factors: Sequence[Factor]) -> Jacobian:
     """Return a Jacobian with these factors, all in one chunk, as dense columns where they are few.
 
-    Products of small matrices take less time than finding out how to leave them out. Every piece is
-    a factor of its own.
+    Products of small matrices take less time than finding out how to leave them out. All pieces are
+    of one factor.
     """
     count, d = jacobian.samples * jacobian.columns, sum(map(entry_count, factors))
     if count * d > WRITTEN_ENTRIES or count * d * min(count, d) > WRITTEN_PRODUCTS:
         return jacobian
-    dense = [piece for factor in factors for piece in dense_pieces(factor)]
-    pieces = [[piece] for of_factor in jacobian.pieces for piece in of_factor]
-    return jacobian._replace(visit=lambda _: dense, pieces=pieces)
+    whole = torch.cat([piece for factor in factors for piece in dense_pieces(factor)], 1)
+    pieces = [piece for of_factor in jacobian.pieces for piece in of_factor]
+    return jacobian._replace(visit=lambda _: [whole], pieces=[pieces])
 
 
 def weighted_sums(factor: Factor, weights: Float[Tensor, "k n m"]) -> list[Float[Tensor, "k _"]]:
@@ -104,12 +104,15 @@ def entry_count(factor: Factor) -> int:
     return math.prod(factor.b.shape[2:4]) * sum(factor.widths)
 
 
-def pieces(factor: Factor, wanted: Sequence[bool]) -> Factor | None:
+def pieces(factor: Factor, wanted: Sequence[bool], sizes: Sequence[int]) -> Factor | None:
     """Return a factor cut to the wanted ones of its pieces, None if it has none of them."""
     if all(wanted):
         return factor
-    if not (isinstance(factor, Outer) and any(wanted)):
+    if not any(wanted):
         return None
+    if not isinstance(factor, Outer):
+        parts = zip(factor.split(list(sizes), 1), wanted, strict=True)
+        return torch.cat([part for part, keep in parts if keep], 1)
     widths = tuple(width for width, keep in zip(factor.widths, wanted, strict=True) if keep)
     parts = zip(factor.a.split(factor.widths, -1), wanted, strict=True)
     return Outer(torch.cat([part for part, keep in parts if keep], -1), factor.b, widths)

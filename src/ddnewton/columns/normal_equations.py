@@ -19,7 +19,7 @@ from ddnewton.columns.alignment import Leaves
 from ddnewton.columns.contraction import completed, product
 from ddnewton.columns.factors import Factor, Jacobian, Outer, entry_count, formed, rows_of
 from ddnewton.columns.gram import cuts_to, of_chunk, order_of
-from ddnewton.transforms import scaled, summed
+from ddnewton.transforms import concatenated, summed
 from ddnewton.trees import chunks
 
 CACHED_ENTRIES, ROWS_PER_ENTRY = 2**16, 4
@@ -64,12 +64,12 @@ def _of_jacobian(
             places[b] = _places(factors, order_of(jacobian, blocks[b]))
             readers = [_reader(factor, jacobian.columns) for factor in factors]
             for samples in _at_once(factors, *root.shape):
-                # The rows a for g, and √w a in their place for G.
+                # The rows a for g, and √w a for G.
                 z = of_gradient[samples].reshape(-1)
-                rows = torch.cat([z.new_empty(len(z), 0), *(read(samples) for read in readers)], 1)
-                gradient = z @ rows
-                rows = scaled(rows, root[samples].reshape(-1, 1)).mT
-                totals[b] = _sum(totals[b], NormalEquations(product(rows, rows), gradient))
+                parts = [read(samples) for read in readers] or [z.new_empty(len(z), 0)]
+                rows = concatenated(parts, 1)
+                scaled = (root[samples].reshape(-1, 1) * rows).mT
+                totals[b] = _sum(totals[b], NormalEquations(product(scaled, scaled), z @ rows))
     pairs = zip(totals, places, strict=True)
     return [_in_order(total, order) for total, order in pairs if total is not None]
 
@@ -138,4 +138,4 @@ def _in_order(total: NormalEquations, order: Int[Tensor, " d"] | None) -> Normal
         return NormalEquations(matrix, gradient)
     if len(order) != len(gradient):  # a parameter that no factor has is one past the last
         matrix, gradient = F.pad(matrix, (0, 1, 0, 1)), F.pad(gradient, (0, 1))
-    return NormalEquations(matrix[order[:, None], order], gradient[order])
+    return NormalEquations(matrix[order][:, order], gradient[order])
