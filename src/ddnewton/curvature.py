@@ -20,13 +20,8 @@ from ddnewton.inputs.terms import TermIndices
 from ddnewton.quadratic.derivatives import Derivatives
 from ddnewton.quadratic.directions import directions_of, orthonormal
 from ddnewton.quadratic.flat import check_outputs_depend
-from ddnewton.quadratic.quadratic_model import (
-    gauss_newton_matrices,
-    gram_matrices,
-    matrices_of,
-    quadratic_model,
-    to_parameters,
-)
+from ddnewton.quadratic.matrices import gauss_newton_matrices, gram_matrices, matrices_of
+from ddnewton.quadratic.quadratic_model import quadratic_model, to_parameters
 from ddnewton.quadratic.spectrum import eigenvalues
 from ddnewton.trees import unflatten
 from ddnewton.types import AnyModelFn, GramWays, PyTree, Select

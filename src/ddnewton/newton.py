@@ -22,13 +22,15 @@ from torch import Tensor
 from ddnewton.criteria import Criteria
 from ddnewton.errors import public
 from ddnewton.inputs.groups import Group, grouped
+from ddnewton.inputs.scale import Scale
 from ddnewton.inputs.terms import TermIndices
 from ddnewton.quadratic.directions import directions_of
 from ddnewton.quadratic.flat import check_slopes
 from ddnewton.quadratic.info import NewtonInfo
+from ddnewton.quadratic.matrices import gauss_newton_matrices
 from ddnewton.quadratic.quadratic_model import (
-    gauss_newton_matrices,
     gradients,
+    in_params_units,
     quadratic_model,
     to_parameters,
 )
@@ -55,6 +57,7 @@ def newton_step(
     subsampling_curvature: TermIndices | None = None,
     gram: GramWays = "auto",
     chunk_size: int | None = None,
+    scale: Scale = None,
 ) -> PyTree:
     r"""Return the directionally damped Newton step, to be added to the parameters.
 
@@ -114,6 +117,13 @@ def newton_step(
     chunk_size
         How many samples' temporaries may exist at once. None chooses from the memory at hand.
         Chunks are paired, so that time grows with their number where the samples do not fit.
+    scale
+        The units of the parameters (SciPy's ``x_scale``): with s / scale in place of s, directions
+        are eigenvectors, damping acts, and the rank tolerance counts. A positive number; a pytree
+        like ``params`` of numbers or tensors that can be broadcast to the leaves; or "jac", for
+        parameters of different sizes: the inverse of the columns' lengths √G_jj, 1 for a parameter
+        that changes nothing. "jac" leaves blocks as they are that have no more columns N·M than
+        parameters, where it would lower the loss of the samples and raise the error between them.
 
     Returns
     -------
@@ -156,6 +166,7 @@ def newton_step(
         subsampling_curvature=subsampling_curvature,
         gram=gram,
         chunk_size=chunk_size,
+        scale=scale,
     ) as expanded:
         model, matrices = gauss_newton_matrices(expanded)
         check_slopes(model, matrices, curved=complement is None)
@@ -163,7 +174,7 @@ def newton_step(
         if coordinates is None:
             blocks = directions_of(model, matrices, only_kept=complement is None)
             coordinates = [solve(model, block, complement).coordinates for block in blocks]
-        vectors = to_parameters(model, matrices, coordinates)
+        vectors = in_params_units(model, to_parameters(model, matrices, coordinates))
     return unflatten(vectors, model.leaves, params)
 
 
@@ -185,6 +196,7 @@ def newton_step_and_info(
     subsampling_curvature: TermIndices | None = None,
     gram: GramWays = "auto",
     chunk_size: int | None = None,
+    scale: Scale = None,
 ) -> tuple[PyTree, NewtonInfo | Any]:
     """Return `newton_step` and a record of its parts; with groups, a record for each.
 
@@ -211,12 +223,14 @@ def newton_step_and_info(
         subsampling_curvature=subsampling_curvature,
         gram=gram,
         chunk_size=chunk_size,
+        scale=scale,
     ) as expanded:
         model, matrices = gauss_newton_matrices(expanded)
         check_slopes(model, matrices, curved=complement is None)
         blocks = directions_of(model, matrices)  # all, for the rank
         solutions = [solve(model, block, complement) for block in blocks]
         vectors = to_parameters(model, matrices, [step.coordinates for step in solutions])
+        vectors = in_params_units(model, vectors)
         infos = list(map(partial(info_of, model), blocks, gradients(model, matrices), solutions))
     step = unflatten(vectors, model.leaves, params)
     return step, grouped(infos, groups)

@@ -4,12 +4,8 @@ import pytest
 import torch
 
 from ddnewton.quadratic.gauss_newton import GaussNewton
-from ddnewton.quadratic.quadratic_model import (
-    gauss_newton_matrices,
-    gradients,
-    quadratic_model,
-    to_parameters,
-)
+from ddnewton.quadratic.matrices import gauss_newton_matrices
+from ddnewton.quadratic.quadratic_model import gradients, quadratic_model, to_parameters
 from tests.models import PROBLEMS, problem
 from tests.reference import dense, error
 

@@ -55,6 +55,7 @@ class Jacobian(NamedTuple):
     device: torch.device
     eps: float  # the rounding of a column
     sums: float  # the rounding of sums of products of columns, 0 for that of float64
+    scale: Float[Tensor, " d"] | None = None  # the columns are S A, with S = diag(scale)
 
 
 def written_out(jacobian: Jacobian, factors: Sequence[Factor]) -> Jacobian:

@@ -31,6 +31,7 @@ from ddnewton.columns.factors import (
     inner_products,
     weighted_sums,
 )
+from ddnewton.columns.units import in_units
 from ddnewton.transforms import concatenated, summed
 
 
@@ -58,6 +59,8 @@ def products(
 ) -> list[Float[Tensor, "i j"]]:
     """Return AᵀB for every block; for A = B half of it is computed, and mirrored."""
     same = left is right
+    left = in_units(left)
+    right = left if same else in_units(right)
     pairings = [paired(left, right, block) for block in blocks]
     rows: list[list[list[Tensor]]] = [[[] for _ in left.chunks] for _ in blocks]
     for i, left_chunk in enumerate(left.chunks):
@@ -119,7 +122,9 @@ def matmat(
                 sums[b].append(torch.cat([w.new_zeros(len(w), 0), *parts], 1))
         # The sum over chunks, in the order of the parameters.
         for b, block in enumerate(blocks):
-            totals[b].append(in_order(_total(sums[b]), order_of(jacobian, block)))
+            entries = in_order(_total(sums[b]), order_of(jacobian, block))
+            scale = scale_along(jacobian, block)
+            totals[b].append(entries if scale is None else scale * entries)
     return [_total(jacobian_sums) for jacobian_sums in totals]
 
 
@@ -130,18 +135,28 @@ def rmatmat(
     parts = []
     for jacobian in jacobians:
         cut, order = cuts_to(jacobian, [block]), order_of(jacobian, block)
+        scale = scale_along(jacobian, block)
+        entries_of = vectors.mT if scale is None else vectors.mT * scale
         column_slopes = []
         for chunk in jacobian.chunks:
             # Cut the vectors into the entries of every factor, and sum over the factors.
             factors = cut(jacobian.visit(chunk))[0]
             counts = [entry_count(factor) for factor in factors]
-            entries = from_order(vectors.mT, order, sum(counts)).split(counts, 1)
+            entries = from_order(entries_of, order, sum(counts)).split(counts, 1)
             zeros = vectors.new_zeros(math.prod(_shape(jacobian, chunk)), vectors.shape[1])
             column_slopes.append(sum(map(inner_products, factors, entries), start=zeros))
         # From samples first, n·m, to columns first, m·N + n.
         whole = torch.cat(column_slopes).unflatten(0, (-1, jacobian.columns))
         parts.append(whole.transpose(0, 1).flatten(0, 1))
     return torch.cat(parts)
+
+
+def scale_along(jacobian: Jacobian, block: Leaves) -> Float[Tensor, " d"] | None:
+    """Return the scale of the parameters of a block, None where they have none."""
+    if jacobian.scale is None or len(block) == len(jacobian.sizes):
+        return jacobian.scale
+    parts = jacobian.scale.split(list(jacobian.sizes))
+    return torch.cat([jacobian.scale[:0], *(parts[leaf] for leaf in block)])
 
 
 def _total(parts: Sequence[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ddnewton.columns.alignment import Leaves
 from ddnewton.columns.contraction import completed, product
 from ddnewton.columns.factors import Factor, Jacobian, Outer, entry_count, formed, rows_of
-from ddnewton.columns.gram import cuts_to, of_chunk, order_of
+from ddnewton.columns.gram import cuts_to, of_chunk, order_of, scale_along
 from ddnewton.transforms import concatenated, summed
 from ddnewton.trees import chunks
 
@@ -41,13 +41,22 @@ def normal_equations(
     gradient_weights: Float[Tensor, " i"],
 ) -> list[NormalEquations]:
     """Return A diag(w) Aᵀ and A z for every block, with the columns of several Jacobians as A."""
+    # The sums over the columns of all Jacobians.
     totals: list[NormalEquations | None] = [None for _ in blocks]
     counts = [jacobian.samples * jacobian.columns for jacobian in jacobians]
     both = torch.stack([weights, gradient_weights]).split(counts, 1)
     for jacobian, weights_of_both in zip(jacobians, both, strict=True):
         for b, sums in enumerate(_of_jacobian(jacobian, blocks, weights_of_both)):
             totals[b] = _sum(totals[b], sums)
-    return [total for total in totals if total is not None]
+    equations = [total for total in totals if total is not None]
+    # In other units of the parameters, S G S and S g.
+    scales = [scale_along(jacobians[0], block) for block in blocks]
+    return [
+        total
+        if scale is None
+        else NormalEquations(scale[:, None] * total.matrix * scale, scale * total.gradient)
+        for total, scale in zip(equations, scales, strict=True)
+    ]
 
 
 def _of_jacobian(

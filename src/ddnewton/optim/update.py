@@ -14,8 +14,9 @@ from ddnewton.optim.state import State, UpdateInfo
 from ddnewton.optim.trial_steps import curvature_of, trial_steps
 from ddnewton.quadratic.flat import check_slopes, flat_share, has_flat_samples
 from ddnewton.quadratic.leafwise import check_leafwise
+from ddnewton.quadratic.matrices import gauss_newton_matrices
 from ddnewton.quadratic.proximal import Proximal, different
-from ddnewton.quadratic.quadratic_model import QuadraticModel, gauss_newton_matrices, gradients
+from ddnewton.quadratic.quadratic_model import QuadraticModel, gradients
 from ddnewton.trees import flattened, real_count, tree_leaves, unflattened
 from ddnewton.types import PyTree
 

@@ -19,20 +19,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.columns.factors import Jacobian
-from ddnewton.columns.gram import side_by_side
+from ddnewton.columns.gram import scale_along
 from ddnewton.criteria.expand import as_loss, on_complex
 from ddnewton.criteria.loss import name_of
 from ddnewton.criteria.monte_carlo import Criteria
 from ddnewton.criteria.trained import without_params
-from ddnewton.inputs.checks import check_derivatives, check_functions, check_options, check_params
+from ddnewton.inputs.checks import check_functions, check_options, check_params
 from ddnewton.inputs.groups import Block, Group, blocks_of
+from ddnewton.inputs.scale import Scale, scale_of
 from ddnewton.inputs.terms import TermArguments, TermIndices, about_term, terms_of
 from ddnewton.linearize.linearization import Linearization, linearized
-from ddnewton.linearize.precision import resolved_in_float32
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.quadratic.gauss_newton import (
     GaussNewton,
-    block_matrices,
     block_vectors,
     check_matrices_fit,
 )
@@ -41,10 +40,22 @@ from ddnewton.trees import as_real, on_pairs
 from ddnewton.types import AnyModelFn, DampingRule, GramWays, PyTree, Select
 
 
+class Scaling(NamedTuple):
+    """The units of the parameters: columns, steps and dampings are those of θ / scale.
+
+    With ``by_columns`` the scale follows from the sizes of the columns, the largest so far.
+    """
+
+    by_columns: bool
+    scale: Float[Tensor, " d"] | None = None
+    sizes: Float[Tensor, " d"] | None = None
+
+
 class QuadraticModel(NamedTuple):
     """The loss of a batch to second order: its terms, the columns A of all, and their weights.
 
-    The columns of the terms stand side by side: those of the curvature of all terms first.
+    The columns of the terms stand side by side: those of the curvature of all terms first. They are
+    those of the scaled parameters, S A.
     """
 
     terms: Sequence[Term]
@@ -52,6 +63,7 @@ class QuadraticModel(NamedTuple):
     curvature_weights: Float[Tensor, " i"]  # h / N
     gradient_weights: Float[Tensor, " a"]  # z / N
     jacobians: Sequence[Jacobian]  # the columns: those of the curvature, the gradient's own
+    scaling: Scaling
 
     @property
     def dtype(self) -> torch.dtype:
@@ -118,6 +130,7 @@ def quadratic_model(
     subsampling_curvature: TermIndices | None = None,
     gram: GramWays = "auto",
     chunk_size: int | None = None,
+    scale: Scale = None,
     gradient: bool = True,
 ) -> Iterator[QuadraticModel]:
     """Check the arguments of a call, and expand the loss of its batch to second order.
@@ -135,6 +148,7 @@ def quadratic_model(
     }
     terms = terms_of(model_fn, X, y, criterion, gram, subsampling)
     blocks = blocks_of(groups, params, select, damping)
+    scaling = Scaling(isinstance(scale, str), scale_of(scale, params))
     objectives = [_objective(term, params, gradient) for term in terms]
     # Run the models, and keep them as they are for as long as their columns are asked for.
     with ExitStack() as stack:
@@ -151,7 +165,7 @@ def quadratic_model(
                 if linearization.complex_outputs:
                     loss = without_params(as_loss(on_complex(term.criterion)), params)
                     objectives[number] = objectives[number]._replace(loss=loss)
-        yield _expanded(linearizations, objectives, blocks)
+        yield expanded(linearizations, objectives, blocks, scaling)
 
 
 def _objective(term: TermArguments, params: PyTree, gradient: bool) -> Objective:
@@ -160,43 +174,6 @@ def _objective(term: TermArguments, params: PyTree, gradient: bool) -> Objective
         loss = without_params(as_loss(term.criterion), params)
     name = name_of(term.criterion)
     return Objective(term.name, name, loss, term.y, term.samples, gradient)
-
-
-def gauss_newton_matrices(
-    model: QuadraticModel, least_damping: float | Tensor = 0.0
-) -> tuple[QuadraticModel, list[GaussNewton]]:
-    """Return the matrices of the blocks, in float64 where dampings ask for more than float32 has.
-
-    All directions are damped by ``least_damping`` more than the blocks say.
-    """
-    matrices = matrices_of(model)
-    linearizations = [term.linearization for term in model.terms]
-    if all(linearization.in_float64 is None for linearization in linearizations):
-        return model, matrices
-    pairs = zip(model.blocks, matrices, strict=True)
-    if not all(_resolved(block, matrix, least_damping) for block, matrix in pairs):
-        precise = [
-            linearization if linearization.in_float64 is None else linearization.in_float64()
-            for linearization in linearizations
-        ]
-        model = _expanded(precise, [term.objective for term in model.terms], model.blocks)
-        matrices = matrices_of(model)
-    return model, matrices
-
-
-def matrices_of(model: QuadraticModel) -> list[GaussNewton]:
-    """Return the matrices of the blocks, in the precision that the model is in."""
-    weights = model.curvature_weights, model.gradient_weights
-    return block_matrices(model.jacobians, len(model.terms), model.leaves, *weights)
-
-
-def gram_matrices(model: QuadraticModel) -> list[Float[Tensor, "i i"]]:
-    """Return K of every block, on the side of the columns however long that is."""
-    root, curved = model.curvature_weights.sqrt(), model.curvature_jacobians
-    inner = side_by_side(curved, curved, model.leaves)
-    for matrix in inner:
-        check_derivatives(matrix)
-    return [root[:, None] * matrix * root for matrix in inner]
 
 
 def to_parameters(
@@ -208,15 +185,25 @@ def to_parameters(
     return block_vectors(model.jacobians, model.leaves, matrices, coordinates)
 
 
+def in_params_units(
+    model: QuadraticModel, vectors: Sequence[Float[Tensor, "... _"]]
+) -> list[Float[Tensor, "... _"]]:
+    """Return the blocks' vectors of scaled parameters as those of the parameters, S v."""
+    scales = [scale_along(model.jacobians[0], block) for block in model.leaves]
+    pairs = zip(vectors, scales, strict=True)
+    return [vector if scale is None else scale * vector for vector, scale in pairs]
+
+
 def gradients(model: QuadraticModel, matrices: Sequence[GaussNewton]) -> list[Float[Tensor, " _"]]:
     """Return every block's gradient, A z / N."""
     return to_parameters(model, matrices, [matrix.gradient for matrix in matrices])
 
 
-def _expanded(
+def expanded(
     linearizations: Sequence[Linearization],
     objectives: Sequence[Objective],
     blocks: Sequence[Block],
+    scaling: Scaling,
 ) -> QuadraticModel:
     """Expand the loss around the outputs, and pull its columns back to the parameters."""
     # The losses along the outputs, and whether the matrices that follow fit into memory.
@@ -235,23 +222,13 @@ def _expanded(
         with about_term(parts[1].term):
             terms.append(term_of(*parts))
     further = [term.gradient_columns for term in terms if term.gradient_columns is not None]
+    jacobians = [*(term.curvature_columns for term in terms), *further]
     weights = [term.gradient_weights.reshape(-1) for term in terms]
     return QuadraticModel(
         terms=terms,
         blocks=blocks,
         curvature_weights=torch.cat([term.curvature_weights.reshape(-1) for term in terms]),
         gradient_weights=torch.cat([*weights, *(term.further_weights for term in terms)]),
-        jacobians=[*(term.curvature_columns for term in terms), *further],
+        jacobians=[jacobian._replace(scale=scaling.scale) for jacobian in jacobians],
+        scaling=scaling,
     )
-
-
-def _resolved(block: Block, matrix: GaussNewton, least_damping: float | Tensor) -> bool:
-    """Return whether float32 resolves the curvatures that count.
-
-    With one δ for all directions they count down to δ, with a rule all of them; a ``select`` is
-    taken to ask for large ones.
-    """
-    if block.select is not None:
-        return True
-    smallest = 0.0 if callable(block.damping) else block.damping + least_damping
-    return resolved_in_float32(smallest, matrix.trace())

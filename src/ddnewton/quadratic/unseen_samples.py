@@ -20,7 +20,11 @@ from ddnewton.columns.gram import columns_of, matmat, side_by_side
 from ddnewton.linearize.precision import ramp
 from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.kept import Directions
-from ddnewton.quadratic.quadratic_model import QuadraticModel, to_parameters
+from ddnewton.quadratic.quadratic_model import (
+    QuadraticModel,
+    in_params_units,
+    to_parameters,
+)
 from ddnewton.quadratic.term import Term, Unseen
 from ddnewton.transforms import unwrapped, vmap
 from ddnewton.trees import unflatten
@@ -66,6 +70,7 @@ def _pushed(
     linearization, leaves = term.linearization, tuple(term.linearization.leaves)
     # The directions of all blocks as parameters, one after the other: zero outside their block.
     vectors = to_parameters(model, matrices, [directions.vectors.mT for directions in kept])
+    vectors = in_params_units(model, vectors)
     trees = [
         unflatten([flat], [block.leaves], list(leaves))
         for block, flat in zip(model.blocks, vectors, strict=True)
@@ -118,6 +123,7 @@ def _multiplied(
 ) -> list[Float[Tensor, "i _"]]:
     """Return the slopes from inner products of the columns, pulled back, with the directions."""
     columns = term.linearization.jacobian(unseen.basis, unseen.samples)
+    columns = columns._replace(scale=model.scaling.scale)
     pairs = zip(model.leaves, matrices, strict=True)
     blocks = [block for block, matrix in pairs if matrix.on_columns]
     curved = model.curvature_jacobians

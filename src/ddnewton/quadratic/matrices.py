@@ -1,0 +1,84 @@
+"""The matrices of a quadratic model: in which units, and on how many digits."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ddnewton.columns.gram import side_by_side
+from ddnewton.inputs.checks import check_derivatives
+from ddnewton.inputs.groups import Block
+from ddnewton.linearize.precision import resolved_in_float32
+from ddnewton.quadratic.column_sizes import column_sizes, scale_by_sizes, scaled_matrices
+from ddnewton.quadratic.gauss_newton import GaussNewton, block_matrices
+from ddnewton.quadratic.quadratic_model import QuadraticModel, Scaling, expanded
+
+
+def gauss_newton_matrices(
+    model: QuadraticModel,
+    least_damping: float | Tensor = 0.0,
+    sizes: Float[Tensor, " d"] | None = None,
+) -> tuple[QuadraticModel, list[GaussNewton]]:
+    """Return the matrices of the blocks, in float64 where dampings ask for more than float32 has.
+
+    All directions are damped by ``least_damping`` more than the blocks say. ``sizes`` are the
+    largest of the columns so far, for a scale by them.
+    """
+    scaled, matrices = _scaled_by_columns(model, matrices_of(model), sizes)
+    linearizations = [term.linearization for term in model.terms]
+    if all(linearization.in_float64 is None for linearization in linearizations):
+        return scaled, matrices
+    pairs = zip(model.blocks, matrices, strict=True)
+    if all(_resolved(block, matrix, least_damping) for block, matrix in pairs):
+        return scaled, matrices
+    precise = [
+        linearization if linearization.in_float64 is None else linearization.in_float64()
+        for linearization in linearizations
+    ]
+    objectives = [term.objective for term in model.terms]
+    model = expanded(precise, objectives, model.blocks, model.scaling)
+    return _scaled_by_columns(model, matrices_of(model), sizes)
+
+
+def _scaled_by_columns(
+    model: QuadraticModel, matrices: list[GaussNewton], sizes: Float[Tensor, " d"] | None
+) -> tuple[QuadraticModel, list[GaussNewton]]:
+    """Return model and matrices in units of the sizes of the columns, where these are asked for."""
+    if not model.scaling.by_columns:
+        return model, matrices
+    current = column_sizes(matrices, model.leaves, model.sizes)
+    largest = current if sizes is None else torch.maximum(current, sizes.to(current))
+    scale = scale_by_sizes(largest, matrices, model.leaves, model.sizes)
+    model = model._replace(
+        jacobians=[jacobian._replace(scale=scale) for jacobian in model.jacobians],
+        scaling=Scaling(by_columns=True, scale=scale, sizes=largest),
+    )
+    return model, scaled_matrices(matrices, model.leaves, model.jacobians)
+
+
+def matrices_of(model: QuadraticModel) -> list[GaussNewton]:
+    """Return the matrices of the blocks, in the precision that the model is in."""
+    weights = model.curvature_weights, model.gradient_weights
+    return block_matrices(model.jacobians, len(model.terms), model.leaves, *weights)
+
+
+def gram_matrices(model: QuadraticModel) -> list[Float[Tensor, "i i"]]:
+    """Return K of every block, on the side of the columns however long that is."""
+    root, curved = model.curvature_weights.sqrt(), model.curvature_jacobians
+    inner = side_by_side(curved, curved, model.leaves)
+    for matrix in inner:
+        check_derivatives(matrix)
+    return [root[:, None] * matrix * root for matrix in inner]
+
+
+def _resolved(block: Block, matrix: GaussNewton, least_damping: float | Tensor) -> bool:
+    """Return whether float32 resolves the curvatures that count.
+
+    With one δ for all directions they count down to δ, with a rule all of them; a ``select`` is
+    taken to ask for large ones.
+    """
+    if block.select is not None:
+        return True
+    smallest = 0.0 if callable(block.damping) else block.damping + least_damping
+    return resolved_in_float32(smallest, matrix.trace())
