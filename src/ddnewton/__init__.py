@@ -15,7 +15,7 @@ from ddnewton.inputs.module_function import as_function
 from ddnewton.linearize.structured.prepare import prepare
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.newton import newton_step, newton_step_and_info
-from ddnewton.optim.adaptation import fixed, held_out, levenberg_marquardt, trust_region
+from ddnewton.optim.adaptation import fixed, held_out, levenberg_marquardt, spring, trust_region
 from ddnewton.optim.functional import FunctionalOptimizer, directional_newton
 from ddnewton.optim.state import State, UpdateInfo
 from ddnewton.quadratic.info import NewtonInfo
@@ -49,6 +49,7 @@ __all__ = [
     "per_layer",
     "per_parameter",
     "prepare",
+    "spring",
     "top_k",
     "trust_region",
     "weighted",

@@ -14,16 +14,17 @@ from ddnewton.criteria import Criteria
 from ddnewton.errors import public
 from ddnewton.inputs.checks import check_functions, check_options, check_params
 from ddnewton.inputs.groups import Group
+from ddnewton.inputs.scale import Scale
 from ddnewton.inputs.terms import TermIndices, first_samples
 from ddnewton.optim.adaptation import (
     Adaptation,
     LearningRate,
     as_adaptation,
-    levenberg_marquardt,
+    trust_region,
 )
 from ddnewton.optim.compiled import has_one_trial, is_all, uncompiled
 from ddnewton.optim.notices import Notices, notice
-from ddnewton.optim.search import added, search
+from ddnewton.optim.search import added, in_params_units, search
 from ddnewton.optim.settings import Complement, Settings, WeightDecay, check_settings
 from ddnewton.optim.state import State, UpdateInfo, check_state, first_state
 from ddnewton.optim.update import local_model, next_state, update_info
@@ -37,6 +38,7 @@ class FirstState:
     """``init``: from parameters to the state before the first update."""
 
     momentum: bool
+    sizes: bool
 
     def __call__(self, params: PyTree) -> State:
         """Return the state before the first update."""
@@ -83,6 +85,7 @@ def directional_newton(
     momentum: float | Literal["exact"] | None = None,
     weight_decay: WeightDecay = 0.0,
     trust_radius: float | None = None,
+    scale: Scale | Literal["auto"] = "auto",
     select: Select | None = None,
     complement: Complement = None,
     groups: Sequence[Group] | None = None,
@@ -169,7 +172,7 @@ def directional_newton(
     {'height': 3.0, 'rate': 0.5}
     """
     # Refuse what breaks a rule now, not at the first update.
-    adaptation = as_adaptation(levenberg_marquardt() if damping is None else damping)
+    adaptation = as_adaptation(trust_region() if damping is None else damping)
     settings = Settings(
         adaptation=adaptation,
         learning_rate=adaptation.learning_rate if learning_rate is None else learning_rate,
@@ -177,6 +180,7 @@ def directional_newton(
         weight_decay=weight_decay,
         trust_radius=trust_radius,
         complement=complement,
+        scale=adaptation.scale if isinstance(scale, str) and scale == "auto" else scale,
     )
     check_settings(settings)
     check_functions(model_fn, select)
@@ -193,9 +197,10 @@ def directional_newton(
         subsampling_curvature=subsampling_curvature,
         gram=gram,
         chunk_size=chunk_size,
+        scale=settings.scale,
     )
 
-    first = FirstState(bool(settings.momentum))
+    first = FirstState(bool(settings.momentum), isinstance(settings.scale, str))
     return FunctionalOptimizer(
         first, Update(settings, model_of, subsampling_grad, subsampling_ggn, Notices())
     )
@@ -206,7 +211,7 @@ def directional_newton(
 def init(first: FirstState, params: PyTree) -> State:
     """Return the state before the first update, as the public ``init`` does."""
     check_params(params)
-    return first_state(params, first.momentum)
+    return first_state(params, momentum=first.momentum, sizes=first.sizes)
 
 
 @public
@@ -217,7 +222,8 @@ def update(
     """Return parameters, state and record after a step, as the public ``update`` does."""
     settings = plan.settings
     check_params(params)
-    check_state(state, params, bool(settings.momentum))
+    sizes = isinstance(settings.scale, str)
+    check_state(state, params, momentum=bool(settings.momentum), sizes=sizes)
     # Samples that a damping is chosen on are in no step.
     first, held_out, choice = None, None, settings.adaptation.choice
     if choice is not None and any_known(state.updates % choice.every == 0):
@@ -230,5 +236,5 @@ def update(
         step = search(local, settings, state.control)
         info = update_info(local, step, settings)
         notice(plan.notices, local, settings, step, info)
-        moved = added(params, torch.where(step.taken, step.rate * step.vector, 0))
-        return moved, next_state(state, step, params), info
+        moved = in_params_units(local, torch.where(step.taken, step.rate * step.vector, 0))
+        return added(params, moved), next_state(state, local, step), info

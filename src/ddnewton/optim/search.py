@@ -13,8 +13,8 @@ from torch import Tensor
 from ddnewton.linearize.precision import narrowest
 from ddnewton.optim.adaptation import Curvature, Outcome
 from ddnewton.optim.settings import Settings
-from ddnewton.optim.trial_steps import TrialSteps, quadratic_along, trial_step
-from ddnewton.optim.trust_radius import least_damping
+from ddnewton.optim.trial_steps import TrialSteps, lengths_at, quadratic_along, trial_step
+from ddnewton.optim.trust_radius import damping_of_length, least_damping
 from ddnewton.quadratic.proximal import Proximal
 from ddnewton.quadratic.quadratic_model import QuadraticModel
 from ddnewton.quadratic.trial_loss import trial_loss
@@ -22,8 +22,11 @@ from ddnewton.transforms import any_known
 from ddnewton.trees import as_real, flattened, tree_leaves, tree_map, unflattened
 from ddnewton.types import PyTree
 
-MOST_ATTEMPTS = 13
+MOST_ATTEMPTS = 20
 """How many steps are tried before the parameters are left where they are."""
+
+FIRST_DAMPING = 1e-3
+"""The damping, relative to the trace, whose step is the first radius where parameters are zero."""
 
 LOSS_ROUNDINGS = 16.0
 """From how many roundings of the loss upwards a decrease of it can be compared with another."""
@@ -35,6 +38,8 @@ class LocalModel(NamedTuple):
     model: QuadraticModel
     trials: TrialSteps
     params: PyTree
+    scaled_params: Float[Tensor, " d"]  # in the units of the quadratic model, as steps are
+    scale: Float[Tensor, " d"] | None
     proximal: Proximal | None
     updates: Int[Tensor, ""]
     damping: Float[Tensor, ""]  # of the step before
@@ -81,18 +86,20 @@ def loss_at(
 
     It is taken at the parameters as their dtype has them.
     """
-    moved = added(local.params, vector)
+    moved = added(local.params, in_params_units(local, vector))
     leaves = tree_leaves(as_real(moved))
     pairs = zip(local.model.terms, samples, strict=True)
     losses = [trial_loss(term, leaves, indices) for term, indices in pairs]
-    return _penalised(torch.as_tensor(sum(losses)), decay, moved)
+    return _penalised(torch.as_tensor(sum(losses)), decay, in_model_units(moved, local.scale))
 
 
-def _penalised(loss: Float[Tensor, ""], decay: float | Tensor, params: PyTree) -> Float[Tensor, ""]:
-    """Return a loss with the penalty of weight decay."""
+def _penalised(
+    loss: Float[Tensor, ""], decay: float | Tensor, scaled_params: Float[Tensor, " d"]
+) -> Float[Tensor, ""]:
+    """Return a loss with the penalty of weight decay, both in the units of the model."""
     if not isinstance(decay, Tensor) and decay == 0:
         return loss
-    return loss + (decay * flattened(params).square()).sum() / 2
+    return loss + (decay * scaled_params.square()).sum() / 2
 
 
 def added(params: PyTree, vector: Float[Tensor, " d"]) -> PyTree:
@@ -100,16 +107,29 @@ def added(params: PyTree, vector: Float[Tensor, " d"]) -> PyTree:
     return tree_map(torch.add, params, unflattened(vector, params))
 
 
+def in_params_units(local: LocalModel, vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    """Return a step in the units of the parameters."""
+    return vector if local.scale is None else local.scale * vector
+
+
+def in_model_units(params: PyTree, scale: Float[Tensor, " d"] | None) -> Float[Tensor, " d"]:
+    """Return parameters, or a step, in the units of a quadratic model."""
+    vector = flattened(params)
+    return vector if scale is None else vector / scale
+
+
 def _first_control(
     local: LocalModel, settings: Settings, control: Float[Tensor, ""]
 ) -> Float[Tensor, ""]:
     """Return the control of this batch: the first one, the one so far, or one from the grid."""
     adaptation = settings.adaptation
-    # Where there is none yet, the adaptation's first: a damping, or the length of its step.
+    # Where there is none yet, the adaptation's first; a radius of zero is replaced by the length of
+    # a damped step.
     first = adaptation.start(local.curvature)
-    if adaptation.by_length and any_known(control.isnan()):
-        length = trial_step(local.trials, first, 0.0).norm()
-        first = torch.where(length > 0, length, torch.nan)
+    if adaptation.by_length and any_known(control.isnan() & ~(first > 0)):
+        delta = FIRST_DAMPING * local.curvature.trace
+        length = trial_step(local.trials, delta, 0.0).norm()
+        first = torch.where(first > 0, first, torch.where(length > 0, length, torch.nan))
     control = torch.where(control.isnan(), first, control)
     if local.held_out is None or adaptation.choice is None:
         return control
@@ -148,7 +168,7 @@ def _tried(
     samples = [term.objective.samples.slopes for term in local.model.terms]
     loss = torch.as_tensor(sum(term.losses_of_gradient.mean() for term in local.model.terms))
     decay = 0.0 if local.proximal is None else local.proximal.decay
-    before = _penalised(loss, decay, local.params)
+    before = _penalised(loss, decay, local.scaled_params)
     after = loss_at(local, decay, moved, samples)
     # The decrease that the quadratic model promises, −(gᵀs + ½ sᵀG s).
     slopes, curvatures = quadratic_along(local.trials, moved[None])
@@ -173,7 +193,7 @@ def _tried(
 def noise_of(local: LocalModel, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """Return by how much the rounding of the loss and of the parameters moves the loss."""
     dtype = narrowest(tree_leaves(as_real(local.params)))
-    apart = torch.finfo(dtype).eps * flattened(local.params).norm()
+    apart = torch.finfo(dtype).eps * local.scaled_params.norm()
     outputs = [term.linearization.precise for term in local.model.terms]
     of_loss = torch.finfo(narrowest(outputs)).eps * loss.abs()
     of_params: Tensor = local.gradient_norm * apart + local.curvature.trace * apart**2
@@ -193,9 +213,14 @@ def _direction(
         vector = _minimizer(local.trials, both, delta) @ both
     if settings.learning_rate == "exact":
         return vector, _minimizer(local.trials, vector[None], delta)[0]
-    rate = settings.learning_rate
+    return vector, _rate(local, settings)
+
+
+def _rate(local: LocalModel, settings: Settings) -> Float[Tensor, "..."]:
+    """Return the learning rate, which is not the exact one."""
+    rate, like = settings.learning_rate, local.gradient_norm
     number = rate(local.updates) if callable(rate) else rate
-    return vector, torch.as_tensor(number, dtype=vector.dtype, device=vector.device)
+    return torch.as_tensor(number, dtype=like.dtype, device=like.device)
 
 
 def _minimizer(
@@ -226,6 +251,11 @@ def _within_radius(
         return norm
 
     guess, enough = least, torch.maximum(local.gradient_norm / radius, least)
+    # From the spectrum alone where nothing else decides on the length of a step.
+    if settings.learning_rate != "exact":
+        rate, lengths = _rate(local, settings), lengths_at(local.trials)
+        if lengths is not None and rate.numel() == 1:
+            return damping_of_length(lengths, least, enough, radius / rate.reshape(()))
     if settings.adaptation.by_length:  # which mostly needs more than the least
         guess = torch.maximum(torch.where(local.damping.isnan(), enough, local.damping), least)
     return least_damping(length, guess, least, enough, radius)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.inputs.checks import check_nonnegative, check_positive
+from ddnewton.inputs.scale import Scale, check_scale
 from ddnewton.optim.adaptation import Adaptation, LearningRate
 from ddnewton.trees import named_leaves, tree_flatten
 from ddnewton.types import PyTree
@@ -28,6 +29,7 @@ class Settings(NamedTuple):
     weight_decay: WeightDecay
     trust_radius: float | None
     complement: Complement
+    scale: Scale
 
 
 def check_settings(settings: Settings) -> None:
@@ -54,6 +56,7 @@ def check_settings(settings: Settings) -> None:
     if isinstance(settings.complement, str) and settings.complement != "damping":
         rule = 'complement must be a positive number, "damping" or None'
         raise BadValue(sentence(rule, repr(settings.complement), 'Pass "damping".'))
+    check_scale(settings.scale)
 
 
 def check_weight_decay(weight_decay: WeightDecay) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.quadratic.term import TermLosses
-from ddnewton.trees import tree_leaves, tree_map
+from ddnewton.trees import as_real, tree_leaves, tree_map
 from ddnewton.types import PyTree
 
 
@@ -26,6 +26,9 @@ class State(NamedTuple):
     """δ of the last step; nan before the first."""
     previous: PyTree
     """The step before, before the learning rate, like the parameters; () without momentum."""
+    sizes: PyTree
+    """The largest sizes √G_jj of the columns so far, like the parameters, a complex one as a pair
+    of reals; () unless the scale of the parameters is by them."""
 
 
 class UpdateInfo(NamedTuple):
@@ -61,7 +64,7 @@ class UpdateInfo(NamedTuple):
     """The losses of the terms by their names, without the penalty; or the loss, of one term."""
 
 
-def first_state(params: PyTree, momentum: bool) -> State:
+def first_state(params: PyTree, *, momentum: bool, sizes: bool) -> State:
     """Return the state before the first update."""
     device = tree_leaves(params)[0].device
     unknown = torch.full((), torch.nan, dtype=torch.float64, device=device)
@@ -70,15 +73,23 @@ def first_state(params: PyTree, momentum: bool) -> State:
         control=unknown,
         damping=unknown.clone(),
         previous=tree_map(torch.zeros_like, params) if momentum else (),
+        sizes=tree_map(torch.zeros_like, as_real(params)) if sizes else (),
     )
 
 
-def check_state(state: object, params: PyTree, momentum: bool) -> None:
-    """Require a state of these parameters, with a step before where there is momentum."""
+def check_state(state: object, params: PyTree, *, momentum: bool, sizes: bool) -> None:
+    """Require a state of these parameters, of an optimizer with the same momentum and scale."""
     remedy = "Pass what init(params), or the last update, returned."
     if not isinstance(state, State):
         raise BadType(sentence("state must be a State", type(state).__name__, remedy))
-    shapes = [leaf.shape for leaf in tree_leaves(params)] if momentum else []
-    if [leaf.shape for leaf in tree_leaves(state.previous)] != shapes:
-        rule = "state must be of the same parameters, and of an optimizer with the same momentum"
-        raise BadValue(sentence(rule, "another step before", remedy))
+    parts = {
+        "momentum": ("another step before", state.previous, params if momentum else ()),
+        "scale": ("other sizes of columns", state.sizes, as_real(params) if sizes else ()),
+    }
+    for option, (got, tree, like) in parts.items():
+        shapes = [leaf.shape for leaf in tree_leaves(like)]
+        if [leaf.shape for leaf in tree_leaves(tree)] != shapes:
+            rule = (
+                f"state must be of the same parameters, and of an optimizer with the same {option}"
+            )
+            raise BadValue(sentence(rule, got, remedy))

@@ -23,7 +23,11 @@ def to_stored(state: State, params: Mapping[str, Tensor], first: Tensor) -> dict
     numbers as they are. ``params`` are the trained parameters by their names, and ``first`` is the
     first parameter of all groups.
     """
-    stored = {p: {"previous": state.previous[name]} for name, p in params.items() if state.previous}
+    trees = {"previous": state.previous, "sizes": state.sizes}
+    stored: dict[Tensor, Any] = {
+        p: {key: tree[name] for key, tree in trees.items() if tree} for name, p in params.items()
+    }
+    stored = {p: entries for p, entries in stored.items() if entries}
     numbers = {"control": state.control.item(), "damping": state.damping.item()}
     return stored | {first: stored.get(first, {}) | {"step": int(state.updates), **numbers}}
 
@@ -38,17 +42,17 @@ def from_stored(
     numbers = stored.get(first)
     if not numbers:
         return initial
-    previous = initial.previous
-    if previous:  # there is momentum
-        previous = {
-            name: stored.get(p, {}).get("previous", initial.previous[name])
-            for name, p in params.items()
-        }
+    trees = {"previous": initial.previous, "sizes": initial.sizes}
+    for key, tree in trees.items():
+        if tree:  # there is momentum, or a scale by the sizes of columns
+            trees[key] = {
+                name: stored.get(p, {}).get(key, tree[name]) for name, p in params.items()
+            }
     return State(
         updates=initial.updates + numbers["step"],
         control=torch.full_like(initial.control, numbers["control"]),
         damping=torch.full_like(initial.damping, numbers["damping"]),
-        previous=previous,
+        **trees,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from ddnewton.criteria import Criteria
 from ddnewton.errors import BadValue, sentence
 from ddnewton.inputs.checks import check_nonnegative
 from ddnewton.inputs.module_function import Forward, module_functions
+from ddnewton.inputs.scale import Scale
 from ddnewton.inputs.terms import one_or_several
-from ddnewton.optim.adaptation import Adaptation, as_adaptation, levenberg_marquardt
+from ddnewton.optim.adaptation import Adaptation, as_adaptation, trust_region
 from ddnewton.optim.closures import batch_of_step
 from ddnewton.optim.functional import FunctionalOptimizer, directional_newton
 from ddnewton.optim.modules import TracedModule, gram_ways, traced_terms
@@ -60,7 +61,7 @@ class DirectionalNewton(Optimizer):
     module
         The module to train, without the wrappers that `ddnewton.as_function` takes off. It is
         called with ``X``.
-    criterion, damping, momentum, trust_radius, select, complement, gram, chunk_size
+    criterion, damping, momentum, trust_radius, scale, select, complement, gram, chunk_size
         As for `ddnewton.directional_newton`.
     params
         Parameters of the module, or groups of them as in `torch.optim`; None is one group of all
@@ -110,6 +111,7 @@ class DirectionalNewton(Optimizer):
         momentum: float | str | None = None,
         weight_decay: WeightDecay = 0.0,
         trust_radius: float | None = None,
+        scale: Scale | Literal["auto"] = "auto",
         select: Select | None = None,
         complement: Complement = None,
         forward: Forward | Mapping[Any, Forward] | None = None,
@@ -122,13 +124,14 @@ class DirectionalNewton(Optimizer):
             check_nonnegative("DirectionalNewton: lr", lr)
         # Keep the options: the functional optimizer is made anew in every step, for the groups that
         # there are then.
-        adaptation = as_adaptation(levenberg_marquardt() if damping is None else damping)
+        adaptation = as_adaptation(trust_region() if damping is None else damping)
         self._criterion = criterion
         self._base_rate = adaptation.learning_rate if lr is None else 1.0
         self._options: dict[str, Any] = {
             "damping": adaptation,
             "momentum": adaptation.momentum if momentum is None else momentum,
             "trust_radius": trust_radius,
+            "scale": scale,
             "select": select,
             "complement": complement,
             "gram": gram,

@@ -6,7 +6,8 @@ step to a centre, as derived in `ddnewton.quadratic.proximal`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from ddnewton.optim.settings import Complement
 from ddnewton.quadratic.directions import directions_of
 from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.kept import BlockDirections
-from ddnewton.quadratic.leafwise import LeafwiseBlock, leafwise_blocks, scaled_matrix, unscaled
+from ddnewton.quadratic.leafwise import centre_in_metric, in_metrics, is_leafwise, metric_of
 from ddnewton.quadratic.proximal import (
     Centre,
     Proximal,
@@ -31,9 +32,14 @@ from ddnewton.quadratic.proximal import (
     proximal_blocks,
 )
 from ddnewton.quadratic.quadratic_model import QuadraticModel, to_parameters
-from ddnewton.quadratic.solution import solve, without_eigenpairs
+from ddnewton.quadratic.shifted import Shifted, shifted, squared_lengths, step_at
+from ddnewton.quadratic.solution import is_linear, solve, without_eigenpairs
 from ddnewton.trees import joined
 from ddnewton.types import DampingRule
+
+MOST_FACTORIZATIONS = 6
+"""How many dampings of a batch are factorized for, before the matrices are decomposed for all: it
+takes as long as about fifteen factorizations."""
 
 TRIAL_CONDITION = 1e10
 """Up to which ratio of the largest curvature to δ a trial goes without eigenpairs: the rounding of
@@ -47,6 +53,15 @@ class Quadratic(NamedTuple):
     curvatures: Float[Tensor, "k k"]
 
 
+@dataclass
+class Decompositions:
+    """What is known of the matrices of a batch by the trials so far."""
+
+    directions: list[BlockDirections] = field(default_factory=list)
+    shifted: list[Shifted] = field(default_factory=list)
+    factorizations: int = 0
+
+
 class TrialSteps(NamedTuple):
     """What trial steps are made of; the matrices are decomposed where that is first needed."""
 
@@ -55,8 +70,7 @@ class TrialSteps(NamedTuple):
     complement: Complement
     proximal: Proximal | None
     proximal_blocks: Sequence[ProximalBlock]
-    leafwise: Sequence[LeafwiseBlock]  # none where a block has one weight decay
-    known: list[BlockDirections]  # empty until the matrices are decomposed
+    known: Decompositions
 
 
 def trial_steps(
@@ -66,30 +80,27 @@ def trial_steps(
     proximal: Proximal | None,
 ) -> TrialSteps:
     """Return the trial steps of a batch."""
-    sizes = model.sizes
     pulls: list[ProximalBlock] = []
-    leafwise: list[LeafwiseBlock] = []
     if proximal is not None:
-        pulls = proximal_blocks(proximal, matrices, model.leaves, sizes)
-        leafwise = leafwise_blocks(model, matrices, pulls, proximal.decays)
+        scaled = model.scaling.scale is not None
+        pulls = proximal_blocks(proximal, matrices, model.leaves, model.sizes, scaled=scaled)
     return TrialSteps(
         model=model,
         matrices=matrices,
         complement=complement,
         proximal=proximal,
         proximal_blocks=pulls,
-        leafwise=leafwise,
-        known=[],
+        known=Decompositions(),
     )
 
 
 def trial_step(trials: TrialSteps, delta: Tensor, momentum: float | Tensor) -> Float[Tensor, " d"]:
     """Return the step for a damping δ, above what the blocks say, and a momentum."""
     model, proximal = trials.model, trials.proximal
-    if trials.leafwise:
+    if is_leafwise(trials.proximal_blocks):
         return _leafwise_step(trials, delta, momentum)
     # Weight decay is a damping of all directions as well.
-    decays = [block.decays[0] for block in trials.proximal_blocks] or [0.0] * len(model.blocks)
+    decays = [block.decay for block in trials.proximal_blocks] or [0.0] * len(model.blocks)
     deltas = [delta + decay for decay in decays]
     damped = damped_more(model, deltas)
     scalars = list(map(_scalar, damped.blocks, deltas))
@@ -111,21 +122,24 @@ def _leafwise_step(
     trials: TrialSteps, delta: Tensor, momentum: float | Tensor
 ) -> Float[Tensor, " d"]:
     """Return the step where decays differ inside a block, as derived in quadratic/leafwise.py."""
-    model, blocks = trials.model, trials.leafwise
-    dampings = [_scalar(block, delta) for block in damped_more(model, [delta] * len(blocks)).blocks]
-    one = torch.ones_like(delta)
+    model, pulls = trials.model, trials.proximal_blocks
+    damped_blocks = damped_more(model, [delta] * len(model.blocks)).blocks
+    dampings = [_scalar(block, delta) for block in damped_blocks]
+    metrics = list(map(metric_of, pulls, dampings))
     centres = [
-        centre_of(pull, block.decays + damping, block.decays, momentum)._replace(delta=one)
-        for pull, block, damping in zip(trials.proximal_blocks, blocks, dampings, strict=True)
+        centre_in_metric(pull, matrix, metric, momentum)
+        for pull, matrix, metric in zip(pulls, trials.matrices, metrics, strict=True)
     ]
     # In scaled coordinates every direction is damped by 1.
-    damped = model._replace(blocks=[block._replace(damping=one) for block in model.blocks])
-    outside = [None if trials.complement is None else one for _ in blocks]
-    scaled = list(map(scaled_matrix, trials.matrices, blocks, dampings))
-    coordinates = _coordinates(trials._replace(matrices=scaled, known=[]), damped, outside, centres)
-    # Back to the parameters.
-    vectors = to_parameters(damped, trials.matrices, coordinates)
-    vectors = list(map(unscaled, vectors, trials.matrices, blocks, dampings))
+    scaled, matrices = in_metrics(model, trials.matrices, metrics)
+    one = torch.ones_like(delta)
+    damped = scaled._replace(blocks=[block._replace(damping=one) for block in model.blocks])
+    outside = [None if trials.complement is None else one for _ in model.blocks]
+    fresh = trials._replace(model=scaled, matrices=matrices, known=Decompositions())
+    coordinates = _coordinates(fresh, damped, outside, centres)
+    # Back from there.
+    vectors = to_parameters(damped, matrices, coordinates)
+    vectors = [vector / metric.sqrt() for vector, metric in zip(vectors, metrics, strict=True)]
     return _from_centres(trials, vectors, centres)
 
 
@@ -135,12 +149,9 @@ def _from_centres(
     """Return the step of all leaves from those of the blocks, each from its centre."""
     model = trials.model
     if centres is not None:
-        vectors = [
-            centre.weights @ block.vectors + vector
-            for centre, block, vector in zip(centres, trials.proximal_blocks, vectors, strict=True)
-        ]
-    sizes = model.sizes
-    return joined(vectors, model.leaves, sizes)
+        pairs = zip(centres, vectors, strict=True)
+        vectors = [centre.vector + vector for centre, vector in pairs]
+    return joined(vectors, model.leaves, model.sizes)
 
 
 def quadratic_along(
@@ -173,7 +184,7 @@ def _of_loss(trials: TrialSteps, vectors: Float[Tensor, "k d"]) -> Quadratic:
     # By G and g of all parameters. The rounding of G is that of a change of δ, as in the solution
     # without eigenpairs; where these were needed, sums of squares have more digits.
     whole = not others and list(model.leaves[0]) == list(every_leaf)
-    if whole and not (matrix.on_columns or trials.known):
+    if whole and not (matrix.on_columns or trials.known.directions):
         return Quadratic(vectors @ matrix.gradient, vectors @ matrix.entries @ vectors.mT)
     # By the slopes of all columns.
     column_slopes = rmatmat(model.jacobians, every_leaf, vectors.mT)
@@ -185,11 +196,11 @@ def _of_loss(trials: TrialSteps, vectors: Float[Tensor, "k d"]) -> Quadratic:
     )
 
 
-def curvature_of(matrices: Sequence[GaussNewton]) -> Curvature:
-    """Return the size of the curvature, of the block that has most of it."""
+def curvature_of(matrices: Sequence[GaussNewton], params: Float[Tensor, " d"]) -> Curvature:
+    """Return the size of the curvature, of the block that has most of it, and of parameters."""
     traces = [matrix.trace() for matrix in matrices]
     means = [trace / len(m.diagonal()) for trace, m in zip(traces, matrices, strict=True)]
-    return Curvature(torch.stack(traces).amax(), torch.stack(means).amax())
+    return Curvature(torch.stack(traces).amax(), torch.stack(means).amax(), params.norm())
 
 
 def damped_more(model: QuadraticModel, deltas: Sequence[Tensor]) -> QuadraticModel:
@@ -236,14 +247,22 @@ def _coordinates(
     centres: Sequence[Centre] | None,
 ) -> list[Float[Tensor, " _"]]:
     """Return the steps of all blocks from their centres, by eigenpairs only where these are due."""
-    matrices = trials.matrices
-    coordinates = without_eigenpairs(damped, matrices, outside, centres, TRIAL_CONDITION)
-    if coordinates is not None:
-        return coordinates
-    # Decompose the matrices in the first trial that needs it, for all that follow.
-    if not trials.known:
+    matrices, known = trials.matrices, trials.known
+    if not known.directions and is_linear(damped, outside):
+        # Factorize for each of the first few dampings, and decompose for all that follow.
+        coordinates = None
+        if not known.shifted and known.factorizations < MOST_FACTORIZATIONS:
+            known.factorizations += 1
+            condition = TRIAL_CONDITION
+            coordinates = without_eigenpairs(damped, matrices, outside, centres, condition)
+        if coordinates is None and centres is None:
+            coordinates = _shifted_coordinates(trials, damped)
+        if coordinates is not None:
+            return coordinates
+    # Directions, in the first trial that needs them, for all that follow.
+    if not known.directions:
         only_kept = trials.complement is None
-        trials.known.extend(directions_of(trials.model, matrices, only_kept=only_kept))
+        known.directions.extend(directions_of(trials.model, matrices, only_kept=only_kept))
     return [
         solve(
             damped,
@@ -251,5 +270,53 @@ def _coordinates(
             outside[b],
             None if centres is None else centres[b],
         ).coordinates
-        for b, (directions, block) in enumerate(zip(trials.known, damped.blocks, strict=True))
+        for b, (directions, block) in enumerate(zip(known.directions, damped.blocks, strict=True))
     ]
+
+
+def _shifted_coordinates(
+    trials: TrialSteps, damped: QuadraticModel
+) -> list[Float[Tensor, " _"]] | None:
+    """Return the steps of all blocks from one decomposition for all dampings, if there is one."""
+    steps = _shifted(trials)
+    if steps is None:
+        return None
+    pairs = zip(steps, damped.blocks, strict=True)
+    dampings = [(of_block, _scalar(block, of_block.evals[0])) for of_block, block in pairs]
+    return [step_at(of_block, damping.to(of_block.evals)) for of_block, damping in dampings]
+
+
+def _shifted(trials: TrialSteps) -> list[Shifted] | None:
+    """Return the decompositions of all blocks, None where one has none; made in the first call."""
+    known, weights = trials.known, trials.model.gradient_weights
+    if not known.shifted:
+        everywhere = trials.complement is not None
+        for matrix in trials.matrices:
+            of_block = shifted(matrix, weights, everywhere=everywhere)
+            if of_block is None:
+                known.shifted.clear()
+                return None
+            known.shifted.append(of_block)
+    return known.shifted
+
+
+def lengths_at(
+    trials: TrialSteps,
+) -> Callable[[Float[Tensor, " k"]], Float[Tensor, " k"]] | None:
+    """Return a function: the lengths of the steps for some dampings; None where each is a step."""
+    model = trials.model
+    if trials.proximal is not None or trials.complement is not None:
+        return None
+    if not is_linear(model, [None] * len(model.blocks)):
+        return None
+    steps = _shifted(trials)
+    if steps is None:
+        return None
+    own = [_scalar(block, steps[0].evals[0]) for block in model.blocks]
+
+    def lengths(deltas: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+        pairs = zip(steps, own, strict=True)
+        squares = [squared_lengths(of_block, deltas + damping) for of_block, damping in pairs]
+        return torch.stack(squares).sum(0).sqrt()
+
+    return lengths

@@ -9,11 +9,41 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ddnewton.optim.adaptation import RADIUS_SLACK
 from ddnewton.transforms import any_known
+
+RADIUS_SLACK = 0.9
+"""A step of this share of the radius, or longer, counts as being as long as the radius."""
 
 BRACKET_TRIALS, BRACKET_FACTOR = 16, 16.0
 """How many dampings are tried for a bracket, and again within it; the factor between the first."""
+
+
+GRID_POINTS, LEAST_SHARE = 48, 1e-30
+"""How many dampings are looked at together, and the least of them, of the largest."""
+
+
+def damping_of_length(
+    lengths: Callable[[Float[Tensor, " k"]], Float[Tensor, " k"]],
+    least: Float[Tensor, ""],
+    sufficient: Float[Tensor, ""],
+    radius: Float[Tensor, ""],
+) -> Float[Tensor, ""]:
+    """Return the same where ``lengths`` gives those of many steps at once, which cost little.
+
+    The step is as long as the radius, to about one percent. A length falls with the damping: the
+    root lies between two neighbours of a grid, and of a finer one between these.
+    """
+    low = torch.maximum(least, LEAST_SHARE * sufficient)
+    high = torch.maximum(sufficient, low)
+    for _ in range(2):
+        exponents = torch.linspace(0, 1, GRID_POINTS, dtype=low.dtype, device=low.device)
+        deltas = low * (high / low) ** exponents
+        short = lengths(deltas) <= radius
+        # The first that is short enough, the last where rounding leaves none.
+        place = torch.where(short.any(), short.long().argmax(), GRID_POINTS - 1)
+        high = deltas[place]
+        low = deltas[(place - 1).clamp(min=0)]
+    return torch.where(lengths(least[None])[0] <= radius, least, high)
 
 
 class Point(NamedTuple):

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ddnewton.optim.search import LocalModel, Step
+from ddnewton.optim.search import LocalModel, Step, in_model_units, in_params_units
 from ddnewton.optim.settings import Settings, decays_of
 from ddnewton.optim.state import State, UpdateInfo
 from ddnewton.optim.trial_steps import curvature_of, trial_steps
 from ddnewton.quadratic.flat import check_slopes, flat_share, has_flat_samples
-from ddnewton.quadratic.leafwise import check_leafwise
+from ddnewton.quadratic.leafwise import any_decayed, check_leafwise
 from ddnewton.quadratic.matrices import gauss_newton_matrices
 from ddnewton.quadratic.proximal import Proximal, different
 from ddnewton.quadratic.quadratic_model import QuadraticModel, gradients
@@ -31,56 +31,74 @@ def local_model(
     """Return the loss of a batch around the parameters, ready to be searched for a step."""
     # Refuse what weight decay leaves undefined, before the work.
     decays = decays_of(settings.weight_decay, params)
-    check_leafwise(model, decays, settings.complement)
+    scaled = settings.scale is not None
+    check_leafwise(model, decays, settings.complement, scaled=scaled)
     # The curvature, on as many digits as the damping so far asks for.
     by_length = settings.adaptation.by_length
     least_damping = torch.where(state.damping.isnan() | by_length, 0, state.damping)
-    model, matrices = gauss_newton_matrices(model, least_damping)
+    sizes = None if state.sizes == () else flattened(state.sizes)
+    model, matrices = gauss_newton_matrices(model, least_damping, sizes)
+    scale = model.scaling.scale
+    scaled_params = in_model_units(params, scale)
     # The vectors that pull a step besides the gradient.
     proximal = None
-    decayed = any(isinstance(decay, Tensor) or decay > 0 for decay in decays)
+    decayed = any_decayed(decays)
     if settings.momentum or decayed:
-        theta = flattened(params)[None]
+        theta = scaled_params[None]
+        before = in_model_units(state.previous, scale)[None] if settings.momentum else theta[:0]
         proximal = Proximal(
-            previous=flattened(state.previous)[None] if settings.momentum else theta[:0],
+            previous=before,
             params=theta if decayed else theta[:0],
             decays=decays,
-            decay=_by_parameter(decays, params, theta),
+            decay=_by_parameter(decays, params, scale, theta),
         )
     check_slopes(model, matrices, curved=settings.complement is None)
     return LocalModel(
         model=model,
         trials=trial_steps(model, matrices, settings.complement, proximal),
         params=params,
+        scaled_params=scaled_params,
+        scale=scale,
         proximal=proximal,
         updates=state.updates,
         damping=state.damping,
         held_out=held_out,
-        curvature=curvature_of(matrices),
+        curvature=curvature_of(matrices, scaled_params),
         gradient_norm=torch.cat(gradients(model, matrices)).norm(),
     )
 
 
 def _by_parameter(
-    decays: Sequence[float | Tensor], params: PyTree, like: Tensor
+    decays: Sequence[float | Tensor],
+    params: PyTree,
+    scale: Float[Tensor, " d"] | None,
+    like: Tensor,
 ) -> float | Float[Tensor, " d"]:
-    """Return the weight decay of every parameter, or the one of all."""
-    if len(different(decays)) == 1:
+    """Return the weight decay of every parameter in the units of the model, or the one of all."""
+    if len(different(decays)) == 1 and (scale is None or not any_decayed(decays)):
         return decays[0]
     pairs = zip(tree_leaves(params), decays, strict=True)
-    return torch.cat([like.new_full((real_count(leaf),), float(decay)) for leaf, decay in pairs])
+    vector = torch.cat(
+        [torch.as_tensor(decay).to(like).expand(real_count(leaf)) for leaf, decay in pairs]
+    )
+    return vector if scale is None else vector * scale.square()
 
 
-def next_state(state: State, step: Step, params: PyTree) -> State:
+def next_state(state: State, local: LocalModel, step: Step) -> State:
     """Return the state after a step; one that is not taken is no start for the next."""
     previous: PyTree = ()
     if state.previous != ():
-        previous = unflattened(torch.where(step.taken, step.vector, 0), params)
+        vector = in_params_units(local, step.vector)
+        previous = unflattened(torch.where(step.taken, vector, 0), local.params)
+    sizes: PyTree = ()
+    if state.sizes != () and local.model.scaling.sizes is not None:
+        sizes = unflattened(local.model.scaling.sizes, state.sizes)
     return State(
         updates=state.updates + 1,
         control=step.following,
         damping=step.damping,
         previous=previous,
+        sizes=sizes,
     )
 
 
@@ -110,7 +128,7 @@ def _flat_share(local: LocalModel) -> Float[Tensor, ""]:
     """Return the share of the gradient that has no curvature, nan where it is not known."""
     if not has_flat_samples(local.model):
         return torch.zeros_like(local.gradient_norm)
-    blocks, count = local.trials.known, len(local.model.curvature_weights)
+    blocks, count = local.trials.known.directions, len(local.model.curvature_weights)
     if not blocks or any(len(block.spectrum.evals) < count for block in blocks):
         return torch.full_like(local.gradient_norm, torch.nan)
     return flat_share(local.model, blocks, local.gradient_norm)
@@ -118,7 +136,7 @@ def _flat_share(local: LocalModel) -> Float[Tensor, ""]:
 
 def _rank_and_share(local: LocalModel) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Return the rank, and the kept directions' share of the gradient, nan where not known."""
-    blocks = local.trials.known
+    blocks = local.trials.known.directions
     unknown = torch.full_like(local.gradient_norm, torch.nan)
     if not blocks:
         return unknown, unknown

@@ -44,24 +44,17 @@ def damped_step(
     That is for the gradient on the range of G, or ``everywhere``. Like a spectrum's directions it
     is in coordinates: of the columns, or, on the other side, of the parameters.
     """
-    weights, i = matrix.weights, len(matrix.weights)
+    weights = matrix.weights
     delta = torch.as_tensor(delta, dtype=weights.dtype, device=weights.device)
     if any(map(is_batched, (weights, matrix.entries, gradient_weights, delta))):
         return None
     # A part of the gradient beyond the range of G, or a damping too small for a factorization.
-    flat = bool(((weights <= 0) & (gradient_weights[:i] != 0)).any())
-    beyond = flat or len(gradient_weights) > i
     damped = matrix.matrix()
-    if (beyond and not everywhere) or not damped.trace() <= condition * delta < math.inf:
+    if not damped.trace() <= condition * delta < math.inf:
         return None
-    # The right side: g itself, √w A₁ᵀg where all of g is damped, or z / N √w where A √w spans it.
-    root = weights.sqrt()
-    if not matrix.on_columns:
-        right = matrix.coordinates(gradient_weights)
-    elif beyond:
-        right = root * (matrix.entries.mT @ gradient_weights)
-    else:
-        right = torch.where(weights > 0, gradient_weights / root, 0)
+    right = right_side(matrix, gradient_weights, everywhere=everywhere)
+    if right is None:
+        return None
     # K + δI or G + δI = L Lᵀ, and two triangular solves.
     damped.diagonal().add_(delta)
     factor, failed = _factorized(damped)
@@ -69,13 +62,50 @@ def damped_step(
     solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)[:, 0]
     if failed or not solution.isfinite().all():
         return None
-    # Back to weights of the columns.
+    return as_coordinates(matrix, gradient_weights, solution, delta)
+
+
+def right_side(
+    matrix: GaussNewton, gradient_weights: Float[Tensor, " a"], *, everywhere: bool
+) -> Float[Tensor, " side"] | None:
+    """Return what the damped matrix is solved with; None for a gradient beyond the range of G.
+
+    That is g itself, √w A₁ᵀg where all of g is damped, or z / N √w where A √w spans it.
+    """
+    weights = matrix.weights
+    beyond = _is_beyond(matrix, gradient_weights)
+    if beyond and not everywhere:
+        return None
+    if not matrix.on_columns:
+        return matrix.coordinates(gradient_weights)
+    root = weights.sqrt()
+    if beyond:
+        return root * (matrix.entries.mT @ gradient_weights)
+    return torch.where(weights > 0, gradient_weights / root, 0)
+
+
+def as_coordinates(
+    matrix: GaussNewton,
+    gradient_weights: Float[Tensor, " a"],
+    solution: Float[Tensor, " side"],
+    delta: Tensor,
+) -> Float[Tensor, " j"]:
+    """Return the step of a solution: in weights of the columns, or in parameters."""
     if not matrix.on_columns:
         return -solution
-    if beyond:
-        inside = F.pad(root * solution, (0, len(gradient_weights) - i))
+    root = matrix.weights.sqrt()
+    if _is_beyond(matrix, gradient_weights):
+        inside = F.pad(root * solution, (0, len(gradient_weights) - len(root)))
         return (inside - gradient_weights) / delta
     return -root * solution
+
+
+def _is_beyond(matrix: GaussNewton, gradient_weights: Float[Tensor, " a"]) -> bool:
+    """Return whether a part of the gradient is of columns without curvature."""
+    i = len(matrix.weights)
+    if len(gradient_weights) > i:
+        return True
+    return bool(((matrix.weights <= 0) & (gradient_weights != 0)).any())
 
 
 def _factorized(

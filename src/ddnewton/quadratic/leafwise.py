@@ -1,78 +1,47 @@
 r"""Weight decay that differs inside a block: the damping is a diagonal matrix D = diag(w) + δI.
 
-In coordinates scaled by its root the damping is 1 along all directions,
+It differs where leaves have decays of their own, and where decay is in units of the parameters and
+damping is not. In coordinates scaled by its root the damping is 1 along all directions,
 
     (G + D)⁻¹ = D^{-1/2} (G̃ + I)⁻¹ D^{-1/2},        G̃ = D^{-1/2} G D^{-1/2},
 
-and the columns are D^{-1/2} A. Their inner products are sums over the parameters, so that with K_w
-for those along the leaves that decay by w
-
-    K̃ = Σ_w K_w / (w + δ):
-
-K_w is formed once a batch, and K̃ of it for every δ.
+and the columns are D^{-1/2} A. Their inner products are formed anew for every δ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.columns.alignment import Leaves
-from ddnewton.columns.gram import side_by_side
+from ddnewton.columns.gram import columns_of
 from ddnewton.errors import BadValue, sentence
-from ddnewton.quadratic.gauss_newton import GaussNewton
-from ddnewton.quadratic.proximal import ProximalBlock, different
+from ddnewton.quadratic.gauss_newton import GaussNewton, block_matrices
+from ddnewton.quadratic.proximal import Centre, ProximalBlock, different
 from ddnewton.quadratic.quadratic_model import QuadraticModel
 from ddnewton.transforms import any_known
+from ddnewton.trees import joined
 
 
-class LeafwiseBlock(NamedTuple):
-    """The different decays of a block, that of each parameter, and AᵀA₁ along their leaves."""
-
-    decays: Float[Tensor, " g"]
-    of_params: Float[Tensor, " d"]
-    products: Float[Tensor, "g a i"]  # none on the side of the parameters
-
-
-def leafwise_blocks(
-    model: QuadraticModel,
-    matrices: Sequence[GaussNewton],
-    pulls: Sequence[ProximalBlock],
-    decays: Sequence[float | Tensor],
-) -> list[LeafwiseBlock]:
-    """Return the blocks with their inner products by decay; none where one holds for each block."""
-    if all(len(pull.decays) == 1 for pull in pulls):
-        return []
-    sizes = model.sizes
-    blocks = []
-    for leaves, matrix, pull in zip(model.leaves, matrices, pulls, strict=True):
-        # Which leaves have which decay, and the inner products along these.
-        parts = [[leaf for leaf in leaves if decays[leaf] == decay] for decay in pull.decays]
-        empty = matrix.entries.new_zeros(0, *matrix.entries.shape)
-        inner = _inner(model, parts) if matrix.on_columns else empty
-        by_param = [matrix.weights.new_full((sizes[leaf],), float(decays[leaf])) for leaf in leaves]
-        blocks.append(
-            LeafwiseBlock(
-                decays=matrix.weights.new_tensor([float(decay) for decay in pull.decays]),
-                of_params=torch.cat(by_param),
-                products=inner,
-            )
-        )
-    return blocks
+def is_leafwise(pulls: Sequence[ProximalBlock]) -> bool:
+    """Return whether weight decay differs inside a block."""
+    return any(isinstance(pull.decay, Tensor) and pull.decay.ndim for pull in pulls)
 
 
 def check_leafwise(
-    model: QuadraticModel, decays: Sequence[float | Tensor], complement: object
+    model: QuadraticModel, decays: Sequence[float | Tensor], complement: object, *, scaled: bool
 ) -> None:
     """Require one damping of all directions of a block inside which decays differ."""
     rule = "weight_decay that differs inside a block needs one damping of all its directions"
     remedy = "Leave that out, or make a group of the leaves with one weight_decay each."
+    if scaled:
+        rule = "weight_decay with a scale of the parameters needs one damping of all directions"
+        remedy = "Leave that out, or pass scale=None."
     for block in model.blocks:
-        if len(different([decays[leaf] for leaf in block.leaves])) < 2:
+        of_block = different([decays[leaf] for leaf in block.leaves])
+        if len(of_block) < 2 and not (scaled and any_decayed(of_block)):
             continue
         asked = {
             "a damping rule": callable(block.damping),
@@ -85,34 +54,59 @@ def check_leafwise(
                 raise BadValue(sentence(rule, name, remedy))
 
 
-def scaled_matrix(
-    matrix: GaussNewton, block: LeafwiseBlock, delta: Float[Tensor, ""]
-) -> GaussNewton:
-    """Return the Gauss-Newton matrix in the coordinates in which D is 1."""
-    if any_known(block.decays + delta <= 0):
+def any_decayed(decays: Sequence[float | Tensor]) -> bool:
+    """Return whether there is any weight decay."""
+    return any(isinstance(decay, Tensor) or decay > 0 for decay in decays)
+
+
+def metric_of(pull: ProximalBlock, delta: Float[Tensor, ""]) -> Float[Tensor, " d"]:
+    """Return D of a block."""
+    metric = (delta + pull.decay).expand(pull.vectors.shape[1])
+    if any_known(metric <= 0):
         rule = "leaves without weight_decay need a damping above 0 beside others that have one"
         raise BadValue(sentence(rule, "0", "Pass a number above 0 as damping."))
-    root, columns = (block.of_params + delta).rsqrt(), matrix.columns
-    gradient = matrix.gradient
-    if matrix.on_columns:
-        entries = torch.einsum("g,gai->ai", 1 / (block.decays + delta), block.products)
-    else:
-        entries, gradient = root[:, None] * matrix.entries * root, root * gradient
-    scaled = columns._replace(
-        matmat=lambda weights: root * columns.matmat(weights),
-        rmatmat=lambda vectors: columns.rmatmat(root[:, None] * vectors),
-    )
-    return matrix._replace(columns=scaled, entries=entries, gradient=gradient)
+    return metric
 
 
-def unscaled(
-    vector: Float[Tensor, " d"], matrix: GaussNewton, block: LeafwiseBlock, delta: Float[Tensor, ""]
-) -> Float[Tensor, " d"]:
-    """Return the step of a sum of columns of A, or else of a vector in scaled coordinates."""
-    damping = block.of_params + delta
-    return vector / damping if matrix.on_columns else vector * damping.rsqrt()
+def in_metrics(
+    model: QuadraticModel,
+    matrices: Sequence[GaussNewton],
+    metrics: Sequence[Float[Tensor, " _"]],
+) -> tuple[QuadraticModel, list[GaussNewton]]:
+    """Return model and matrices in the coordinates in which D is 1."""
+    roots = [metric.rsqrt() for metric in metrics]
+    root = joined(roots, model.leaves, model.sizes)
+    before = model.jacobians[0].scale
+    scale = root if before is None else root * before
+    jacobians = [jacobian._replace(scale=scale) for jacobian in model.jacobians]
+    # O(d²) on the side of the parameters, a contraction of columns on the other.
+    numbers = [b for b, matrix in enumerate(matrices) if matrix.on_columns]
+    leaves = [model.leaves[b] for b in numbers]
+    weights = model.curvature_weights, model.gradient_weights
+    contractions = block_matrices(jacobians, len(model.terms), leaves, *weights)
+    contracted = dict(zip(numbers, contractions, strict=True))
+    scaled = [
+        contracted[b]
+        if matrix.on_columns
+        else matrix._replace(
+            columns=columns_of(jacobians, model.leaves[b]),
+            entries=roots[b][:, None] * matrix.entries * roots[b],
+            gradient=roots[b] * matrix.gradient,
+        )
+        for b, matrix in enumerate(matrices)
+    ]
+    return model._replace(jacobians=jacobians), scaled
 
 
-def _inner(model: QuadraticModel, parts: Sequence[Leaves]) -> Float[Tensor, "g a i"]:
-    """Return AᵀA₁ along some sets of leaves."""
-    return torch.stack(side_by_side(model.jacobians, model.curvature_jacobians, parts))
+def centre_in_metric(
+    pull: ProximalBlock,
+    matrix: GaussNewton,
+    metric: Float[Tensor, " d"],
+    momentum: float | Tensor,
+) -> Centre:
+    """Return the centre c = D⁻¹ (δ μ s' − w θ) of a block, for the damping of 1 of D^{1/2} s."""
+    before, params = pull.vectors.split(list(pull.counts))
+    pulled = momentum * (metric - pull.decay) * before.sum(0) - pull.decay * params.sum(0)
+    vector = pulled / metric
+    slopes = matrix.columns.rmatmat(vector[:, None])[:, 0]
+    return Centre(vector, slopes, torch.zeros_like(slopes), torch.ones_like(metric[0]))

@@ -29,35 +29,32 @@ from ddnewton.quadratic.kept import Directions
 class Proximal(NamedTuple):
     """What pulls a step besides the gradient: the step before, and the parameters if they decay.
 
-    A vector that does not pull is left out.
+    A vector that does not pull is left out. All are in the units of the quadratic model.
     """
 
     previous: Float[Tensor, "_ d"]
     params: Float[Tensor, "_ d"]
-    decays: Sequence[float | Tensor]  # of every leaf
-    decay: float | Tensor  # of every parameter, or of all
+    decays: Sequence[float | Tensor]  # of every leaf, in the units of the parameters
+    decay: float | Tensor  # of all parameters, or of every one
 
 
 class ProximalBlock(NamedTuple):
-    """The vectors that pull on the parameters of one block, and the columns' slopes along them.
-
-    Where decays differ inside the block, a vector is cut into the parts that have one each.
-    """
+    """The vectors that pull on the parameters of one block, and the columns' slopes along them."""
 
     vectors: Float[Tensor, "v d"]
     column_slopes: Float[Tensor, "a v"]
     counts: tuple[int, int]  # of vectors: of the step before, of the parameters
-    decays: Sequence[float | Tensor]  # the different ones
+    decay: float | Tensor  # one number, or one of every parameter
 
 
 class Centre(NamedTuple):
-    """Where the damping δ of all directions pulls the step of a block: Aᵀc, for the columns A.
+    """Where the damping δ of all directions pulls the step of a block, c, and Aᵀc of the columns A.
 
-    ``decay`` is the part of it that weight decay makes. A rule adds to δ without it: the rule pulls
-    to where the centre was before the decay.
+    ``decay`` is the part of Aᵀc that weight decay makes. A rule adds to δ without it: the rule
+    pulls to where the centre was before the decay.
     """
 
-    weights: Float[Tensor, " v"]  # of the vectors that pull: c is their sum
+    vector: Float[Tensor, " d"]
     column_slopes: Float[Tensor, " a"]
     decay: Float[Tensor, " a"]
     delta: Float[Tensor, ""]
@@ -68,23 +65,26 @@ def proximal_blocks(
     matrices: Sequence[GaussNewton],
     leaves: Sequence[Sequence[int]],
     sizes: Sequence[int],
+    *,
+    scaled: bool,
 ) -> list[ProximalBlock]:
-    """Return the vectors that pull, cut to the parameters of every block."""
+    """Return the vectors that pull, cut to the parameters of every block.
+
+    A block has one weight decay where that of its leaves is one, in the parameters' own units.
+    """
     parts = torch.cat([proximal.previous, proximal.params]).split(list(sizes), 1)
+    counts = (len(proximal.previous), len(proximal.params))
     blocks = []
     for block, matrix in zip(leaves, matrices, strict=True):
-        # The vectors along the parameters of the block.
         vectors = torch.cat([parts[leaf] for leaf in block], 1)
-        # Where these decay by several numbers, the part along those of each, and else zero.
-        decays = different([proximal.decays[leaf] for leaf in block])
-        if len(decays) > 1:
-            of_params = [vectors.new_full((sizes[i],), float(proximal.decays[i])) for i in block]
-            masks = torch.cat(of_params) == vectors.new_tensor(decays)[:, None]
-            vectors = (vectors[:, None] * masks).flatten(0, 1)
-        # The slopes of the columns along them.
-        counts = (len(decays) * len(proximal.previous), len(decays) * len(proximal.params))
         slopes = matrix.columns.rmatmat(vectors.mT)
-        blocks.append(ProximalBlock(vectors, slopes, counts, decays))
+        decays = different([proximal.decays[leaf] for leaf in block])
+        decay = decays[0] if decays else 0.0
+        if isinstance(proximal.decay, Tensor) and proximal.decay.ndim:
+            of_leaves = proximal.decay.split(list(sizes))
+            if scaled or len(decays) > 1:
+                decay = torch.cat([of_leaves[leaf] for leaf in block])
+        blocks.append(ProximalBlock(vectors, slopes, counts, decay))
     return blocks
 
 
@@ -96,14 +96,16 @@ def different(decays: Sequence[float | Tensor]) -> list[float | Tensor]:
 def centre_of(
     block: ProximalBlock, delta: Tensor, decay: float | Tensor, momentum: float | Tensor
 ) -> Centre:
-    """Return the centre of a block for a damping δ of all directions, w included.
-
-    Where decays differ inside the block, δ and w have an entry for each.
-    """
+    """Return the centre of a block for a damping δ of all directions, w included."""
     weights = _weights(block.counts, delta, decay, momentum)
     without_decay = _weights(block.counts, delta, 0.0, momentum)
     slopes = block.column_slopes
-    return Centre(weights, slopes @ weights, slopes @ (weights - without_decay), delta)
+    return Centre(
+        vector=weights @ block.vectors,
+        column_slopes=slopes @ weights,
+        decay=slopes @ (weights - without_decay),
+        delta=delta,
+    )
 
 
 def _weights(
@@ -114,7 +116,7 @@ def _weights(
     of_previous = momentum * (delta - decay) / delta if decayed else delta * 0 + momentum
     of_params = -decay / delta if decayed else delta * 0
     pairs = zip((of_previous, of_params), counts, strict=True)
-    return torch.cat([weight.expand(count) for weight, count in pairs if count])
+    return torch.stack([weight for weight, count in pairs for _ in range(count)])
 
 
 def centred_gradient_weights(

@@ -43,16 +43,12 @@ def without_eigenpairs(
     condition: float = CHOLESKY_CONDITION,
 ) -> list[Float[Tensor, " _"]] | None:
     """Return the steps of the blocks, or None unless one damping of all directions is all asked."""
-    if model.has_curvature_samples:
+    if not is_linear(model, complements):
         return None
     steps = []
     for b, (block, matrix) in enumerate(zip(model.blocks, matrices, strict=True)):
         delta, complement = block.damping, complements[b]
-        # A selection, a rule, or another damping of the complement asks for directions.
-        if block.select is not None or callable(delta):
-            return None
-        if complement is not None and not _same(complement, delta):
-            return None
+        assert not callable(delta)
         centre = None if centres is None else centres[b]
         weights = centred_gradient_weights(model.gradient_weights, model.curvature_weights, centre)
         everywhere = complement is not None
@@ -61,6 +57,21 @@ def without_eigenpairs(
             return None
         steps.append(step)
     return steps
+
+
+def is_linear(model: QuadraticModel, complements: Sequence[float | Tensor | None]) -> bool:
+    """Return whether the steps solve linear systems: one damping of all directions of a block.
+
+    A selection, a rule, or another damping of the complement asks for directions.
+    """
+    if model.has_curvature_samples:
+        return False
+    return all(
+        block.select is None
+        and not callable(block.damping)
+        and (complement is None or _same(complement, block.damping))
+        for block, complement in zip(model.blocks, complements, strict=True)
+    )
 
 
 def solve(

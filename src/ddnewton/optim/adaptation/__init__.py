@@ -7,12 +7,11 @@ from ddnewton.optim.adaptation.adaptation import (
     LearningRate,
     Outcome,
 )
-from ddnewton.optim.adaptation.deterministic import RADIUS_SLACK, levenberg_marquardt, trust_region
+from ddnewton.optim.adaptation.deterministic import levenberg_marquardt, trust_region
 from ddnewton.optim.adaptation.fixed import as_adaptation, fixed
-from ddnewton.optim.adaptation.stochastic import held_out
+from ddnewton.optim.adaptation.stochastic import held_out, spring
 
 __all__ = [
-    "RADIUS_SLACK",
     "Adaptation",
     "Choice",
     "Curvature",
@@ -22,5 +21,6 @@ __all__ = [
     "fixed",
     "held_out",
     "levenberg_marquardt",
+    "spring",
     "trust_region",
 ]

@@ -22,10 +22,14 @@ LearningRate: TypeAlias = float | Callable[[Tensor], float | Tensor] | Literal["
 
 
 class Curvature(NamedTuple):
-    """How large the eigenvalues of the Gauss-Newton matrix of a batch are."""
+    """How large the eigenvalues of the Gauss-Newton matrix of a batch are, and the parameters.
+
+    Both are in the units that the scale of the parameters makes.
+    """
 
     trace: Float[Tensor, ""]
     mean: Float[Tensor, ""]  # the trace over how many eigenvalues can be positive
+    params: Float[Tensor, ""]  # ‖θ / scale‖
 
 
 class Outcome(NamedTuple):
@@ -35,7 +39,7 @@ class Outcome(NamedTuple):
     after: Float[Tensor, ""]
     predicted: Float[Tensor, ""]  # decrease, of the quadratic model
     ratio: Float[Tensor, ""]  # actual decrease / predicted
-    length: Float[Tensor, ""]  # of the step
+    length: Float[Tensor, ""]  # of the step, ‖s / scale‖
     attempts: Int[Tensor, ""]  # trials on this batch before this one
     curvature: Curvature
 
@@ -54,9 +58,9 @@ class Adaptation(NamedTuple):
     ``rule`` is a damping that is added to δ, a number or a rule of `ddnewton.damping`. ``start``
     returns the first control, ``damping`` the δ of a control, and ``judge`` whether to take a step
     and the next control. With ``by_length`` the control is the radius of a trust region, the
-    longest step that is allowed: ``start`` then returns a δ, whose step is as long as the first
-    radius, and ``damping`` the least δ to try. ``choice`` is None, or a search for the control on
-    held-out samples. ``learning_rate`` and ``momentum`` are used where the user passes none.
+    longest step ‖s / scale‖ that is allowed: ``damping`` then returns the least δ to try.
+    ``choice`` is None, or a search for the control on held-out samples. ``learning_rate``,
+    ``momentum`` and ``scale`` are used where the user passes none.
     """
 
     rule: float | Tensor | DampingRule
@@ -67,6 +71,7 @@ class Adaptation(NamedTuple):
     choice: Choice | None
     learning_rate: LearningRate
     momentum: float | Literal["exact"]
+    scale: Literal["jac"] | None
     made_by: Call | None = None  # by which it is pickled
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,78 +1,55 @@
-"""Damping for losses without noise, by the ratio of the actual to the predicted decrease."""
+"""Damping for losses without noise: as little of it as lets the loss fall."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from ddnewton.errors import public
+from ddnewton.errors import BadValue, public, sentence
 from ddnewton.inputs.checks import check_positive
-from ddnewton.optim.adaptation.adaptation import Adaptation, Curvature, Outcome
-from ddnewton.optim.adaptation.fixed import SMALLEST_DAMPING, fixed_damping, within_damping_bounds
+from ddnewton.optim.adaptation.adaptation import Adaptation, Outcome
+from ddnewton.optim.adaptation.fixed import (
+    SMALLEST_DAMPING,
+    check_factors,
+    fixed_damping,
+    within_damping_bounds,
+)
 from ddnewton.records import pickled_as_call
 from ddnewton.types import DampingRule
 
-GOOD_RATIO, POOR_RATIO, LEAST_RATIO = 0.75, 0.25, 1e-4
-"""Ratios of the actual to the predicted decrease: above the first trust more, below the second
-less, and below the last do not take the step."""
+LEAST_RATIO = 1e-4
+"""The ratio of the actual to the predicted decrease from which on a step is taken."""
 
-RADIUS_SLACK = 0.9
-"""A step of this share of the radius, or longer, counts as being as long as the radius."""
+FINE_TRIALS, COARSE_SHRINK = 7, 0.5
+"""For how many trials a radius shrinks as it is asked to, and how much it does after that: a loss
+that has not fallen by then is far from its quadratic model, or not finite."""
 
 
 @pickled_as_call
 @public
-def levenberg_marquardt(
-    start: float = 1e-3, *, rule: float | Tensor | DampingRule = 0.0
+def trust_region(
+    start: float = 1.0,
+    *,
+    grow: float = 2.0,
+    shrink: float = 0.9,
+    rule: float | Tensor | DampingRule = 0.0,
 ) -> Adaptation:
-    r"""Return damping for losses without noise, by which the loss never rises.
+    r"""Return damping for losses without noise, by a radius that no step may exceed.
 
-    A step is taken where the loss falls. With ρ for the actual over the predicted decrease, the
-    next δ is then
+    δ is the smallest for which ‖s / scale‖ is no longer than the radius. The loss never rises: a
+    step is taken where it falls. If not, the radius becomes ``shrink`` times the step's length, and
+    another one is tried, from the same decomposition; from the eighth on half of it. After a step
+    that is taken the radius is ``grow`` times its length. So steps are about as long as they can be
+    while the loss falls, however small the share of the predicted decrease: in the curved valleys
+    of regressions and of physics-informed nets longer steps get there in fewer. The first radius is
+    ``start`` times the length of the parameters, ‖θ / scale‖, or where they are zero, the length of
+    a step damped by 1e-3 of the trace. The scale that goes with it is "jac".
 
-    .. math:: \delta \max(\tfrac13, 1 - (2 \rho - 1)^3),
-
-    less where the quadratic model holds, more where it does not. A step that is not taken doubles
-    δ; if the next one on the same batch is not taken either, δ is multiplied by 4, then by 8.
-    Where the eigenpairs are known, all trials on a batch share them. The first δ is ``start`` times
-    the trace of the Gauss-Newton matrix, which is of the size of its largest eigenvalue.
-
-    Source: Marquardt, "An algorithm for least-squares estimation of nonlinear parameters", SIAM
-    J. Appl. Math. 11, 1963; the rule is Nielsen's: Madsen, Nielsen, Tingleff, *Methods for
-    Non-Linear Least Squares Problems*, 2nd ed., 2004, eq. 2.21.
-
-    Examples
-    --------
-    >>> levenberg_marquardt().learning_rate
-    1.0
-    """
-    check_positive("start", start)
-
-    def judge(delta: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
-        taken = _loss_falls(outcome)
-        by_ratio = (1 - (2 * outcome.ratio - 1) ** 3).clamp(min=1 / 3)
-        next_delta = delta * torch.where(taken, by_ratio, 2.0 ** (outcome.attempts + 1))
-        return taken, within_damping_bounds(next_delta, outcome)
-
-    return fixed_damping("rule", rule)._replace(start=_multiple_of_trace(start), judge=judge)
-
-
-@pickled_as_call
-@public
-def trust_region(start: float = 1e-3, *, rule: float | Tensor | DampingRule = 0.0) -> Adaptation:
-    """Return damping for losses without noise, by a radius that no step may exceed.
-
-    δ is the smallest for which the step is no longer than the radius, to a tenth. The radius
-    becomes a quarter of the step's length where the loss fell by less than ¼ of the decrease that
-    the quadratic model predicts. It doubles where the loss fell by more than ¾ of that, and the
-    step was as long as the radius. The first radius is the length of the step whose δ is ``start``
-    times the trace of the Gauss-Newton matrix.
-
-    Source: Moré, "The Levenberg-Marquardt algorithm: implementation and theory", 1978; Nocedal,
-    Wright, *Numerical Optimization*, algorithm 4.1.
+    Source: Moré, "The Levenberg-Marquardt algorithm: implementation and theory", in *Numerical
+    Analysis*, 1978, eqs. 3.1 to 3.3 (δ of a radius) and 6.3 (the scale); Transtrum, Sethna,
+    "Improvements to the Levenberg-Marquardt algorithm for nonlinear least-squares minimization",
+    2012, arXiv 1201.5885, section 3.2 (growing and shrinking by different factors).
 
     Examples
     --------
@@ -80,26 +57,67 @@ def trust_region(start: float = 1e-3, *, rule: float | Tensor | DampingRule = 0.
     True
     """
     check_positive("start", start)
+    check_positive("shrink", shrink)
+    check_factors(grow=grow)
+    if not shrink < 1:
+        raise BadValue(sentence("shrink must be below 1", shrink, "Pass a share, such as 0.9."))
 
     def judge(radius: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
         taken = _loss_falls(outcome)
-        poor = ~taken | ~(outcome.ratio >= POOR_RATIO)
-        at_radius = outcome.length >= radius * RADIUS_SLACK
-        next_radius = torch.where((outcome.ratio > GOOD_RATIO) & at_radius, 2 * radius, radius)
-        next_radius = torch.where(poor, torch.fmin(outcome.length, radius) / 4, next_radius)
+        factor = torch.where(outcome.attempts < FINE_TRIALS, shrink, min(shrink, COARSE_SHRINK))
+        shorter = factor * torch.fmin(outcome.length, radius)
+        next_radius = torch.where(taken, grow * outcome.length, shorter)
         return taken, torch.where(outcome.length > 0, next_radius, torch.nan)  # nan: start anew
 
     return fixed_damping("rule", rule)._replace(
-        start=_multiple_of_trace(start),
+        start=lambda curvature: start * curvature.params,
         damping=lambda control, curvature: SMALLEST_DAMPING * curvature.trace,
         judge=judge,
         by_length=True,
+        scale="jac",
     )
 
 
-def _multiple_of_trace(start: float) -> Callable[[Curvature], Tensor]:
-    """Return a function: the first damping, ``start`` times the trace."""
-    return lambda curvature: start * curvature.trace
+@pickled_as_call
+@public
+def levenberg_marquardt(
+    start: float = 1e-3,
+    *,
+    down: float = 10.0,
+    up: float = 1.5,
+    rule: float | Tensor | DampingRule = 0.0,
+) -> Adaptation:
+    r"""Return damping for losses without noise, by δ itself.
+
+    A step is taken where the loss falls, and δ is divided by ``down``; where it does not, δ is
+    multiplied by ``up``, and another step is tried on the same batch: fast down and slowly up, to
+    about the least damping with which the loss falls. The loss never rises. The first δ is
+    ``start`` times the trace of the Gauss-Newton matrix, which is of the size of its largest
+    eigenvalue. The scale that goes with it is "jac".
+
+    `trust_region` does the same by the length of steps, which stays what it is where curvatures
+    change by orders of magnitude: it solves more problems.
+
+    Source: Marquardt, "An algorithm for least-squares estimation of nonlinear parameters", SIAM
+    J. Appl. Math. 11, 1963, eq. 30 (the scale) and section III; Transtrum, Sethna, "Improvements to
+    the Levenberg-Marquardt algorithm for nonlinear least-squares minimization", 2012, arXiv
+    1201.5885, section 3.2 (delayed gratification).
+
+    Examples
+    --------
+    >>> levenberg_marquardt().learning_rate
+    1.0
+    """
+    check_positive("start", start)
+    check_factors(down=down, up=up)
+
+    def judge(delta: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
+        taken = _loss_falls(outcome)
+        return taken, within_damping_bounds(delta * torch.where(taken, 1 / down, up), outcome)
+
+    return fixed_damping("rule", rule)._replace(
+        start=lambda curvature: start * curvature.trace, judge=judge, scale="jac"
+    )
 
 
 def _loss_falls(outcome: Outcome) -> Bool[Tensor, ""]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddnewton.errors import public
-from ddnewton.inputs.checks import check_damping
+from ddnewton.errors import BadValue, public, sentence
+from ddnewton.inputs.checks import check_damping, check_positive
 from ddnewton.optim.adaptation.adaptation import Adaptation, Outcome
 from ddnewton.records import pickled_as_call
 from ddnewton.types import DampingRule
@@ -58,6 +58,7 @@ def fixed_damping(name: str, damping: float | Tensor | DampingRule) -> Adaptatio
         choice=None,
         learning_rate=1.0,
         momentum=0.0,
+        scale=None,
     )
 
 
@@ -70,3 +71,12 @@ def within_damping_bounds(delta: Tensor, outcome: Outcome) -> Tensor:
     """Return a damping, clamped to the bounds relative to the trace."""
     trace = outcome.curvature.trace
     return torch.minimum(torch.maximum(delta, SMALLEST_DAMPING * trace), LARGEST_DAMPING * trace)
+
+
+def check_factors(**factors: float) -> None:
+    """Require factors by which a control grows, or a damping falls, to be above 1."""
+    for name, factor in factors.items():
+        check_positive(name, factor)
+        if not factor > 1:
+            remedy = "Pass a factor, such as 1.5: a control that stays ends no search."
+            raise BadValue(sentence(f"{name} must be above 1", factor, remedy))

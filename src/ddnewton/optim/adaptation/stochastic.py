@@ -1,8 +1,9 @@
-"""Damping for mini-batches, chosen by the loss of samples that the step is not made of."""
+"""Damping for batches that change: of noisy samples, or of points drawn anew."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ddnewton.errors import BadType, BadValue, public, sentence
 from ddnewton.inputs.checks import check_positive
 from ddnewton.optim.adaptation.adaptation import Adaptation, Choice, Outcome
-from ddnewton.optim.adaptation.fixed import fixed_damping
+from ddnewton.optim.adaptation.fixed import check_factors, fixed_damping, within_damping_bounds
 from ddnewton.records import pickled_as_call
 from ddnewton.types import DampingRule
 
@@ -66,14 +67,71 @@ def held_out(
         damping=lambda control, curvature: control * curvature.mean,
         judge=_judge_on_own_samples,
         choice=Choice(every, fraction, tuple(map(float, grid))),
-        learning_rate=_falling_rate,
+        learning_rate=partial(_falling_rate, first=0.2),
         momentum=0.9,
     )
 
 
-def _falling_rate(updates: Tensor) -> Tensor:
-    """Return the learning rate, which falls so that the noise of mini-batches averages out."""
-    return 0.2 / (1 + updates.double() / 20).sqrt()
+@pickled_as_call
+@public
+def spring(
+    start: float = 1e-3,
+    *,
+    down: float = 1.2,
+    up: float = 2.0,
+    rule: float | Tensor | DampingRule = 0.0,
+) -> Adaptation:
+    r"""Return damping for points that are drawn anew in every update, of a loss without noise.
+
+    That is a residual that can be zero at all points, sampled at others each time, as that of a
+    differential equation in many dimensions. A step that nearly solves every batch is right there,
+    and what is left to average out is where batches disagree: by momentum, 0.95, which keeps what
+    the batches before have found (SPRING), and by a learning rate that falls from ½ as
+    1/√(1 + t/20) with the number t of updates. Unless others are passed, these are used.
+
+    A step is taken unless the loss of its own batch misses the predicted decrease by more than half
+    of that, or is not finite; then δ is multiplied by ``up``. Where it misses by less than a
+    quarter, δ is divided by ``down``. The first δ is ``start`` times the trace of the Gauss-Newton
+    matrix.
+
+    For mini-batches of noisy samples take `held_out`, which lets no batch be fitted by itself.
+
+    Source: Goldshlager, Abrahamsen, Lin, "A Kaczmarz-inspired approach to accelerate the
+    optimization of neural network wavefunctions", 2024, arXiv 2401.10190, eq. 16 (the step);
+    Guzmán-Cordero, Dangel, Goldshlager, Zeinhofer, 2025, arXiv 2505.12149 (for differential
+    equations; how to adapt damping and rate is left open there).
+
+    Examples
+    --------
+    >>> import torch
+    >>> spring().momentum, spring().learning_rate(torch.tensor(60))
+    (0.95, tensor(0.2500, dtype=torch.float64))
+    """
+    check_positive("start", start)
+    check_factors(down=down, up=up)
+
+    def judge(delta: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
+        missing, size = _missing(outcome), outcome.predicted.abs()
+        taken = outcome.after.isfinite() & (missing <= size / 2)
+        factor = torch.where(missing <= size / 4, 1 / down, 1.0)
+        return taken, within_damping_bounds(delta * torch.where(taken, factor, up), outcome)
+
+    return fixed_damping("rule", rule)._replace(
+        start=lambda curvature: start * curvature.trace,
+        judge=judge,
+        learning_rate=partial(_falling_rate, first=0.5),
+        momentum=0.95,
+    )
+
+
+def _falling_rate(updates: Tensor, first: float) -> Tensor:
+    """Return the learning rate, which falls so that the noise of batches averages out."""
+    return first / (1 + updates.double() / 20).sqrt()
+
+
+def _missing(outcome: Outcome) -> Tensor:
+    """Return what is missing of the decrease: predicted − actual = predicted (1 − ratio)."""
+    return outcome.predicted * (1 - outcome.ratio)
 
 
 def _judge_on_own_samples(control: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
@@ -83,7 +141,5 @@ def _judge_on_own_samples(control: Tensor, outcome: Outcome) -> tuple[Tensor, Te
     a net that is fitted to all but a few samples, with hardly any curvature left, is thrown far
     away by these.
     """
-    # What is missing of the decrease: predicted − actual = predicted (1 − ratio).
-    missing = outcome.predicted * (1 - outcome.ratio)
-    taken = outcome.after.isfinite() & (missing <= outcome.predicted.abs() / 2)
+    taken = outcome.after.isfinite() & (_missing(outcome) <= outcome.predicted.abs() / 2)
     return taken, torch.where(taken, control, 4 * control)
