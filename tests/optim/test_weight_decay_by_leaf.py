@@ -95,7 +95,7 @@ def test_every_adaptation(adaptation, name):
         damping = levenberg_marquardt() if adaptation == "fixed" else ADAPTATIONS[adaptation].make()
         params, state = given.params, None
         optimizer = optimizer_of(
-            given, damping, weight_decay=decays, learning_rate=1.0, momentum=0.0
+            given, damping, weight_decay=decays, learning_rate=1.0, momentum=0.0, scale=None
         )
         state = optimizer.init(params)
         for number in range(3):
@@ -122,15 +122,17 @@ def test_marquardts_loop(name, momentum):
     optimizer = optimizer_of(
         given, levenberg_marquardt(1e-3), weight_decay=decays, momentum=momentum
     )
-    params, state, delta, previous = given.params, optimizer.init(given.params), None, None
+    params, state = given.params, optimizer.init(given.params)
+    delta, previous, sizes = None, None, None
     for _ in range(4):
-        expected = marquardt(given, params, delta, Pulls(0.0, momentum, w), previous)
+        pulls = Pulls(0.0, momentum, w)
+        expected = marquardt(given, params, delta, pulls, previous, sizes=sizes)
         params, state, info = optimizer.update(params, state, given.X, given.y)
         assert int(info.attempts) == expected.attempts
         assert bool(info.accepted) == expected.accepted
         assert error(params, expected.params) < 1e-8
         assert error(state.control, expected.following) < 1e-7
-        delta, previous = expected.following, expected.vector
+        delta, previous, sizes = expected.following, expected.vector, expected.sizes
         params = expected.params
         state = state._replace(control=torch.tensor(delta, dtype=torch.float64))
 

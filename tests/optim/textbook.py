@@ -59,11 +59,21 @@ def some(reference: Dense, subset) -> Dense:
     return Dense(reference.loss, *(part[torch.as_tensor(subset)] for part in reference[1:]))
 
 
-def spring(g, G, theta, previous, pulls: Pulls):
-    """argmin gᵀs + ½ sᵀGs + ½ δ‖s − μs'‖² + ½ w‖θ + s‖²."""
+def spring(g, G, theta, previous, pulls: Pulls, scale=1.0):
+    """argmin gᵀs + ½ sᵀGs + ½ δ‖(s − μs') / scale‖² + ½ w‖θ + s‖²."""
     delta, momentum, decay = pulls
-    damped = G + (delta + decay) * torch.eye(len(g), dtype=FLOAT64)
-    return torch.linalg.solve(damped, -g + delta * momentum * previous - decay * theta)
+    metric = torch.ones_like(g) * delta / scale**2
+    damped = G + torch.diag(metric + decay)
+    return torch.linalg.solve(damped, -g + metric * momentum * previous - decay * theta)
+
+
+def sizes_of(reference: Dense, before=None):
+    """The largest sizes of the columns so far, and the scale by them; 1 with as many parameters."""
+    sizes = reference.ggn.diagonal().sqrt()
+    sizes = sizes if before is None else torch.maximum(sizes, before)
+    columns = len(reference.hessians) * int(torch.linalg.matrix_rank(reference.hessians).max())
+    wide = columns <= len(sizes)
+    return sizes, torch.ones_like(sizes) if wide else 1 / torch.where(sizes > 0, sizes, 1.0)
 
 
 def along(E, gamma, curvature, more, theta, previous, pulls, outside=None):  # noqa: PLR0917 - a formula's letters
@@ -103,17 +113,19 @@ class Marquardt(NamedTuple):
     after: float
     predicted: float
     vector: torch.Tensor
+    sizes: torch.Tensor
 
 
-def marquardt(given, params, delta, pulls, previous=None, start=1e-3):
-    """Accept what falls by more than 1e-4 of what is promised; damp by Nielsen's rule."""
+def marquardt(given, params, delta, pulls, previous=None, start=1e-3, sizes=None):  # noqa: PLR0917 - the state of a loop
+    """Accept what falls by more than 1e-4 of what is promised; damp less fast, and more slowly."""
     reference, theta = at(given, params), flat(params)
     g, G, decay, momentum = reference.gradient, reference.ggn, pulls.decay, pulls.momentum
-    delta = start * float(G.trace()) if delta is None else delta
+    sizes, scale = sizes_of(reference, sizes)
+    delta = start * float((G.diagonal() * scale**2).sum()) if delta is None else delta
     previous = torch.zeros_like(theta) if previous is None else previous
     before = loss_of(given, params, decay)
-    for attempt in range(13):
-        vector = spring(g, G, theta, previous, Pulls(delta, momentum, decay))
+    for attempts in range(1, 21):
+        vector = spring(g, G, theta, previous, Pulls(delta, momentum, decay), scale)
         s, used = vector, delta
         new = moved(params, s)
         after = loss_of(given, new, decay)
@@ -121,7 +133,7 @@ def marquardt(given, params, delta, pulls, previous=None, start=1e-3):
         predicted = -slope - float(s @ G @ s + decay * s @ s) / 2
         ratio = (before - after) / predicted
         taken = after <= before and ratio > 1e-4
-        delta *= max(1 / 3, 1 - (2 * ratio - 1) ** 3) if taken else 2.0 ** (attempt + 1)
+        delta *= 1 / 10 if taken else 1.5
         if taken:
             break
         momentum = 0.0
@@ -129,12 +141,13 @@ def marquardt(given, params, delta, pulls, previous=None, start=1e-3):
         params=new if taken else params,
         following=delta,
         damping=used,
-        attempts=attempt + 1,
+        attempts=attempts,
         accepted=taken,
         before=before,
         after=after,
         predicted=predicted,
         vector=vector if taken else torch.zeros_like(vector),
+        sizes=sizes,
     )
 
 

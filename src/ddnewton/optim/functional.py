@@ -25,7 +25,13 @@ from ddnewton.optim.adaptation import (
 from ddnewton.optim.compiled import has_one_trial, is_all, uncompiled
 from ddnewton.optim.notices import Notices, notice
 from ddnewton.optim.search import added, in_params_units, search
-from ddnewton.optim.settings import Complement, Settings, WeightDecay, check_settings
+from ddnewton.optim.settings import (
+    Complement,
+    Settings,
+    WeightDecay,
+    automatic_scale,
+    check_settings,
+)
 from ddnewton.optim.state import State, UpdateInfo, check_state, first_state
 from ddnewton.optim.update import local_model, next_state, update_info
 from ddnewton.quadratic.quadratic_model import quadratic_model
@@ -180,8 +186,14 @@ def directional_newton(
         weight_decay=weight_decay,
         trust_radius=trust_radius,
         complement=complement,
-        scale=adaptation.scale if isinstance(scale, str) and scale == "auto" else scale,
+        scale=scale,
     )
+    if isinstance(scale, str) and scale == "auto":
+        rules = [adaptation.rule, *(group.damping for group in groups or ())]
+        options = [select, subsampling_curvature, *(group.select for group in groups or ())]
+        by_directions = any(map(callable, rules)) or complement not in (None, "damping")
+        by_directions |= any(option is not None for option in options)
+        settings = settings._replace(scale=automatic_scale(settings, by_directions=by_directions))
     check_settings(settings)
     check_functions(model_fn, select)
     number = None if complement == "damping" else complement

@@ -10,7 +10,7 @@ from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.inputs.checks import check_nonnegative, check_positive
 from ddnewton.inputs.scale import Scale, check_scale
 from ddnewton.optim.adaptation import Adaptation, LearningRate
-from ddnewton.trees import named_leaves, tree_flatten
+from ddnewton.trees import named_leaves, tree_flatten, tree_leaves
 from ddnewton.types import PyTree
 
 Complement: TypeAlias = float | Literal["damping"] | None
@@ -30,6 +30,17 @@ class Settings(NamedTuple):
     trust_radius: float | None
     complement: Complement
     scale: Scale
+
+
+def automatic_scale(settings: Settings, *, by_directions: bool) -> Scale:
+    """Return the scale that goes with the damping.
+
+    There is none where weight decay meets steps ``by_directions``: in units other than its own it
+    is not the same along all of them.
+    """
+    decays = tree_leaves(settings.weight_decay)
+    decayed = any(isinstance(decay, Tensor) or decay != 0 for decay in decays)
+    return None if decayed and by_directions else settings.adaptation.scale
 
 
 def check_settings(settings: Settings) -> None:

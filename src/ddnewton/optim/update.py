@@ -79,7 +79,7 @@ def _by_parameter(
         return decays[0]
     pairs = zip(tree_leaves(params), decays, strict=True)
     vector = torch.cat(
-        [torch.as_tensor(decay).to(like).expand(real_count(leaf)) for leaf, decay in pairs]
+        [torch.as_tensor(decay, dtype=like.dtype).expand(real_count(leaf)) for leaf, decay in pairs]
     )
     return vector if scale is None else vector * scale.square()
 

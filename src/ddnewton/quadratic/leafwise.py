@@ -34,14 +34,15 @@ def check_leafwise(
     model: QuadraticModel, decays: Sequence[float | Tensor], complement: object, *, scaled: bool
 ) -> None:
     """Require one damping of all directions of a block inside which decays differ."""
-    rule = "weight_decay that differs inside a block needs one damping of all its directions"
-    remedy = "Leave that out, or make a group of the leaves with one weight_decay each."
-    if scaled:
-        rule = "weight_decay with a scale of the parameters needs one damping of all directions"
-        remedy = "Leave that out, or pass scale=None."
+    differs = "weight_decay that differs inside a block needs one damping of all its directions"
+    by_scale = "weight_decay with a scale of the parameters needs one damping of all directions"
     for block in model.blocks:
         of_block = different([decays[leaf] for leaf in block.leaves])
-        if len(of_block) < 2 and not (scaled and any_decayed(of_block)):
+        rule, remedy = by_scale, "Leave that out, or pass scale=None."
+        if len(of_block) > 1:
+            rule = differs
+            remedy = "Leave that out, or make a group of the leaves with one weight_decay each."
+        elif not (scaled and any_decayed(of_block)):
             continue
         asked = {
             "a damping rule": callable(block.damping),
