@@ -79,7 +79,7 @@ def test_the_loss_never_rises(name, seed, times, options, by_radius):
 
 @pytest.mark.parametrize("damping", [levenberg_marquardt(), trust_region()], ids=["δ", "radius"])
 def test_a_teacher_is_found_again_and_kept(damping):
-    given = teacher()
+    given = teacher(2)
     optimizer = optimizer_of(given, damping)
     params, state = given.params, optimizer.init(given.params)
     losses = []
