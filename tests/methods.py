@@ -27,6 +27,7 @@ from ddnewton import (
     levenberg_marquardt,
     majorized,
     monte_carlo,
+    spring,
     top_k,
     trust_region,
     weighted,
@@ -70,6 +71,7 @@ ADAPTATIONS = {
     "fixed": Adaptation(lambda: fixed(constant(0.1)), fixed),
     "levenberg_marquardt": Adaptation(levenberg_marquardt, levenberg_marquardt, adapts=True),
     "trust_region": Adaptation(trust_region, trust_region, adapts=True, starts_anew=True),
+    "spring": Adaptation(spring, spring, adapts=True),
     "held_out": Adaptation(
         partial(held_out, every=2), held_out, adapts=True, whole_batch=False
     ),

@@ -58,7 +58,7 @@ def test_the_least_damping_for_a_radius(name, seed, times, exponent):
 @pytest.mark.parametrize("name", ["many_points", "tanh_mlp", "more_columns_than_parameters"])
 def test_the_longest_step_with_which_the_loss_falls(name, factors):
     """The loop in dense matrices, in units of the largest sizes of the columns so far."""
-    grow, shrink = factors.get("grow", 2.0), factors.get("shrink", 0.9)
+    grow, shrink = factors.get("grow", 2.0), factors.get("shrink", 0.85)
     given = far(name, 5.0)
     optimizer = optimizer_of(given, trust_region(0.5, **factors))
     params, state = given.params, optimizer.init(given.params)
@@ -73,7 +73,7 @@ def test_the_longest_step_with_which_the_loss_falls(name, factors):
         for attempt in range(int(info.attempts)):
             length = float(solved(g, G, max(sorensen(g, G, radius), 1e-15 * G.trace())).norm())
             last = attempt == int(info.attempts) - 1
-            factor = shrink if attempt < 7 else min(shrink, 0.5)
+            factor = shrink if attempt < 10 else min(shrink, 0.5)
             radius = (grow if last else factor) * length
         if float(info.loss_after) < 1e-10:
             break  # from here on rounding decides

@@ -124,7 +124,9 @@ def marquardt(given, params, delta, pulls, previous=None, start=1e-3, sizes=None
     delta = start * float((G.diagonal() * scale**2).sum()) if delta is None else delta
     previous = torch.zeros_like(theta) if previous is None else previous
     before = loss_of(given, params, decay)
-    for attempts in range(1, 21):
+    attempts = 0
+    while attempts < 20:
+        attempts += 1
         vector = spring(g, G, theta, previous, Pulls(delta, momentum, decay), scale)
         s, used = vector, delta
         new = moved(params, s)

@@ -184,7 +184,8 @@ def _of_loss(trials: TrialSteps, vectors: Float[Tensor, "k d"]) -> Quadratic:
     # By G and g of all parameters. The rounding of G is that of a change of δ, as in the solution
     # without eigenpairs; where these were needed, sums of squares have more digits.
     whole = not others and list(model.leaves[0]) == list(every_leaf)
-    if whole and not (matrix.on_columns or trials.known.directions):
+    decomposed = trials.known.directions or trials.known.shifted
+    if whole and not (matrix.on_columns or decomposed):
         return Quadratic(vectors @ matrix.gradient, vectors @ matrix.entries @ vectors.mT)
     # By the slopes of all columns.
     column_slopes = rmatmat(model.jacobians, every_leaf, vectors.mT)

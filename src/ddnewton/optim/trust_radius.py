@@ -41,8 +41,7 @@ def damping_of_length(
         short = lengths(deltas) <= radius
         # The first that is short enough, the last where rounding leaves none.
         place = torch.where(short.any(), short.long().argmax(), GRID_POINTS - 1)
-        high = deltas[place]
-        low = deltas[(place - 1).clamp(min=0)]
+        low, high = deltas.gather(0, torch.stack([(place - 1).clamp(min=0), place]))
     return torch.where(lengths(least[None])[0] <= radius, least, high)
 
 

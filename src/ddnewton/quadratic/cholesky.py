@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ddnewton.quadratic.gauss_newton import GaussNewton
-from ddnewton.transforms import is_batched
+from ddnewton.transforms import any_known, is_batched
 
 CHOLESKY_CONDITION = 1e6
 """Up to which ratio of the largest curvature to δ all digits that matter are left."""
@@ -105,7 +105,7 @@ def _is_beyond(matrix: GaussNewton, gradient_weights: Float[Tensor, " a"]) -> bo
     i = len(matrix.weights)
     if len(gradient_weights) > i:
         return True
-    return bool(((matrix.weights <= 0) & (gradient_weights != 0)).any())
+    return any_known((matrix.weights <= 0) & (gradient_weights != 0))
 
 
 def _factorized(

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ddnewton.quadratic.cholesky import as_coordinates, right_side
 from ddnewton.quadratic.gauss_newton import GaussNewton
-from ddnewton.transforms import is_batched
 
 MOST_ROWS_ENTRIES, MOST_ROWS_SIDE = 2**17, 64
 """Up to which number of entries, and of parameters, rows are decomposed in place of their products:
@@ -50,10 +49,10 @@ def shifted(
 ) -> Shifted | None:
     """Return the steps of a gradient for all dampings; None where only directions give them.
 
-    That is under `torch.func.vmap`, and for a gradient beyond the range of G that is not damped
+    That is while compiling, and for a gradient beyond the range of G that is not damped
     ``everywhere``.
     """
-    if any(map(is_batched, (matrix.weights, matrix.entries, gradient_weights))):
+    if torch.compiler.is_compiling():
         return None
     right = right_side(matrix, gradient_weights, everywhere=everywhere)
     if right is None:

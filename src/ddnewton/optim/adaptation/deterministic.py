@@ -21,7 +21,7 @@ from ddnewton.types import DampingRule
 LEAST_RATIO = 1e-4
 """The ratio of the actual to the predicted decrease from which on a step is taken."""
 
-FINE_TRIALS, COARSE_SHRINK = 7, 0.5
+FINE_TRIALS, COARSE_SHRINK = 10, 0.5
 """For how many trials a radius shrinks as it is asked to, and how much it does after that: a loss
 that has not fallen by then is far from its quadratic model, or not finite."""
 
@@ -32,14 +32,14 @@ def trust_region(
     start: float = 1.0,
     *,
     grow: float = 2.0,
-    shrink: float = 0.9,
+    shrink: float = 0.85,
     rule: float | Tensor | DampingRule = 0.0,
 ) -> Adaptation:
     r"""Return damping for losses without noise, by a radius that no step may exceed.
 
     δ is the smallest for which ‖s / scale‖ is no longer than the radius. The loss never rises: a
     step is taken where it falls. If not, the radius becomes ``shrink`` times the step's length, and
-    another one is tried, from the same decomposition; from the eighth on half of it. After a step
+    another one is tried, from the same decomposition; from the eleventh on half of it. After a step
     that is taken the radius is ``grow`` times its length. So steps are about as long as they can be
     while the loss falls, however small the share of the predicted decrease: in the curved valleys
     of regressions and of physics-informed nets longer steps get there in fewer. The first radius is

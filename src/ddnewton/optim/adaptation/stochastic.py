@@ -67,7 +67,7 @@ def held_out(
         damping=lambda control, curvature: control * curvature.mean,
         judge=_judge_on_own_samples,
         choice=Choice(every, fraction, tuple(map(float, grid))),
-        learning_rate=partial(_falling_rate, first=0.2),
+        learning_rate=partial(_falling_rate, first=0.2, slowly=20),
         momentum=0.9,
     )
 
@@ -87,7 +87,7 @@ def spring(
     differential equation in many dimensions. A step that nearly solves every batch is right there,
     and what is left to average out is where batches disagree: by momentum, 0.95, which keeps what
     the batches before have found (SPRING), and by a learning rate that falls from ½ as
-    1/√(1 + t/20) with the number t of updates. Unless others are passed, these are used.
+    1/√(1 + t/50) with the number t of updates. Unless others are passed, these are used.
 
     A step is taken unless the loss of its own batch misses the predicted decrease by more than half
     of that, or is not finite; then δ is multiplied by ``up``. Where it misses by less than a
@@ -104,7 +104,7 @@ def spring(
     Examples
     --------
     >>> import torch
-    >>> spring().momentum, spring().learning_rate(torch.tensor(60))
+    >>> spring().momentum, spring().learning_rate(torch.tensor(150))
     (0.95, tensor(0.2500, dtype=torch.float64))
     """
     check_positive("start", start)
@@ -119,14 +119,14 @@ def spring(
     return fixed_damping("rule", rule)._replace(
         start=lambda curvature: start * curvature.trace,
         judge=judge,
-        learning_rate=partial(_falling_rate, first=0.5),
+        learning_rate=partial(_falling_rate, first=0.5, slowly=50),
         momentum=0.95,
     )
 
 
-def _falling_rate(updates: Tensor, first: float) -> Tensor:
+def _falling_rate(updates: Tensor, first: float, slowly: float) -> Tensor:
     """Return the learning rate, which falls so that the noise of batches averages out."""
-    return first / (1 + updates.double() / 20).sqrt()
+    return first / (1 + updates.double() / slowly).sqrt()
 
 
 def _missing(outcome: Outcome) -> Tensor:
