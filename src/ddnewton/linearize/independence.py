@@ -25,7 +25,7 @@ from ddnewton.linearize.calls import called, with_dense_samples
 from ddnewton.linearize.model import Model
 from ddnewton.linearize.module_state import kept
 from ddnewton.linearize.widening import cast_rounding
-from ddnewton.transforms import unwrapped
+from ddnewton.transforms import any_known, unwrapped
 from ddnewton.trees import batches, real_outputs, sample_count, take
 from ddnewton.types import ModelFn, PyTree
 
@@ -182,22 +182,22 @@ class SamplesMix(BadValue):
 def check_independent(
     of_batch: Float[Tensor, "..."],
     of_samples: Float[Tensor, "..."],
-    scale: Float[Tensor, ""],
+    scale: Float[Tensor, "*_"],
     floor: Float[Tensor, ""],
     quantity: str,
     rounding: float = 0.0,
 ) -> None:
     """Require a quantity of a batch to be that of its samples by themselves, up to rounding.
 
-    Rounding is √eps of the quantity's scale, plus some eps of the floor: the scale of the terms
-    that may have cancelled in it. eps is that of its dtype, or what the model rounds to inside.
+    Rounding is √eps of the quantity's scale, one number or one for every entry, plus some eps of
+    the floor: the scale of the terms that may have cancelled in it. eps is that of its dtype, or
+    what the model rounds to inside.
     """
-    error = unwrapped((of_batch - of_samples).abs().amax())
-    eps = max(_rounding(of_batch), rounding)
-    if not (
-        error <= unwrapped(math.sqrt(eps) * scale + CANCELLATION_ROUNDINGS * eps * floor)
-    ).all():
-        got = f"{quantity} of the batch and of its samples alone, {float(error.max()):.2g} apart"
+    error, eps = (of_batch - of_samples).abs(), max(_rounding(of_batch), rounding)
+    near = error <= math.sqrt(eps) * scale + CANCELLATION_ROUNDINGS * eps * floor
+    if any_known(~near):
+        apart = float(unwrapped(error).amax())
+        got = f"{quantity} of the batch and of its samples alone, {apart:.2g} apart"
         remedy = (
             "Something in model_fn mixes the samples: put normalisation layers in eval mode and "
             f"compute nothing across axis 0. {TERMS_REMEDY}"

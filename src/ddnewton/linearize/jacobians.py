@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ddnewton.columns.factors import Jacobian
+from ddnewton.columns.factors import Jacobian, written_out
 from ddnewton.inputs.checks import check_derivatives
 from ddnewton.inputs.memory import TooLarge, check_fits, samples_at_once
 from ddnewton.linearize.calls import refusal
@@ -79,7 +79,7 @@ def _jacobian_by(
     record = partial(Jacobian, samples=n, columns=m, sizes=sizes, pieces=pieces, order=None)
     record = partial(record, device=basis.device, eps=eps, sums=0.0)
     if first_chunk.stop == n:  # all samples are in it: keep the columns
-        return record(lambda _: columns, [first_chunk])
+        return written_out(record(lambda _: columns, [first_chunk]), columns)
     _check_pullback(model, parts[-1], basis, _columns(way, model, parts[-1], basis))
     return record(lambda chunk: _columns(way, model, chunk, basis), parts)
 
@@ -118,13 +118,16 @@ def _check_pullback(
         for leaf in columns
     ]
     largest = torch.stack([outputs.abs().amax(), *(size.to(outputs) for size in sizes)]).amax()
-    # Compare it with the same sum of the samples' columns, leaf by leaf.
-    for leaf, leaf_columns, size in zip(pullback(cotangent[None]), columns, sizes, strict=True):
-        if leaf.numel():
-            check_derivatives(leaf)
-            of_samples, floor = weights.to(leaf_columns) @ leaf_columns, largest.to(leaf_columns)
-            of_leaf, rounding = leaf.reshape(-1), model.rounding
-            check_independent(of_leaf, of_samples, size, floor, "derivatives", rounding)
+    # Compare it with the same sum of the samples' columns, all leaves of a dtype at once.
+    leaves = list(zip(pullback(cotangent[None]), columns, sizes, strict=True))
+    for dtype in {leaf_columns.dtype for leaf_columns in columns if leaf_columns.numel()}:
+        same = [leaf for leaf in leaves if leaf[1].dtype == dtype]
+        of_batch = torch.cat([pulled.reshape(-1) for pulled, _, _ in same])
+        check_derivatives(of_batch)
+        of_samples = torch.cat([weights.to(dtype) @ part for _, part, _ in same])
+        scale = torch.cat([size.to(dtype).expand(part.shape[1]) for _, part, size in same])
+        floor, rounding = largest.to(dtype), model.rounding
+        check_independent(of_batch, of_samples, scale, floor, "derivatives", rounding)
 
 
 def _samples_at_once(model: Model, m: int) -> int:
