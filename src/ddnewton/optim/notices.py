@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ddnewton.errors import warn
-from ddnewton.optim.search import LocalModel, Step, noise_of
+from ddnewton.optim.search import LocalModel, Step
 from ddnewton.optim.settings import Settings
 from ddnewton.optim.state import UpdateInfo
 from ddnewton.quadratic.flat import check_slopes, steep_weights
@@ -62,5 +62,5 @@ def _stands_still(local: LocalModel, step: Step) -> bool:
         return False
     asked = step.taken & (step.outcome.length == 0) & (torch.as_tensor(step.rate) > 0).any()
     asked = asked & (steep_weights(local.model) != 0).any()
-    noise = noise_of(local, step.outcome.before) * local.curvature.trace
+    noise = local.noise * local.curvature.trace
     return any_known(asked & (local.gradient_norm.square() > noise))

@@ -18,7 +18,7 @@ from ddnewton.optim.trust_radius import damping_of_length, least_damping
 from ddnewton.quadratic.proximal import Proximal
 from ddnewton.quadratic.quadratic_model import QuadraticModel
 from ddnewton.quadratic.trial_loss import trial_loss
-from ddnewton.transforms import any_known
+from ddnewton.transforms import any_known, is_batched
 from ddnewton.trees import as_real, flattened, tree_leaves, tree_map, unflattened
 from ddnewton.types import PyTree
 
@@ -46,6 +46,8 @@ class LocalModel(NamedTuple):
     held_out: Sequence[Int[Tensor, " _"]] | None  # samples of every term to choose a damping on
     curvature: Curvature
     gradient_norm: Float[Tensor, ""]
+    loss: Float[Tensor, ""]  # of the samples of the gradient, with its penalty
+    noise: Float[Tensor, ""]  # by how much rounding moves it
 
 
 class Step(NamedTuple):
@@ -72,7 +74,8 @@ def search(local: LocalModel, settings: Settings, control: Float[Tensor, ""]) ->
             break
         # A step before is not shortened by damping: leave it out from the second trial on.
         trial = _tried(local, settings, step.following, 0.0, attempt)
-        step = tree_map(partial(torch.where, ended), step, trial)
+        several = is_batched(ended)
+        step = tree_map(partial(torch.where, ended), step, trial) if several else trial
     return step
 
 
@@ -166,15 +169,12 @@ def _tried(
     moved = rate * vector
     # The loss before and after, of the samples of the gradient.
     samples = [term.objective.samples.slopes for term in local.model.terms]
-    loss = torch.as_tensor(sum(term.losses_of_gradient.mean() for term in local.model.terms))
     decay = 0.0 if local.proximal is None else local.proximal.decay
-    before = _penalised(loss, decay, local.scaled_params)
-    after = loss_at(local, decay, moved, samples)
+    before, after = local.loss, loss_at(local, decay, moved, samples)
     # The decrease that the quadratic model promises, −(gᵀs + ½ sᵀG s).
     slopes, curvatures = quadratic_along(local.trials, moved[None])
     predicted = -(slopes[0] + curvatures[0, 0] / 2)
-    noise = noise_of(local, before)
-    settled = (predicted.abs() <= noise) & ((before - after).abs() <= noise)
+    settled = (predicted.abs() <= local.noise) & ((before - after).abs() <= local.noise)
     outcome = Outcome(
         before=before,
         after=after,
@@ -190,13 +190,27 @@ def _tried(
     return Step(vector, rate, delta, outcome, taken, settled, following, outcome.attempts + 1)
 
 
-def noise_of(local: LocalModel, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+def loss_before(
+    model: QuadraticModel, proximal: Proximal | None, scaled_params: Float[Tensor, " d"]
+) -> Float[Tensor, ""]:
+    """Return the loss of the samples of the gradient, with its penalty, before a step."""
+    loss = torch.as_tensor(sum(term.losses_of_gradient.mean() for term in model.terms))
+    return _penalised(loss, 0.0 if proximal is None else proximal.decay, scaled_params)
+
+
+def noise_of(
+    model: QuadraticModel,
+    params: PyTree,
+    curvature: Curvature,
+    gradient_norm: Float[Tensor, ""],
+    loss: Float[Tensor, ""],
+) -> Float[Tensor, ""]:
     """Return by how much the rounding of the loss and of the parameters moves the loss."""
-    dtype = narrowest(tree_leaves(as_real(local.params)))
-    apart = torch.finfo(dtype).eps * local.scaled_params.norm()
-    outputs = [term.linearization.precise for term in local.model.terms]
+    dtype = narrowest(tree_leaves(as_real(params)))
+    apart = torch.finfo(dtype).eps * curvature.params
+    outputs = [term.linearization.precise for term in model.terms]
     of_loss = torch.finfo(narrowest(outputs)).eps * loss.abs()
-    of_params: Tensor = local.gradient_norm * apart + local.curvature.trace * apart**2
+    of_params: Tensor = gradient_norm * apart + curvature.trace * apart**2
     return of_params + LOSS_ROUNDINGS * of_loss
 
 

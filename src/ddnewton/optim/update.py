@@ -8,7 +8,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ddnewton.optim.search import LocalModel, Step, in_model_units, in_params_units
+from ddnewton.optim.search import (
+    LocalModel,
+    Step,
+    in_model_units,
+    in_params_units,
+    loss_before,
+    noise_of,
+)
 from ddnewton.optim.settings import Settings, decays_of
 from ddnewton.optim.state import State, UpdateInfo
 from ddnewton.optim.trial_steps import curvature_of, trial_steps
@@ -53,6 +60,10 @@ def local_model(
             decay=_by_parameter(decays, params, scale, theta),
         )
     check_slopes(model, matrices, curved=settings.complement is None)
+    # What all trials are compared with.
+    curvature = curvature_of(matrices, scaled_params)
+    gradient_norm = torch.cat(gradients(model, matrices)).norm()
+    loss = loss_before(model, proximal, scaled_params)
     return LocalModel(
         model=model,
         trials=trial_steps(model, matrices, settings.complement, proximal),
@@ -63,8 +74,10 @@ def local_model(
         updates=state.updates,
         damping=state.damping,
         held_out=held_out,
-        curvature=curvature_of(matrices, scaled_params),
-        gradient_norm=torch.cat(gradients(model, matrices)).norm(),
+        curvature=curvature,
+        gradient_norm=gradient_norm,
+        loss=loss,
+        noise=noise_of(model, params, curvature, gradient_norm, loss),
     )
 
 
