@@ -89,10 +89,14 @@ def loss_at(
 
     It is taken at the parameters as their dtype has them.
     """
-    moved = added(local.params, in_params_units(local, vector))
-    leaves = tree_leaves(as_real(moved))
-    pairs = zip(local.model.terms, samples, strict=True)
-    losses = [trial_loss(term, leaves, indices) for term, indices in pairs]
+    # As `added`, leaf by leaf; a complex one is pairs of reals.
+    leaves = tree_leaves(as_real(local.params))
+    parts = in_params_units(local, vector).split([leaf.numel() for leaf in leaves])
+    pairs = zip(leaves, parts, strict=True)
+    moved = [leaf + part.reshape(leaf.shape).to(leaf) for leaf, part in pairs]
+    # The losses of all terms there, and the penalty.
+    of_terms = zip(local.model.terms, samples, strict=True)
+    losses = [trial_loss(term, moved, indices) for term, indices in of_terms]
     return _penalised(torch.as_tensor(sum(losses)), decay, in_model_units(moved, local.scale))
 
 
