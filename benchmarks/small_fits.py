@@ -1,8 +1,9 @@
 """What an update costs where parameters are few, beside a few lines of torch.func.
 
 Run with ``python -m benchmarks.small_fits``: medians of CPU time on one thread, the peers taking
-turns, since a busy machine is slow for all of them alike. torch-levenberg-marquardt is measured
-where it is installed. The problems:
+turns, since a busy machine is slow for all of them alike. An update of ddnewton as it comes makes
+several trials, to take as long a step as it can; one of a fixed damping makes a single one, as most
+updates of the peers do. torch-levenberg-marquardt is measured where it is installed. The problems:
 
 - poisson2d: ENGD's 2-d Poisson equation (Müller, Zeinhofer, 2023), 129 parameters and 900 rows in
   float64, the net's Laplacian carried forward through its layers.
@@ -32,8 +33,13 @@ from ddnewton import directional_newton, prepare
 Update = Callable[[], object]
 """Makes one update, from where the last one left the parameters."""
 
+DAMPING = 1e-3
+"""Of the updates that make one trial, and of the first of `plain`."""
+
 TRIES = 6
 WARM_UP = 3
+PEER = "torch.func"
+"""The peer in units of which times are given."""
 
 
 def poisson2d() -> Problem:
@@ -44,11 +50,11 @@ def poisson2d() -> Problem:
     corners = ((side, low), (high, side), (side, high), (low, side))
     edge = torch.cat([torch.stack(pair, 1) for pair in corners])
     # Such factors that the mean square of all rows is that inside, plus 4 times that of the edge.
-    n = len(inside) + len(edge)
-    kinds = [[0.0, (n / len(inside)) ** 0.5]] * len(inside) + [
-        [1.0, (4 * n / len(edge)) ** 0.5]
-    ] * len(edge)
-    X = torch.cat([torch.cat([inside, edge]), torch.tensor(kinds, dtype=torch.float64)], 1)
+    points, on_edge = torch.cat([inside, edge]), torch.ones(len(inside) + len(edge), 1).double()
+    on_edge[: len(inside)] = 0
+    n = len(points)
+    factor = torch.where(on_edge > 0, (4 * n / len(edge)) ** 0.5, (n / len(inside)) ** 0.5)
+    X = torch.cat([points, on_edge, factor], 1)
 
     def rows(params: dict[str, Tensor], X: Tensor) -> Tensor:
         x, on_edge, factor = X[:, :2], X[:, 2] > 0, X[:, 3]
@@ -99,12 +105,14 @@ def drawn(net: nn.Module, scale: float) -> dict[str, Tensor]:
     }
 
 
-def ours(problem: Problem, *, prepared: bool, compiled: bool = False) -> Update:
-    """Return an update of ddnewton, Levenberg-Marquardt as it comes."""
+def ours(
+    problem: Problem, *, prepared: bool = True, one_trial: bool = False, compiled: bool = False
+) -> Update:
+    """Return an update of ddnewton as it comes, or of a damping that leaves it a single trial."""
     model_fn, params, X, y, criterion = problem
     if prepared:
         model_fn = prepare(model_fn, params, X)
-    optimizer = directional_newton(model_fn, criterion)
+    optimizer = directional_newton(model_fn, criterion, DAMPING if one_trial else None)
     state = optimizer.init(params)
     update = torch.compile(optimizer.update) if compiled else optimizer.update
 
@@ -120,7 +128,7 @@ def plain(problem: Problem) -> Update:
     """Return an update as a user of torch.func writes it: vmap(grad), JᵀJ and a solve."""
     model_fn, start, X, y, _ = problem
     shapes = {name: p.shape for name, p in start.items()}
-    v, damping = parameters_to_vector(start.values()), 1e-3
+    v, damping = parameters_to_vector(start.values()), DAMPING
 
     def row(v: Tensor, x: Tensor) -> Tensor:
         parts = v.split([shape.numel() for shape in shapes.values()])
@@ -168,13 +176,16 @@ def torch_levenberg_marquardt(problem: Problem) -> Update:
     return lambda: module.training_step(X, y)
 
 
-def fit(problem: Problem) -> dict[str, Update]:
+def fit(problem: Problem, compiled: bool) -> dict[str, Update]:
     """Return the updates of all peers on a fit."""
     updates = {
-        "ddnewton, prepared": ours(problem, prepared=True),
-        "ddnewton": ours(problem, prepared=False),
-        "vmap(grad)": plain(problem),
+        PEER: plain(problem),
+        "ddnewton, prepared, one trial": ours(problem, one_trial=True),
+        "ddnewton, one trial": ours(problem, prepared=False, one_trial=True),
+        "ddnewton, prepared": ours(problem),
     }
+    if compiled:
+        updates["ddnewton, compiled, one trial"] = ours(problem, one_trial=True, compiled=True)
     if find_spec("torch_levenberg_marquardt"):
         updates["torch-levenberg-marquardt"] = torch_levenberg_marquardt(problem)
     return updates
@@ -183,15 +194,15 @@ def fit(problem: Problem) -> dict[str, Update]:
 def step() -> dict[str, Update]:
     """Return the steps of all peers on the reference example."""
     case = recipes.build("reference")
-    names = {"ddnewton, prepared": peers.prepared, "ddnewton": peers.unprepared}
-    makers = names | {"vmap(jacrev)": peers.jacobians}
+    ours = {"ddnewton, prepared": peers.prepared, "ddnewton": peers.unprepared}
+    makers = {PEER: peers.jacobians} | ours
     return {name: make(case, "top10") for name, make in makers.items()}
 
 
 PROBLEMS = {
-    "poisson2d": lambda: fit(poisson2d()),
-    "sinc": lambda: fit(sinc()),
-    "reference": step,
+    "poisson2d": lambda compiled: fit(poisson2d(), compiled),
+    "sinc": lambda compiled: fit(sinc(), compiled),
+    "reference": lambda compiled: step(),
 }
 
 
@@ -220,11 +231,10 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"Medians of {options.updates}, CPU time on one thread; torch {torch.__version__}")
     for name in options.problem:
-        times = medians(PROBLEMS[name](), options.updates)
-        least = times[list(times)[2]]
+        times = medians(PROBLEMS[name](options.compiled), options.updates)
         print(f"\n| {name} | ms | × |\n|---|---|---|")
-        for peer, time_of_peer in times.items():
-            print(f"| {peer} | {1e3 * time_of_peer:.2f} | {time_of_peer / least:.2f} |")
+        for peer, of_peer in times.items():
+            print(f"| {peer} | {1e3 * of_peer:.2f} | {of_peer / times[PEER]:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ def columns(outer: Outer):
 
 SHAPES = {
     "one position": Shape(5, 2, 1, 4, 1, (3, 1)),
+    "one column of many outputs": Shape(5, 1, 1, 6, 1, (2, 1)),
+    "one column of many inputs": Shape(5, 1, 1, 2, 1, (6, 1)),
     "groups at one position": Shape(5, 2, 3, 4, 1, (3,)),
     "many groups at one position": Shape(5, 4, 40, 1, 1, (6,)),
     "many groups of columns first": Shape(4, 1, 300, 1, 3, (5,)),
