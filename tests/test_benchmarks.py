@@ -76,6 +76,15 @@ def test_what_cannot_run_is_an_entry(tmp_path):
     assert "not run: the time was up" in table
 
 
+def test_small_fits():
+    ended = command("small_fits", "--updates", 1, "--problem", "poisson2d", "reference")
+    assert ended.returncode == 0, ended.stderr
+    rows = [line.split("|")[1:4] for line in ended.stdout.splitlines() if line.startswith("|")]
+    peers = {peer.strip(): float(ms) for peer, ms, _ in rows if ms.strip()[0].isdigit()}
+    assert {"torch.func", "ddnewton", "ddnewton, prepared, one trial"} <= set(peers)
+    assert all(ms > 0 for ms in peers.values())
+
+
 # --- on a GPU -------------------------------------------------------------------------------
 
 GPU_PEERS = ("jacrev", "ddnewton", "curvlinops")

@@ -214,7 +214,8 @@ def _inner_products_single(
     """Return b_nᵀE_k a_n, one large product with the longer of a and b before sums of the other."""
     if b.shape[1] > a.shape[1]:
         a, b, E = b, a, E.mT
-    return ((a @ E.flatten(0, 1).mT).unflatten(1, E.shape[:2]) * b[:, None]).sum(2)
+    products: Tensor = (a @ E.flatten(0, 1).mT).unflatten(1, E.shape[:2]) * b[:, None]
+    return products.sum(2)
 
 
 def single_position(outer: Outer) -> bool:

@@ -92,7 +92,7 @@ def _at_once(factors: Sequence[Factor], n: int, m: int) -> list[slice]:
 def _reader(factor: Factor, m: int) -> Callable[[slice], Float[Tensor, "nm _"]]:
     """Return a function from some samples to the rows of a factor, in float64.
 
-    Where each entry of an outer product is, `_places` tells.
+    Where each entry of an outer product is, `_by_piece` tells.
     """
     if not isinstance(factor, Outer):
         return lambda samples: factor[samples.start * m : samples.stop * m].double()
@@ -114,25 +114,28 @@ def _is_a_first(outer: Outer) -> bool:
 
 
 def _places(factors: Sequence[Factor], order: Int[Tensor, " d"] | None) -> Int[Tensor, " d"] | None:
-    """Return the places in `_rows` of the parameters, whose order in pieces is given."""
-    if all(not isinstance(x, Outer) or len(x.widths) == x.b.shape[3] == 1 for x in factors):
+    """Return the places in rows of the parameters, given their order in the pieces of factors."""
+    if not any(isinstance(factor, Outer) for factor in factors):
         return order
     # The places of all pieces, one after the other, and one past the last.
-    places, start = [], 0
+    places: list[Tensor] = []
+    start = 0
     for factor in factors:
-        count, outer = entry_count(factor), isinstance(factor, Outer)
-        entries = torch.arange(start, start + count, device=(factor.b if outer else factor).device)
-        if not isinstance(factor, Outer):
-            places.append(entries)
-        else:
-            g, p = factor.b.shape[2], sum(factor.widths)
-            by_axes = (
-                entries.reshape(g, p, -1).mT if _is_a_first(factor) else entries.reshape(g, -1, p)
-            )
-            places += [piece.reshape(-1) for piece in by_axes.split(factor.widths, 2)]
+        device = factor.b.device if isinstance(factor, Outer) else factor.device
+        count = entry_count(factor)
+        places += _by_piece(factor, torch.arange(start, start + count, device=device))
         start += count
     whole = torch.cat([*places, places[0].new_full((1,), start)])
     return whole[:-1] if order is None else whole[order]
+
+
+def _by_piece(factor: Factor, entries: Int[Tensor, " _"]) -> list[Int[Tensor, " _"]]:
+    """Return the entries of a factor in rows, piece by piece as it has them."""
+    if not isinstance(factor, Outer):
+        return [entries]
+    g, o = factor.b.shape[2:4]
+    by_axes = entries.reshape(g, -1, o).mT if _is_a_first(factor) else entries.reshape(g, o, -1)
+    return [piece.reshape(-1) for piece in by_axes.split(factor.widths, 2)]
 
 
 def _sum(total: NormalEquations | None, part: NormalEquations) -> NormalEquations:

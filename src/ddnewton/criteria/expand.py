@@ -169,9 +169,11 @@ def _basis_of_two(loss: Loss, f: Float[Tensor, "n ..."], y: PyTree) -> Float[Ten
 
 def _check_expansion(expansion: Expansion) -> None:
     """Require a finite loss and Hessians without negative eigenvalues."""
+    # Numbers that are not finite.
     if any_not_finite(*(part for part in expansion if part.numel())):
         got = "nan or inf in the loss or its derivatives"
         raise BadValue(sentence("the loss must be finite", got, "Check the outputs and y."))
+    # Negative curvature, beyond the rounding of the largest.
     h = expansion.h
     negative = any_known(h < 0)
     if negative and any_known(h < -CONVEXITY_TOLERANCE * unwrapped(h).abs().amax()):

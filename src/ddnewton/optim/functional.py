@@ -23,8 +23,9 @@ from ddnewton.optim.adaptation import (
     trust_region,
 )
 from ddnewton.optim.compiled import has_one_trial, is_all, uncompiled
+from ddnewton.optim.local_model import added, in_params_units
 from ddnewton.optim.notices import Notices, notice
-from ddnewton.optim.search import added, in_params_units, search
+from ddnewton.optim.search import search
 from ddnewton.optim.settings import (
     Complement,
     Settings,

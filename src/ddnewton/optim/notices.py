@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 
 from ddnewton.errors import warn
-from ddnewton.optim.search import LocalModel, Step
+from ddnewton.optim.local_model import LocalModel
+from ddnewton.optim.search import Step
 from ddnewton.optim.settings import Settings
 from ddnewton.optim.state import UpdateInfo
 from ddnewton.quadratic.flat import check_slopes, steep_weights

@@ -8,14 +8,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ddnewton.optim.search import (
+from ddnewton.optim.local_model import (
     LocalModel,
-    Step,
     in_model_units,
     in_params_units,
     loss_before,
     noise_of,
 )
+from ddnewton.optim.search import Step
 from ddnewton.optim.settings import Settings, decays_of
 from ddnewton.optim.state import State, UpdateInfo
 from ddnewton.optim.trial_steps import curvature_of, trial_steps

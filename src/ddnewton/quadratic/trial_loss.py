@@ -32,7 +32,9 @@ def trial_loss(
     # The outputs a chunk of samples at a time, as many as their Jacobians are.
     count = outputs.shape[0] if samples is None else len(samples)
     slices = chunks(count, term.curvature_columns.chunks[0].stop)
-    parts = slices if samples is None else [samples[part] for part in slices]
+    parts: Sequence[Tensor | slice] = (
+        slices if samples is None else [samples[part] for part in slices]
+    )
     moved = (linearization.function(leaves, part) for part in parts)
     # Every sample's own loss, or the loss of all outputs together.
     scale = weight(loss, outputs, linearization.precise, y)

@@ -67,7 +67,8 @@ def _is_pure(target: Any) -> bool:
 def _computed(node: Node, known: dict[Node, Any]) -> Any:
     """Return the result of an operation on constants."""
     assert callable(node.target)
-    args, kwargs = (map_arg(part, known.__getitem__) for part in (node.args, node.kwargs))
+    args: Any = map_arg(node.args, known.__getitem__)
+    kwargs: Any = map_arg(node.kwargs, known.__getitem__)
     with untransformed(), torch.inference_mode(False), torch.no_grad():
         return node.target(*args, **kwargs)
 

@@ -1,0 +1,110 @@
+"""The loss of a batch around the parameters, and at those that a step leads to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ddnewton.linearize.precision import narrowest
+from ddnewton.optim.adaptation import Curvature
+from ddnewton.optim.trial_steps import TrialSteps
+from ddnewton.quadratic.proximal import Proximal
+from ddnewton.quadratic.quadratic_model import QuadraticModel
+from ddnewton.quadratic.trial_loss import trial_loss
+from ddnewton.trees import as_real, flattened, tree_leaves, tree_map, unflattened
+from ddnewton.types import PyTree
+
+LOSS_ROUNDINGS = 16.0
+"""From how many roundings of the loss upwards a decrease of it can be compared with another."""
+
+
+class LocalModel(NamedTuple):
+    """The loss of a batch around the parameters: its quadratic model, trial steps, and size."""
+
+    model: QuadraticModel
+    trials: TrialSteps
+    params: PyTree
+    scaled_params: Float[Tensor, " d"]  # in the units of the quadratic model, as steps are
+    scale: Float[Tensor, " d"] | None
+    proximal: Proximal | None
+    updates: Int[Tensor, ""]
+    damping: Float[Tensor, ""]  # of the step before
+    held_out: Sequence[Int[Tensor, " _"]] | None  # samples of every term to choose a damping on
+    curvature: Curvature
+    gradient_norm: Float[Tensor, ""]
+    loss: Float[Tensor, ""]  # of the samples of the gradient, with its penalty
+    noise: Float[Tensor, ""]  # by how much rounding moves it
+
+
+def loss_at(
+    local: LocalModel,
+    decay: float | Tensor,
+    vector: Float[Tensor, " d"],
+    samples: Sequence[Int[Tensor, " _"] | None],
+) -> Float[Tensor, ""]:
+    """Return the loss of some samples of every term, with its penalty, after a step.
+
+    It is taken at the parameters as their dtype has them.
+    """
+    # As `added`, leaf by leaf; a complex one is pairs of reals.
+    leaves = tree_leaves(as_real(local.params))
+    parts = in_params_units(local, vector).split([leaf.numel() for leaf in leaves])
+    pairs = zip(leaves, parts, strict=True)
+    moved = [leaf + part.reshape(leaf.shape).to(leaf) for leaf, part in pairs]
+    # The losses of all terms there, and the penalty.
+    of_terms = zip(local.model.terms, samples, strict=True)
+    losses = [trial_loss(term, moved, indices) for term, indices in of_terms]
+    return _penalised(torch.as_tensor(sum(losses)), decay, in_model_units(moved, local.scale))
+
+
+def _penalised(
+    loss: Float[Tensor, ""], decay: float | Tensor, scaled_params: Float[Tensor, " d"]
+) -> Float[Tensor, ""]:
+    """Return a loss with the penalty of weight decay, both in the units of the model."""
+    if not isinstance(decay, Tensor) and decay == 0:
+        return loss
+    return loss + (decay * scaled_params.square()).sum() / 2
+
+
+def added(params: PyTree, vector: Float[Tensor, " d"]) -> PyTree:
+    """Return the parameters after a step."""
+    return tree_map(torch.add, params, unflattened(vector, params))
+
+
+def in_params_units(local: LocalModel, vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    """Return a step in the units of the parameters."""
+    return vector if local.scale is None else local.scale * vector
+
+
+def in_model_units(params: PyTree, scale: Float[Tensor, " d"] | None) -> Float[Tensor, " d"]:
+    """Return parameters, or a step, in the units of a quadratic model."""
+    vector = flattened(params)
+    return vector if scale is None else vector / scale
+
+
+def loss_before(
+    model: QuadraticModel, proximal: Proximal | None, scaled_params: Float[Tensor, " d"]
+) -> Float[Tensor, ""]:
+    """Return the loss of the samples of the gradient, with its penalty, before a step."""
+    loss = torch.as_tensor(sum(term.losses_of_gradient.mean() for term in model.terms))
+    return _penalised(loss, 0.0 if proximal is None else proximal.decay, scaled_params)
+
+
+def noise_of(
+    model: QuadraticModel,
+    params: PyTree,
+    curvature: Curvature,
+    gradient_norm: Float[Tensor, ""],
+    loss: Float[Tensor, ""],
+) -> Float[Tensor, ""]:
+    """Return by how much the rounding of the loss and of the parameters moves the loss."""
+    dtype = narrowest(tree_leaves(as_real(params)))
+    apart = torch.finfo(dtype).eps * curvature.params
+    outputs = [term.linearization.precise for term in model.terms]
+    of_loss = torch.finfo(narrowest(outputs)).eps * loss.abs()
+    of_params: Tensor = gradient_norm * apart + curvature.trace * apart**2
+    return of_params + LOSS_ROUNDINGS * of_loss
