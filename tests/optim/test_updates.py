@@ -1,6 +1,7 @@
 """An update of the optimizer of pure functions is the textbook's, with momentum and decay too."""
 
 import itertools
+import math
 from functools import partial
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ddnewton import Group, fixed, levenberg_marquardt, top_k
+from ddnewton import Group, directional_newton, fixed, levenberg_marquardt, top_k
 from ddnewton.damping import constant, signal_to_noise
 from tests.methods import (
     ADAPTATIONS,
@@ -223,3 +224,16 @@ def test_at_a_minimum_of_the_penalised_loss_nothing_moves(case, minimum):
     damping, options = FIXED_POINTS[case]
     params, _, _ = updated(minimum, damping, weight_decay=0.1, **options)
     assert error(params, minimum.params) < 1e-7
+
+
+@pytest.mark.parametrize("delta", [1e-12, 1e-3, 10.0])
+def test_a_promise_by_the_matrix_is_that_by_the_columns(delta, monkeypatch):
+    """On the side of the parameters a step's predicted decrease needs no columns."""
+    model_fn, params, X, y, criterion = problem("many_points")
+    promises = []
+    for share in (0.0, math.inf):
+        monkeypatch.setattr("ddnewton.optim.trial_steps.MATRIX_SHARE", share)
+        optimizer = directional_newton(model_fn, criterion, fixed(delta))
+        info = optimizer.update(params, optimizer.init(params), X, y)[2]
+        promises.append(info.predicted_decrease)
+    assert error(*promises) < 1e-10

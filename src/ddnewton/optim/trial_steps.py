@@ -34,6 +34,7 @@ from ddnewton.quadratic.proximal import (
 from ddnewton.quadratic.quadratic_model import QuadraticModel, to_parameters
 from ddnewton.quadratic.shifted import Shifted, shifted, squared_lengths, step_at
 from ddnewton.quadratic.solution import is_linear, solve, without_eigenpairs
+from ddnewton.transforms import any_known, is_batched
 from ddnewton.trees import joined
 from ddnewton.types import DampingRule
 
@@ -44,6 +45,10 @@ takes as long as about fifteen factorizations."""
 TRIAL_CONDITION = 1e10
 """Up to which ratio of the largest curvature to δ a trial goes without eigenpairs: the rounding of
 the matrix is a change of δ by less than 1e-4, and δ itself is a guess."""
+
+
+MATRIX_SHARE = 1e-9
+"""From which share of the trace upwards the curvature along a vector has six digits by G itself."""
 
 
 class Quadratic(NamedTuple):
@@ -181,13 +186,14 @@ def _of_loss(trials: TrialSteps, vectors: Float[Tensor, "k d"]) -> Quadratic:
     """Return the quadratic model of the loss alone along vectors."""
     model, (matrix, *others) = trials.model, trials.matrices
     every_leaf = range(len(model.sizes))
-    # By G and g of all parameters. The rounding of G is that of a change of δ, as in the solution
-    # without eigenpairs; where these were needed, sums of squares have more digits.
+    # By G and g of all parameters, where the curvature along vectors stands out from G's rounding.
     whole = not others and list(model.leaves[0]) == list(every_leaf)
-    decomposed = trials.known.directions or trials.known.shifted
-    if whole and not (matrix.on_columns or decomposed):
-        return Quadratic(vectors @ matrix.gradient, vectors @ matrix.entries @ vectors.mT)
-    # By the slopes of all columns.
+    if whole and not (matrix.on_columns or is_batched(vectors)):
+        along = Quadratic(vectors @ matrix.gradient, vectors @ matrix.entries @ vectors.mT)
+        least = MATRIX_SHARE * matrix.trace() * vectors.square().sum(1)
+        if not any_known(along.curvatures.diagonal() < least):
+            return along
+    # By the slopes of all columns, whose sum of squares has more digits.
     column_slopes = rmatmat(model.jacobians, every_leaf, vectors.mT)
     weights = model.curvature_weights
     of_curvature = column_slopes[: len(weights)]
