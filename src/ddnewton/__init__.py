@@ -1,5 +1,6 @@
 """Directionally damped Newton steps for PyTorch, as pure functions on torch.func."""
 
+from ddnewton.covariance import covariance, standard_errors
 from ddnewton.criteria import (
     clipped,
     empirical_fisher,
@@ -16,14 +17,18 @@ from ddnewton.linearize.structured.prepare import prepare
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.newton import newton_step, newton_step_and_info
 from ddnewton.optim.adaptation import fixed, held_out, levenberg_marquardt, spring, trust_region
+from ddnewton.optim.fit import fit
+from ddnewton.optim.fit_record import Fit, History
 from ddnewton.optim.functional import FunctionalOptimizer, directional_newton
 from ddnewton.optim.state import State, UpdateInfo
 from ddnewton.quadratic.info import NewtonInfo
 from ddnewton.select import above, energy, top_k
 
 __all__ = [
+    "Fit",
     "FunctionalOptimizer",
     "Group",
+    "History",
     "NewtonInfo",
     "Prepared",
     "State",
@@ -31,11 +36,13 @@ __all__ = [
     "above",
     "as_function",
     "clipped",
+    "covariance",
     "directional_derivatives",
     "directional_newton",
     "empirical_fisher",
     "energy",
     "fisher",
+    "fit",
     "fixed",
     "ggn_eigh",
     "ggn_eigvalsh",
@@ -50,6 +57,7 @@ __all__ = [
     "per_parameter",
     "prepare",
     "spring",
+    "standard_errors",
     "top_k",
     "trust_region",
     "weighted",

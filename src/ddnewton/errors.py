@@ -24,6 +24,10 @@ class BadType(TypeError):
     """An argument of the wrong kind."""
 
 
+class NotFinite(BadValue):
+    """Outputs, derivatives or a loss with nan or inf among them."""
+
+
 SHOWN_CHARACTERS = 300
 """A message shows the value that was got up to this length."""
 
@@ -48,6 +52,12 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
             raise
 
     return edge
+
+
+def on_behalf(function: Callable[P, R]) -> Callable[P, R]:
+    """Return a public function as another one calls it, whose name stands in front of errors."""
+    inner: Callable[P, R] = function.__wrapped__  # type: ignore[attr-defined]
+    return inner
 
 
 PASSED_OVER = {"ddnewton", "torch", "contextlib", "functools"}

@@ -7,7 +7,7 @@ time as stay in a processor's cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,15 @@ from torch import Tensor
 
 from ddnewton.columns.alignment import Leaves
 from ddnewton.columns.contraction import completed, product
-from ddnewton.columns.factors import Factor, Jacobian, Outer, entry_count, formed, rows_of
+from ddnewton.columns.factors import (
+    Factor,
+    Jacobian,
+    Outer,
+    entry_count,
+    formed,
+    in_order,
+    rows_of,
+)
 from ddnewton.columns.gram import cuts_to, of_chunk, order_of, scale_along
 from ddnewton.transforms import concatenated, summed
 from ddnewton.trees import chunks
@@ -57,6 +65,25 @@ def normal_equations(
         else NormalEquations(scale[:, None] * total.matrix * scale, scale * total.gradient)
         for total, scale in zip(equations, scales, strict=True)
     ]
+
+
+def weighted_rows(
+    jacobians: Sequence[Jacobian], block: Leaves, weights: Float[Tensor, " i"]
+) -> Iterator[Float[Tensor, "_ d"]]:
+    """Yield the rows √w_i a_i of a block, in the order of its parameters, some at a time."""
+    counts = [jacobian.samples * jacobian.columns for jacobian in jacobians]
+    for jacobian, own_weights in zip(jacobians, weights.split(counts), strict=True):
+        cut = cuts_to(jacobian, [block])
+        for chunk in jacobian.chunks:
+            root = of_chunk(jacobian, own_weights[None], chunk)[0].sqrt()
+            factors = cut(jacobian.visit(chunk))[0]
+            order = _places(factors, order_of(jacobian, block))
+            readers = [_reader(factor, jacobian.columns) for factor in factors]
+            for samples in _at_once(factors, *root.shape):
+                # The entries of all factors side by side, then in the order of the parameters.
+                rows = root[samples].reshape(-1, 1)
+                parts = [read(samples) for read in readers] or [rows[:, :0]]
+                yield in_order(rows * concatenated(parts, 1), order)
 
 
 def _of_jacobian(

@@ -13,7 +13,7 @@ from torch.func import grad, grad_and_value, jacrev
 
 from ddnewton.criteria.hessian_blocks import HESSIAN_ROUNDINGS, joint_expansion
 from ddnewton.criteria.loss import Expansion, Loss, spanned
-from ddnewton.errors import BadType, BadValue, sentence
+from ddnewton.errors import BadType, BadValue, NotFinite, sentence
 from ddnewton.linearize.independence import Watch
 from ddnewton.linearize.module_state import restoring
 from ddnewton.linearize.precision import in_dtype_of
@@ -99,7 +99,8 @@ def convex(criterion: Criterion) -> Loss:
             return None
         return lambda f: in_dtype_of(f, criterion)(f, y)
 
-    return Loss(expand, denominator, partial(_check, criterion), gradient=gradient, joint=joint)
+    check = partial(_check, criterion)
+    return Loss(expand, denominator, check, gradient=gradient, joint=joint, squares=None)
 
 
 def _of_flat_outputs(
@@ -223,4 +224,4 @@ def _check_scalar(value: object) -> None:
         rule, got = "criterion must return one number", f"a tensor of shape {list(value.shape)}"
         raise BadValue(sentence(rule, got, 'Use reduction="mean" or reduction="sum".'))
     if not value.isfinite():
-        raise BadValue(sentence("the loss must be finite", value.item(), "Check outputs and y."))
+        raise NotFinite(sentence("the loss must be finite", value.item(), "Check outputs and y."))

@@ -61,4 +61,6 @@ def empirical_fisher(criterion: AnyCriterion) -> Loss:
         ones = torch.ones_like(r[:, :1])
         return spanned(value, r[:, :, None], ones, ones)
 
-    return loss._replace(expand=expand, scores=None, fisher=None, columns=lambda outputs: 1)
+    return loss._replace(
+        expand=expand, scores=None, fisher=None, columns=lambda outputs: 1, squares=False
+    )

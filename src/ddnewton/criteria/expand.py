@@ -12,7 +12,7 @@ from ddnewton.criteria.hessian_blocks import joint_expansion
 from ddnewton.criteria.loss import Expansion, Loss, name_of, sample_gradient
 from ddnewton.criteria.monte_carlo import AnyCriterion, MonteCarlo, sampled
 from ddnewton.criteria.torch_losses import record_of
-from ddnewton.errors import BadType, BadValue, sentence
+from ddnewton.errors import BadType, BadValue, NotFinite, sentence
 from ddnewton.inputs.memory import NEVER_ASKED_BYTES, check_fits, free_bytes
 from ddnewton.linearize.calls import first_line
 from ddnewton.linearize.precision import loss_in_float64
@@ -172,7 +172,7 @@ def _check_expansion(expansion: Expansion) -> None:
     # Numbers that are not finite.
     if any_not_finite(*(part for part in expansion if part.numel())):
         got = "nan or inf in the loss or its derivatives"
-        raise BadValue(sentence("the loss must be finite", got, "Check the outputs and y."))
+        raise NotFinite(sentence("the loss must be finite", got, "Check the outputs and y."))
     # Negative curvature, beyond the rounding of the largest.
     h = expansion.h
     negative = any_known(h < 0)

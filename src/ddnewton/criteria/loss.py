@@ -66,6 +66,9 @@ class Loss(NamedTuple):
     them have in y. For such a batch ``joint(outputs, y)`` returns the batch's loss as a function of
     its outputs, and the expansion has it as the value of every sample; for any other it returns
     None. ``gradient`` is of samples that have values; `value_and_gradient` is of either.
+
+    ``squares`` says whether the loss is a sum of squared residuals, with a noise whose variance it
+    does not know; it is None where only a batch tells, for a function.
     """
 
     expand: Callable[[Tensor, PyTree], Expansion]
@@ -76,6 +79,7 @@ class Loss(NamedTuple):
     joint: Callable[[Tensor, PyTree], Callable[[Tensor], Tensor] | None] | None = None
     fisher: Callable[[Tensor, PyTree], Expansion] | None = None
     columns: Callable[[Tensor], int] | None = None
+    squares: bool | None = False
     made_by: Call | None = None  # by which it is pickled
 
     def __reduce__(self) -> tuple[Any, ...]:

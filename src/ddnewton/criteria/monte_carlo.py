@@ -134,7 +134,7 @@ def sampled(criterion: MonteCarlo) -> Loss:
         # One draw a sample, or one a position beyond the classes on axis 1.
         return samples * outputs.shape[2:].numel()
 
-    return loss._replace(expand=expand, scores=None, fisher=None, columns=columns)
+    return loss._replace(expand=expand, scores=None, fisher=None, columns=columns, squares=False)
 
 
 def generators_of(criterion: Criteria) -> dict[Any, torch.Generator]:
@@ -150,6 +150,12 @@ def undrawn(criterion: AnyCriterion, remedy: str) -> Loss:
     if isinstance(criterion, MonteCarlo):
         raise BadValue(sentence("criterion must be a loss", "monte_carlo of one", remedy))
     return record_of(criterion)
+
+
+def check_criterion(criterion: AnyCriterion) -> None:
+    """Require a criterion that a step takes, before there is a batch to look at."""
+    if not isinstance(criterion, MonteCarlo):
+        record_of(criterion)
 
 
 def _uniform(seed: int, device: torch.device) -> Uniform:

@@ -66,7 +66,7 @@ def mse(reduction: Reduction = "mean", *, weight: Tensor | None = None) -> Loss:
         check_weight_shape(weight, outputs.shape, "the outputs' shape")
         check_denominator(denominator(outputs, y))
 
-    return elementwise(terms, denominator, check, score)
+    return elementwise(terms, denominator, check, score)._replace(squares=True)
 
 
 @pickled_as_call

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddnewton.errors import BadType, BadValue, sentence
+from ddnewton.errors import BadType, BadValue, NotFinite, sentence
 from ddnewton.transforms import any_known, any_not_finite, unwrapped
 from ddnewton.trees import named_leaves, tree_leaves
 from ddnewton.types import PyTree
@@ -106,7 +106,7 @@ def check_outputs(outputs: object, samples: int) -> None:
         raise BadValue(sentence(rule, list(outputs.shape), "Check the model's last layer."))
     if any_not_finite(outputs):
         rule, got = "the outputs of model_fn must be finite", "nan or inf"
-        raise BadValue(sentence(rule, got, "Check params and X; lower the last step."))
+        raise NotFinite(sentence(rule, got, "Check params and X; lower the last step."))
 
 
 class Independent(BadValue):
@@ -141,7 +141,7 @@ def check_derivatives(values: Tensor) -> None:
     if values.numel() and any_known(~(values.amax() - values.amin()).isfinite()):
         rule, got = "the derivatives of model_fn must be finite", "nan or inf"
         remedy = "Look for square roots, norms or logarithms at zero in model_fn."
-        raise BadValue(sentence(rule, got, remedy))
+        raise NotFinite(sentence(rule, got, remedy))
 
 
 def check_functions(model_fn: object, select: object) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ from ddnewton.optim.adaptation import (
     trust_region,
 )
 from ddnewton.optim.compiled import has_one_trial, is_all, uncompiled
-from ddnewton.optim.local_model import added, in_params_units
+from ddnewton.optim.local_model import LocalModel, added, in_params_units
 from ddnewton.optim.notices import Notices, notice
-from ddnewton.optim.search import search
+from ddnewton.optim.search import Step, search
 from ddnewton.optim.settings import (
     Complement,
     Settings,
@@ -38,6 +38,8 @@ from ddnewton.optim.update import local_model, next_state, update_info
 from ddnewton.quadratic.quadratic_model import quadratic_model
 from ddnewton.transforms import any_known
 from ddnewton.types import AnyModelFn, DampingRule, GramWays, PyTree, Select
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,6 +190,7 @@ def directional_newton(
         trust_radius=trust_radius,
         complement=complement,
         scale=scale,
+        box=None,
     )
     if isinstance(scale, str) and scale == "auto":
         rules = [adaptation.rule, *(group.damping for group in groups or ())]
@@ -233,6 +236,19 @@ def update(
     plan: Update, params: PyTree, state: State, X: PyTree, y: PyTree
 ) -> tuple[PyTree, State, UpdateInfo]:
     """Return parameters, state and record after a step, as the public ``update`` does."""
+    return observed_update(plan, params, state, X, y, observe=lambda local, step: None)[0]
+
+
+def observed_update(
+    plan: Update,
+    params: PyTree,
+    state: State,
+    X: PyTree,
+    y: PyTree,
+    *,
+    observe: Callable[[LocalModel, Step], T],
+) -> tuple[tuple[PyTree, State, UpdateInfo], T]:
+    """Return parameters, state and record after a step, and what is observed of its search."""
     settings = plan.settings
     check_params(params)
     sizes = isinstance(settings.scale, str)
@@ -250,4 +266,5 @@ def update(
         info = update_info(local, step, settings)
         notice(plan.notices, local, settings, step, info)
         moved = in_params_units(local, torch.where(step.taken, step.rate * step.vector, 0))
-        return added(params, moved), next_state(state, local, step), info
+        updated = added(params, moved, settings.box), next_state(state, local, step), info
+        return updated, observe(local, step)

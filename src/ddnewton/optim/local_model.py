@@ -1,4 +1,4 @@
-"""The loss of a batch around the parameters, and at those that a step leads to."""
+"""The loss of a batch around the parameters, where a step leads, and what rounding leaves of it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from ddnewton.linearize.precision import narrowest
 from ddnewton.optim.adaptation import Curvature
+from ddnewton.optim.box import Box, clipped_to
 from ddnewton.optim.trial_steps import TrialSteps
 from ddnewton.quadratic.proximal import Proximal
 from ddnewton.quadratic.quadratic_model import QuadraticModel
 from ddnewton.quadratic.trial_loss import trial_loss
-from ddnewton.trees import as_real, flattened, tree_leaves, tree_map, unflattened
+from ddnewton.trees import (
+    as_real,
+    flattened,
+    tree_leaves,
+    tree_map,
+    unflattened,
+)
 from ddnewton.types import PyTree
 
 LOSS_ROUNDINGS = 16.0
@@ -35,9 +42,22 @@ class LocalModel(NamedTuple):
     damping: Float[Tensor, ""]  # of the step before
     held_out: Sequence[Int[Tensor, " _"]] | None  # samples of every term to choose a damping on
     curvature: Curvature
-    gradient_norm: Float[Tensor, ""]
+    box: Box | None
+    slopes: Sequence[Float[Tensor, " _"]]  # of the blocks, with weight decay, 0 where bounds hold
+    gradient_norm: Float[Tensor, ""]  # without weight decay
     loss: Float[Tensor, ""]  # of the samples of the gradient, with its penalty
     noise: Float[Tensor, ""]  # by how much rounding moves it
+
+
+class BlockSizes(NamedTuple):
+    """Sizes of the parameters of a block, of the slopes and of the curvatures along them.
+
+    One number stands for all of them, their norms and the trace, where G is on the other side.
+    """
+
+    params: Float[Tensor, " p"]
+    slopes: Float[Tensor, " p"]
+    curvatures: Float[Tensor, " p"]
 
 
 def loss_at(
@@ -55,6 +75,9 @@ def loss_at(
     parts = in_params_units(local, vector).split([leaf.numel() for leaf in leaves])
     pairs = zip(leaves, parts, strict=True)
     moved = [leaf + part.reshape(leaf.shape).to(leaf) for leaf, part in pairs]
+    if local.box is not None:
+        sides = zip(moved, *map(tree_leaves, local.box), strict=True)
+        moved = [leaf.clamp(lower, upper) for leaf, lower, upper in sides]
     # The losses of all terms there, and the penalty.
     of_terms = zip(local.model.terms, samples, strict=True)
     losses = [trial_loss(term, moved, indices) for term, indices in of_terms]
@@ -70,9 +93,54 @@ def _penalised(
     return loss + (decay * scaled_params.square()).sum() / 2
 
 
-def added(params: PyTree, vector: Float[Tensor, " d"]) -> PyTree:
-    """Return the parameters after a step."""
-    return tree_map(torch.add, params, unflattened(vector, params))
+def added(params: PyTree, vector: Float[Tensor, " d"], box: Box | None) -> PyTree:
+    """Return the parameters after a step, inside of their bounds."""
+    return clipped_to(box, tree_map(torch.add, params, unflattened(vector, params)))
+
+
+def noise_of(local: LocalModel) -> Float[Tensor, ""]:
+    """Return by how much the rounding of the loss and of the parameters moves the loss.
+
+    Every parameter is rounded by itself, whatever its unit.
+    """
+    eps = torch.finfo(narrowest(tree_leaves(as_real(local.params)))).eps
+    outputs = [term.linearization.precise for term in local.model.terms]
+    of_loss = torch.finfo(narrowest(outputs)).eps * local.loss.abs()
+    of_params = [
+        size.slopes @ (eps * size.params) + size.curvatures @ (eps * size.params).square()
+        for size in sizes_of_blocks(local)
+    ]
+    return torch.stack(of_params).sum() + LOSS_ROUNDINGS * of_loss
+
+
+def sizes_of_blocks(local: LocalModel) -> list[BlockSizes]:
+    """Return the parameters of every block, with the slope and the curvature along each of them."""
+    theta = by_block(local.model, local.scaled_params)
+    decays = by_block(local.model, decay_of(local.proximal, local.scaled_params))
+    blocks = []
+    for params, decay, slopes, matrix in zip(
+        theta, decays, local.slopes, local.trials.matrices, strict=True
+    ):
+        # The curvatures of single parameters are the diagonal of G, where that is what is known.
+        if matrix.on_columns:
+            curvature = (matrix.trace() + decay.sum())[None]
+            blocks.append(BlockSizes(params.norm()[None], slopes.norm()[None], curvature))
+        else:
+            blocks.append(BlockSizes(params.abs(), slopes.abs(), matrix.diagonal() + decay))
+    return blocks
+
+
+def by_block(model: QuadraticModel, vector: Shaped[Tensor, " d"]) -> list[Shaped[Tensor, " _"]]:
+    """Return the parts of a vector along the parameters of every block."""
+    parts = vector.split(list(model.sizes))
+    return [torch.cat([parts[leaf] for leaf in block]) for block in model.leaves]
+
+
+def decay_of(proximal: Proximal | None, theta: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    """Return the weight decay of every parameter, 0 where there is none."""
+    if proximal is None or not len(proximal.params):
+        return 0 * theta
+    return 0 * theta + proximal.decay
 
 
 def in_params_units(local: LocalModel, vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
@@ -92,19 +160,3 @@ def loss_before(
     """Return the loss of the samples of the gradient, with its penalty, before a step."""
     loss = torch.as_tensor(sum(term.losses_of_gradient.mean() for term in model.terms))
     return _penalised(loss, 0.0 if proximal is None else proximal.decay, scaled_params)
-
-
-def noise_of(
-    model: QuadraticModel,
-    params: PyTree,
-    curvature: Curvature,
-    gradient_norm: Float[Tensor, ""],
-    loss: Float[Tensor, ""],
-) -> Float[Tensor, ""]:
-    """Return by how much the rounding of the loss and of the parameters moves the loss."""
-    dtype = narrowest(tree_leaves(as_real(params)))
-    apart = torch.finfo(dtype).eps * curvature.params
-    outputs = [term.linearization.precise for term in model.terms]
-    of_loss = torch.finfo(narrowest(outputs)).eps * loss.abs()
-    of_params: Tensor = gradient_norm * apart + curvature.trace * apart**2
-    return of_params + LOSS_ROUNDINGS * of_loss

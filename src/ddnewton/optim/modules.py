@@ -122,7 +122,7 @@ def traced_modules(
             current = TracedModule(model_fn, fingerprint, copies, "", count)
         # Trace the module when it is time to, or call it as it is where that fails.
         if current.updates_left == 0:
-            traced, slow = _with_layers(model_fn, params, X)
+            traced, slow = with_layers(model_fn, params, X)
             current = current._replace(model_fn=traced, slow=slow)
         return [current._replace(updates_left=current.updates_left - 1), *kept]
 
@@ -135,7 +135,7 @@ def _updates_to_trace(
     Of a tiny problem they save half of an update's overhead, of any other its dense products; what
     a trace of it takes is told by one of samples of another shape, and until there is one, nothing.
     """
-    count, d = _output_count(model_fn, params, X), parameter_count(params)
+    count, d = output_count(model_fn, params, X), parameter_count(params)
     if is_tiny(count, d):
         return UPDATES_TO_TRACE
     graphs = [one.model_fn.sample.graph for one in before if isinstance(one.model_fn, Prepared)]
@@ -143,18 +143,18 @@ def _updates_to_trace(
     return int(nodes * FLOPS_OF_NODE / dense_flops(count, d))
 
 
-def _output_count(model_fn: ModelFn, params: PyTree, X: PyTree) -> int:
+def output_count(model_fn: ModelFn, params: PyTree, X: PyTree) -> int:
     """Return the number of outputs of all samples."""
     outputs = evaluate(model_fn, params, take(X, slice(0, 1)), None).outputs
     return outputs.numel() * sample_count(X)
 
 
-def _with_layers(model_fn: ModelFn, params: PyTree, X: PyTree) -> tuple[ModelFn, str | None]:
+def with_layers(model_fn: ModelFn, params: PyTree, X: PyTree) -> tuple[ModelFn, str | None]:
     """Return a module as a function with layers, or as it is and why it has none."""
     try:
         return prepare(model_fn, params, X), None
     except Untraceable as reason:
-        tiny = is_tiny(_output_count(model_fn, params, X), parameter_count(params))
+        tiny = is_tiny(output_count(model_fn, params, X), parameter_count(params))
         return model_fn, "" if tiny else no_layers(reason)
 
 

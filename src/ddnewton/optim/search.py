@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ddnewton.optim.adaptation import Outcome
-from ddnewton.optim.local_model import LocalModel, loss_at
+from ddnewton.optim.box import step_inside
+from ddnewton.optim.local_model import LocalModel, in_params_units, loss_at
 from ddnewton.optim.settings import Settings
 from ddnewton.optim.trial_steps import TrialSteps, lengths_at, quadratic_along, trial_step
 from ddnewton.optim.trust_radius import damping_of_length, least_damping
@@ -51,6 +52,14 @@ def search(local: LocalModel, settings: Settings, control: Float[Tensor, ""]) ->
         several = is_batched(ended)
         step = tree_map(partial(torch.where, ended), step, trial) if several else trial
     return step
+
+
+def _inside(local: LocalModel, vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    """Return a step, in the units of the model, cut to the bounds of the parameters."""
+    if local.box is None:
+        return vector
+    step = step_inside(local.box, local.params, in_params_units(local, vector))
+    return step if local.scale is None else step / local.scale
 
 
 def _first_control(
@@ -98,11 +107,11 @@ def _tried(
     # The step; a part of it that no damping shortens, a step before with momentum, is cut.
     vector, rate = _direction(local, settings, delta, momentum)
     rate = rate * (radius / (rate * vector).norm()).nan_to_num(nan=1.0).clamp(max=1)
-    moved = rate * vector
+    moved = _inside(local, rate * vector)
     # The loss before and after, of the samples of the gradient.
     samples = [term.objective.samples.slopes for term in local.model.terms]
     decay = 0.0 if local.proximal is None else local.proximal.decay
-    before, after = local.loss, loss_at(local, decay, moved, samples)
+    before, after = local.loss, loss_at(local, decay, rate * vector, samples)
     # The decrease that the quadratic model promises, −(gᵀs + ½ sᵀG s).
     slopes, curvatures = quadratic_along(local.trials, moved[None])
     predicted = -(slopes[0] + curvatures[0, 0] / 2)

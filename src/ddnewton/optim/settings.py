@@ -10,6 +10,7 @@ from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.inputs.checks import check_nonnegative, check_positive
 from ddnewton.inputs.scale import Scale, check_scale
 from ddnewton.optim.adaptation import Adaptation, LearningRate
+from ddnewton.optim.box import Box
 from ddnewton.trees import named_leaves, tree_flatten, tree_leaves
 from ddnewton.types import PyTree
 
@@ -30,6 +31,7 @@ class Settings(NamedTuple):
     trust_radius: float | None
     complement: Complement
     scale: Scale
+    box: Box | None  # bounds of the parameters, which `fit` alone takes
 
 
 def automatic_scale(settings: Settings, *, by_directions: bool) -> Scale:
@@ -68,6 +70,18 @@ def check_settings(settings: Settings) -> None:
         rule = 'complement must be a positive number, "damping" or None'
         raise BadValue(sentence(rule, repr(settings.complement), 'Pass "damping".'))
     check_scale(settings.scale)
+
+
+def check_bounded(settings: Settings, subsampling_curvature: object) -> None:
+    """Refuse settings that have no meaning together with bounds."""
+    asked = {
+        "momentum": bool(settings.momentum),
+        "subsampling_curvature": subsampling_curvature is not None,
+    }
+    for name, given in asked.items():
+        if given:
+            rule = "bounds go with neither momentum nor curvature of other samples"
+            raise BadValue(sentence(rule, name, "Leave that out."))
 
 
 def check_weight_decay(weight_decay: WeightDecay) -> None:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ddnewton.columns.gram import rmatmat
@@ -75,6 +75,7 @@ class TrialSteps(NamedTuple):
     complement: Complement
     proximal: Proximal | None
     proximal_blocks: Sequence[ProximalBlock]
+    free: Bool[Tensor, " d"] | None  # the parameters that no bound holds, None for all
     known: Decompositions
 
 
@@ -83,6 +84,7 @@ def trial_steps(
     matrices: Sequence[GaussNewton],
     complement: Complement,
     proximal: Proximal | None,
+    free: Bool[Tensor, " d"] | None,
 ) -> TrialSteps:
     """Return the trial steps of a batch."""
     pulls: list[ProximalBlock] = []
@@ -95,6 +97,7 @@ def trial_steps(
         complement=complement,
         proximal=proximal,
         proximal_blocks=pulls,
+        free=free,
         known=Decompositions(),
     )
 
@@ -156,7 +159,8 @@ def _from_centres(
     if centres is not None:
         pairs = zip(centres, vectors, strict=True)
         vectors = [centre.vector + vector for centre, vector in pairs]
-    return joined(vectors, model.leaves, model.sizes)
+    step = joined(vectors, model.leaves, model.sizes)
+    return step if trials.free is None else trials.free * step
 
 
 def quadratic_along(

@@ -8,8 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ddnewton.optim.box import is_free
 from ddnewton.optim.local_model import (
     LocalModel,
+    by_block,
+    decay_of,
     in_model_units,
     in_params_units,
     loss_before,
@@ -20,11 +23,13 @@ from ddnewton.optim.settings import Settings, decays_of
 from ddnewton.optim.state import State, UpdateInfo
 from ddnewton.optim.trial_steps import curvature_of, trial_steps
 from ddnewton.quadratic.flat import check_slopes, flat_share, has_flat_samples
+from ddnewton.quadratic.gauss_newton import GaussNewton
+from ddnewton.quadratic.held import of_free
 from ddnewton.quadratic.leafwise import any_decayed, check_leafwise
 from ddnewton.quadratic.matrices import gauss_newton_matrices
 from ddnewton.quadratic.proximal import Proximal, different
 from ddnewton.quadratic.quadratic_model import QuadraticModel, gradients
-from ddnewton.trees import flattened, real_count, tree_leaves, unflattened
+from ddnewton.trees import flattened, joined, real_count, tree_leaves, unflattened
 from ddnewton.types import PyTree
 
 
@@ -60,13 +65,17 @@ def local_model(
             decay=_by_parameter(decays, params, scale, theta),
         )
     check_slopes(model, matrices, curved=settings.complement is None)
+    # The slopes along the parameters; those that bounds hold have none, and no curvature.
+    slopes, free = _slopes(model, matrices, proximal, scaled_params), None
+    if settings.box is not None:
+        free = is_free(settings.box, params, joined(slopes, model.leaves, model.sizes))
+        model, matrices = of_free(model, matrices, free)
+        slopes = list(map(torch.mul, slopes, by_block(model, free)))
     # What all trials are compared with.
-    curvature = curvature_of(matrices, scaled_params)
-    gradient_norm = torch.cat(gradients(model, matrices)).norm()
     loss = loss_before(model, proximal, scaled_params)
-    return LocalModel(
+    local = LocalModel(
         model=model,
-        trials=trial_steps(model, matrices, settings.complement, proximal),
+        trials=trial_steps(model, matrices, settings.complement, proximal, free),
         params=params,
         scaled_params=scaled_params,
         scale=scale,
@@ -74,11 +83,25 @@ def local_model(
         updates=state.updates,
         damping=state.damping,
         held_out=held_out,
-        curvature=curvature,
-        gradient_norm=gradient_norm,
+        curvature=curvature_of(matrices, scaled_params),
+        box=settings.box,
+        slopes=slopes,
+        gradient_norm=torch.cat(gradients(model, matrices)).norm(),
         loss=loss,
-        noise=noise_of(model, params, curvature, gradient_norm, loss),
+        noise=torch.zeros_like(loss),
     )
+    return local._replace(noise=noise_of(local))
+
+
+def _slopes(
+    model: QuadraticModel,
+    matrices: Sequence[GaussNewton],
+    proximal: Proximal | None,
+    scaled_params: Float[Tensor, " d"],
+) -> list[Float[Tensor, " _"]]:
+    """Return the slopes of the loss and of its penalty along the parameters of every block."""
+    of_penalty = by_block(model, decay_of(proximal, scaled_params) * scaled_params)
+    return list(map(torch.add, gradients(model, matrices), of_penalty))
 
 
 def _by_parameter(

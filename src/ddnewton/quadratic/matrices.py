@@ -26,19 +26,23 @@ def gauss_newton_matrices(
     largest of the columns so far, for a scale by them.
     """
     scaled, matrices = _scaled_by_columns(model, matrices_of(model), sizes)
-    linearizations = [term.linearization for term in model.terms]
-    if all(linearization.in_float64 is None for linearization in linearizations):
+    if all(term.linearization.in_float64 is None for term in model.terms):
         return scaled, matrices
     pairs = zip(model.blocks, matrices, strict=True)
     if all(_resolved(block, matrix, least_damping) for block, matrix in pairs):
         return scaled, matrices
-    precise = [
-        linearization if linearization.in_float64 is None else linearization.in_float64()
-        for linearization in linearizations
-    ]
-    objectives = [term.objective for term in model.terms]
-    model = expanded(precise, objectives, model.blocks, model.scaling)
+    model = in_float64(model)
     return _scaled_by_columns(model, matrices_of(model), sizes)
+
+
+def in_float64(model: QuadraticModel) -> QuadraticModel:
+    """Return the same model expanded in float64, where it is not so already and can be."""
+    parts = [term.linearization for term in model.terms]
+    if all(part.in_float64 is None for part in parts):
+        return model
+    parts = [part if part.in_float64 is None else part.in_float64() for part in parts]
+    objectives = [term.objective for term in model.terms]
+    return expanded(parts, objectives, model.blocks, model.scaling)
 
 
 def _scaled_by_columns(

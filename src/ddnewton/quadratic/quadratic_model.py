@@ -172,8 +172,7 @@ def _objective(term: TermArguments, params: PyTree, gradient: bool) -> Objective
     """Return the loss of a term, which reads no parameters."""
     with about_term(term.name):
         loss = without_params(as_loss(term.criterion), params)
-    name = name_of(term.criterion)
-    return Objective(term.name, name, loss, term.y, term.samples, gradient)
+    return Objective(term.name, name_of(term.criterion), loss, term.y, term.samples, gradient)
 
 
 def to_parameters(

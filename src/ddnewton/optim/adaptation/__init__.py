@@ -8,10 +8,11 @@ from ddnewton.optim.adaptation.adaptation import (
     Outcome,
 )
 from ddnewton.optim.adaptation.deterministic import levenberg_marquardt, trust_region
-from ddnewton.optim.adaptation.fixed import as_adaptation, fixed
+from ddnewton.optim.adaptation.fixed import SMALLEST_DAMPING, as_adaptation, fixed
 from ddnewton.optim.adaptation.stochastic import held_out, spring
 
 __all__ = [
+    "SMALLEST_DAMPING",
     "Adaptation",
     "Choice",
     "Curvature",

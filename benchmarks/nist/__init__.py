@@ -1,0 +1,1 @@
+"""NIST's nonlinear regressions: the data with certified answers, and the 27 models in torch."""

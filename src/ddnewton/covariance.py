@@ -1,0 +1,260 @@
+r"""How uncertain fitted parameters are: their covariance, and their standard errors.
+
+    rows √w_i a_i of G = BᵀB → B = Q R → G⁻¹ = W Wᵀ → s² W Wᵀ        `inverse_root`
+
+They are what `scipy.optimize.curve_fit` returns, for any pytree of parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ddnewton.criteria import Criteria
+from ddnewton.criteria.noise import of_likelihood
+from ddnewton.errors import BadType, public, sentence, warn
+from ddnewton.inputs.terms import about_term
+from ddnewton.quadratic.flat import check_outputs_depend
+from ddnewton.quadratic.inverse_root import inverse_root
+from ddnewton.quadratic.matrices import in_float64
+from ddnewton.quadratic.quadratic_model import quadratic_model
+from ddnewton.quadratic.residual_noise import Noise, noise_of_residuals
+from ddnewton.transforms import any_known, unwrapped
+from ddnewton.trees import named_leaves, tree_flatten, tree_unflatten, unflattened
+from ddnewton.types import AnyModelFn, GramWays, PyTree
+
+NAMED = 4
+"""How many parameters a warning names."""
+
+
+class Uncertainty(NamedTuple):
+    """A root W of a covariance W Wᵀ, infinite where there is none."""
+
+    root: Float[Tensor, "d k"]
+    finite: Bool[Tensor, ""]
+
+
+@public
+@torch.no_grad()
+def covariance(
+    model_fn: AnyModelFn,
+    params: PyTree,
+    X: PyTree,
+    y: PyTree,
+    criterion: Criteria,
+    *,
+    absolute_sigma: bool = False,
+    gram: GramWays = "auto",
+    chunk_size: int | None = None,
+) -> PyTree:
+    r"""Return the covariance of fitted parameters.
+
+    For squared errors with weights w it is, with N residuals r and D parameters,
+
+    .. math:: s^2 (J^\top W J)^{-1}, \qquad s^2 = \frac{r^\top W r}{N - D},
+
+    what `scipy.optimize.curve_fit` returns, and NIST certifies: the noise has variance s² / w, with
+    s² estimated from the residuals. For the negative log-likelihoods of noise that is known, such
+    as `torch.nn.GaussianNLLLoss`, PoissonNLLLoss or CrossEntropyLoss, it is the inverse of the
+    Fisher information of all samples together, whether the criterion averages or sums,
+
+    .. math:: \Bigl(\sum_n J_n^\top F_n J_n\Bigr)^{-1}.
+
+    Both hold for parameters at a minimum and for many samples, as far as the model is linear
+    between estimates that differ by their standard errors. Parameters at a bound count as if there
+    were none: keep those that a bound holds in ``model_fn``, and out of ``params``.
+
+    Parameters
+    ----------
+    model_fn, params, X, y
+        As for `ddnewton.newton_step`; ``params`` are the fitted ones.
+    criterion
+        That of the fit: squared errors, a function of ``outputs`` and ``y`` that is a sum of
+        squares, or a likelihood with Fisher information, as `ddnewton.fisher` takes it.
+    absolute_sigma
+        As for `scipy.optimize.curve_fit`: whether the weights of squared errors are 1/σ² of the
+        noise itself, ``mse(weight=1 / sigma**2)``, so that s² is 1 and not estimated. The weights
+        of likelihoods always are what they say.
+    gram, chunk_size
+        As for `ddnewton.newton_step`.
+
+    Returns
+    -------
+    PyTree
+        Nested as `torch.func.hessian` nests: ``covariance["a"]["b"]`` has the shape of
+        ``params["a"]`` followed by that of ``params["b"]``; for one tensor it is one tensor. Its
+        units are those of both parameters. Infinite, with a warning, where the data do not
+        determine all parameters, or where N ≤ D leaves nothing to estimate s² from.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Where an argument breaks a rule, and for criteria that say nothing of the noise.
+
+    Notes
+    -----
+    Sources: Seber, Wild, *Nonlinear Regression*, 1989, section 2.1; for likelihoods McCullagh,
+    Nelder, *Generalized Linear Models*, 2nd ed., 1989, appendix A. The rows of J are factorized, in
+    units in which all their columns have length 1; JᵀJ, whose condition is the square of theirs, is
+    never formed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> line = lambda p, x: p["slope"] * x + p["offset"]
+    >>> x = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
+    >>> y = torch.tensor([0.9, 3.1, 5.1, 6.9], dtype=torch.float64)
+    >>> fitted = {"slope": torch.tensor(2.0).double(), "offset": torch.tensor(1.0).double()}
+    >>> cov = covariance(line, fitted, x, y, torch.nn.MSELoss())
+    >>> cov["slope"]["slope"].item(), cov["slope"]["offset"].item()
+    (0.004, -0.006)
+    """
+    uncertainty = _uncertainty(
+        *(model_fn, params, X, y, criterion),
+        absolute_sigma=absolute_sigma,
+        gram=gram,
+        chunk_size=chunk_size,
+    )
+    matrix = uncertainty.root @ uncertainty.root.mT
+    matrix = torch.where(uncertainty.finite, matrix, torch.inf)
+    # A tree of trees: rows of every leaf, cut into the columns of every leaf.
+    leaves, spec = tree_flatten(params)
+    sizes = [leaf.numel() for leaf in leaves]
+    nested = []
+    for leaf, rows in zip(leaves, matrix.split(sizes), strict=True):
+        parts = zip(leaves, rows.split(sizes, 1), strict=True)
+        blocks = [
+            part.reshape((*leaf.shape, *other.shape)).to(
+                dtype=torch.promote_types(leaf.dtype, other.dtype), device=leaf.device
+            )
+            for other, part in parts
+        ]
+        nested.append(tree_unflatten(blocks, spec))
+    return tree_unflatten(nested, spec)
+
+
+@public
+@torch.no_grad()
+def standard_errors(
+    model_fn: AnyModelFn,
+    params: PyTree,
+    X: PyTree,
+    y: PyTree,
+    criterion: Criteria,
+    *,
+    absolute_sigma: bool = False,
+    gram: GramWays = "auto",
+    chunk_size: int | None = None,
+) -> PyTree:
+    r"""Return the standard errors of fitted parameters, the roots of `covariance`'s diagonal.
+
+    Parameters, errors and warnings are those of `covariance`.
+
+    Returns
+    -------
+    PyTree
+        Like ``params``: same structure, shapes, dtypes, devices.
+
+    Examples
+    --------
+    A mean and its standard error, s / √N:
+
+    >>> import torch
+    >>> y = torch.tensor([[4.0], [6.0], [5.0], [5.0]])
+    >>> mean = lambda p, x: p.expand(len(x), 1)
+    >>> error = standard_errors(mean, torch.tensor(5.0), y, y, torch.nn.MSELoss())
+    >>> error.item(), (y.std() / 2).item()
+    (0.4082, 0.4082)
+    """
+    uncertainty = _uncertainty(
+        *(model_fn, params, X, y, criterion),
+        absolute_sigma=absolute_sigma,
+        gram=gram,
+        chunk_size=chunk_size,
+    )
+    errors = torch.linalg.vector_norm(uncertainty.root, dim=1)
+    return unflattened(torch.where(uncertainty.finite, errors, torch.inf), params)
+
+
+def _uncertainty(
+    model_fn: AnyModelFn,
+    params: PyTree,
+    X: PyTree,
+    y: PyTree,
+    criterion: Criteria,
+    *,
+    absolute_sigma: bool,
+    gram: GramWays,
+    chunk_size: int | None,
+) -> Uncertainty:
+    """Return the root of the covariance of fitted parameters."""
+    _check_arguments(params, absolute_sigma)
+    with quadratic_model(
+        *(model_fn, params, X, y, _likelihoods(criterion)),
+        gram=gram,
+        chunk_size=chunk_size,
+        gradient=False,
+    ) as expanded:
+        model = in_float64(expanded)
+        noise = noise_of_residuals(model, absolute_sigma)
+        root, undetermined = inverse_root(model.curvature_jacobians, noise.weights)
+        check_outputs_depend(model, [torch.diag(~undetermined).double()])
+    _warn_of(undetermined, noise, params)
+    finite = ~undetermined.any() & noise.variance.isfinite()
+    return Uncertainty(noise.variance.sqrt() * root, finite)
+
+
+def _likelihoods(criterion: Criteria) -> Criteria:
+    """Return the criteria with the curvature that a covariance follows from."""
+    if not isinstance(criterion, Mapping):
+        return of_likelihood(criterion)
+    likelihoods = {}
+    for name, of_term in criterion.items():
+        with about_term(name):
+            likelihoods[name] = of_likelihood(of_term)
+    return likelihoods
+
+
+def _check_arguments(params: PyTree, absolute_sigma: object) -> None:
+    """Require real parameters, and a choice that is true or false."""
+    if not isinstance(absolute_sigma, bool):
+        rule, remedy = "absolute_sigma must be True or False", "Weights are those of the criterion."
+        raise BadType(sentence(rule, repr(absolute_sigma), remedy))
+    for path, leaf in named_leaves(params):
+        if isinstance(leaf, Tensor) and leaf.is_complex():
+            rule, got = "params must be real for a covariance", f"params{path}: {leaf.dtype}"
+            remedy = "Let params be torch.view_as_real of them, and model_fn view_as_complex them."
+            raise BadType(sentence(rule, got, remedy))
+
+
+def _warn_of(undetermined: Bool[Tensor, " d"], noise: Noise, params: PyTree) -> None:
+    """Warn of a covariance that is infinite, and say why."""
+    if any_known(undetermined):
+        names = _names(params)
+        mask = unwrapped(undetermined).reshape(-1, len(names)).any(0)
+        named = [name for name, given in zip(names, mask.tolist(), strict=True) if given]
+        more = ", …" if len(named) > NAMED else ""
+        warn(
+            f"the covariance is infinite, as the data do not determine {', '.join(named[:NAMED])}"
+            f"{more}: a change of these alone changes no output. Fix one of them in model_fn, or "
+            "add data that tell them apart."
+        )
+    elif any_known(~noise.variance.isfinite()):
+        warn(
+            "the covariance is infinite, as no more residuals than parameters leave nothing to "
+            "estimate the noise from. Pass absolute_sigma=True if its variance is known."
+        )
+
+
+def _names(params: PyTree) -> list[str]:
+    """Return a name for every number in the parameters."""
+    names = []
+    for path, leaf in named_leaves(params):
+        places = product(*map(range, leaf.shape))
+        names += [f"params{path}{list(place) if place else ''}" for place in places]
+    return names

@@ -1,0 +1,103 @@
+"""The updates of a fit, one after the other, until there is a reason to end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from ddnewton.errors import NotFinite
+from ddnewton.optim.fit_record import Fit, continued, history_of
+from ddnewton.optim.functional import Update, observed_update
+from ddnewton.optim.progress import Tell
+from ddnewton.optim.state import State
+from ddnewton.optim.stopping import Limits, verdict
+from ddnewton.types import PyTree
+
+RUNNING = "running"
+"""The reason of a fit that a callback is shown."""
+
+
+class Job(NamedTuple):
+    """What a fit is made of: its update, points, what ends it, and who looks on."""
+
+    plan: Update
+    points: Callable[[int], tuple[PyTree, PyTree]]
+    fixed: bool  # whether the points are the same at every update
+    limits: Limits
+    watch: Callable[[Fit], str]
+
+
+def fitted(job: Job, params: PyTree, state: State) -> Fit:
+    """Return the fit after the last update, whatever ends it but an error."""
+    began, reason = time.monotonic(), ""
+    latest: Fit | None = None
+    best: Fit | None = None
+    try:
+        while not reason:
+            latest, reason = _updated(job, params, state, latest)
+            params, state = latest.params, latest.state
+            # The best has the lowest loss; at other points the losses before say nothing.
+            if best is None or not job.fixed or not latest.loss > best.loss:
+                best = latest
+            watched = job.watch(latest)
+            reason = reason or watched or _out_of(job.limits, latest, began)
+    except KeyboardInterrupt:
+        if best is None:  # there is nothing yet to return
+            raise
+        reason = "interrupted: by the keyboard"
+    except NotFinite as error:
+        if best is None:
+            raise
+        reason = f"ended where the next update is not defined: {error}"
+    assert latest is not None
+    assert best is not None
+    return best._replace(updates=latest.updates, reason=reason, history=latest.history)
+
+
+def _updated(job: Job, params: PyTree, state: State, before: Fit | None) -> tuple[Fit, str]:
+    """Return the fit after one more update, and why it is the last one, or ""."""
+    began = time.monotonic()
+    X, y = job.points(int(state.updates))
+    observe = partial(verdict, job.limits, state.control if job.fixed else None)
+    (params, state, info), (cosine, reason) = observed_update(
+        *(job.plan, params, state, X, y), observe=observe
+    )
+    history = history_of(info, cosine, time.monotonic() - began)
+    if before is not None:
+        history = continued(before.history, history)
+    fit = Fit(
+        params=params,
+        loss=info.loss_after,
+        updates=len(history.losses),
+        reason=RUNNING,
+        info=info,
+        state=state,
+        history=history,
+    )
+    return fit, reason
+
+
+def watcher(callback: Callable[[Fit], object] | None, tell: Tell) -> Callable[[Fit], str]:
+    """Return a function that shows a fit, and returns why a callback ends it, or ""."""
+
+    def watch(fit: Fit) -> str:
+        tell(fit.updates, float(fit.loss), float(fit.info.damping))
+        if callback is not None:
+            try:
+                callback(fit)
+            except StopIteration:
+                return "stopped: by the callback"
+        return ""
+
+    return watch
+
+
+def _out_of(limits: Limits, fit: Fit, began: float) -> str:
+    """Return which number of updates or seconds is used up, or ""."""
+    if limits.max_updates is not None and fit.updates >= limits.max_updates:
+        return f"ended after max_updates = {limits.max_updates}"
+    if limits.max_seconds is not None and time.monotonic() - began >= limits.max_seconds:
+        return f"ended after max_seconds = {limits.max_seconds:g}"
+    return ""
