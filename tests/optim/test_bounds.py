@@ -192,7 +192,8 @@ def test_the_model_never_sees_parameters_outside(dtype):
     values = torch.cat([part.reshape(-1) for part in seen]).double()
     ends = torch.tensor([lower, upper], dtype=dtype).double()
     assert ((values >= ends[0]) & (values <= ends[1])).all()
-    assert all(float(p) == float(torch.tensor(upper, dtype=dtype)) for p in result.params.values())
+    assert float(result.params["a"]) == float(ends[1])
+    assert float(ends[0]) < float(result.params["b"]) < float(ends[1])
 
 
 def test_bounds_that_are_never_met_change_no_bit():
