@@ -190,6 +190,39 @@ def test_complex_outputs_are_two_residuals():
     torch.testing.assert_close(cov, expected, rtol=1e-10, atol=1e-16)
 
 
+def test_terms_add_up():
+    x, y, sigma = decay_data()
+    params = torch.tensor([2.4, 1.2, 0.6]).double()
+    halves = {"first": slice(0, 12), "second": slice(12, 30)}
+    parts = [{name: data[half] for name, half in halves.items()} for data in (x, y)]
+    models = dict.fromkeys(halves, torch_decay)
+    # Sums of squares of all residuals, or sums of likelihoods.
+    squares = nn.MSELoss(reduction="sum")
+    expected = covariance(torch_decay, params, x, y, squares)
+    cov = covariance(models, params, *parts, squares)
+    torch.testing.assert_close(cov, expected, rtol=1e-10, atol=0.0)
+    expected = covariance(torch_decay, params, x, y.clamp(min=0), nn.PoissonNLLLoss())
+    counts = {name: part.clamp(min=0) for name, part in parts[1].items()}
+    criteria_of_terms = {"first": nn.PoissonNLLLoss(), "second": nn.PoissonNLLLoss(reduction="sum")}
+    cov = covariance(models, params, parts[0], counts, criteria_of_terms)
+    torch.testing.assert_close(cov, expected, rtol=1e-10, atol=0.0)
+    # Weights 1/σ² of a term each.
+    weights = {name: 1 / sigma[half].square() for name, half in halves.items()}
+    chi_squared = {name: criteria.mse("sum", weight=weight) for name, weight in weights.items()}
+    whole = criteria.mse("sum", weight=1 / sigma.square())
+    for absolute_sigma in (False, True):
+        expected = covariance(torch_decay, params, x, y, whole, absolute_sigma=absolute_sigma)
+        cov = covariance(models, params, *parts, chi_squared, absolute_sigma=absolute_sigma)
+        torch.testing.assert_close(cov, expected, rtol=1e-10, atol=0.0)
+    # Noise that is known beside noise that is not.
+    mixed = {"first": nn.MSELoss(), "second": nn.PoissonNLLLoss()}
+    with pytest.raises(ValueError, match=r"^covariance: the terms .* all likelihoods; got MSELoss"):
+        covariance(models, params, parts[0], counts, mixed)
+    refused = {"first": nn.MSELoss(), "second": nn.HuberLoss()}
+    with pytest.raises(ValueError, match=rf"^covariance: term 'second': {NOISE}; got HuberLoss"):
+        covariance(models, params, *parts, refused)
+
+
 # --- form --------------------------------------------------------------------------------------
 
 FORMS = {

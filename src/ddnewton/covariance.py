@@ -65,6 +65,9 @@ def covariance(
 
     .. math:: \Bigl(\sum_n J_n^\top F_n J_n\Bigr)^{-1}.
 
+    Of several terms it is that of all together, with their weights and reductions taken at their
+    word: so that every residual counts alike, let each term have ``reduction="sum"``.
+
     Both hold for parameters at a minimum and for many samples, as far as the model is linear
     between estimates that differ by their standard errors. Parameters at a bound count as if there
     were none: keep those that a bound holds in ``model_fn``, and out of ``params``.
@@ -98,10 +101,8 @@ def covariance(
 
     Notes
     -----
-    Sources: Seber, Wild, *Nonlinear Regression*, 1989, section 2.1; for likelihoods McCullagh,
-    Nelder, *Generalized Linear Models*, 2nd ed., 1989, appendix A. The rows of J are factorized, in
-    units in which all their columns have length 1; JᵀJ, whose condition is the square of theirs, is
-    never formed.
+    Sources: Seber, Wild, *Nonlinear Regression*, 1989, section 2.1; McCullagh, Nelder, *Generalized
+    Linear Models*, 2nd ed., 1989, appendix A. The rows of J are factorized; JᵀJ is never formed.
 
     Examples
     --------
@@ -253,8 +254,8 @@ def _warn_of(undetermined: Bool[Tensor, " d"], noise: Noise, params: PyTree) -> 
 
 def _names(params: PyTree) -> list[str]:
     """Return a name for every number in the parameters."""
-    names = []
-    for path, leaf in named_leaves(params):
-        places = product(*map(range, leaf.shape))
-        names += [f"params{path}{list(place) if place else ''}" for place in places]
-    return names
+    return [
+        f"params{path}{list(place) if place else ''}"
+        for path, leaf in named_leaves(params)
+        for place in product(*map(range, leaf.shape))
+    ]
