@@ -1,6 +1,5 @@
 """Directionally damped Newton steps for PyTorch, as pure functions on torch.func."""
 
-from ddnewton.covariance import covariance, standard_errors
 from ddnewton.criteria import (
     clipped,
     empirical_fisher,
@@ -23,6 +22,7 @@ from ddnewton.optim.functional import FunctionalOptimizer, directional_newton
 from ddnewton.optim.state import State, UpdateInfo
 from ddnewton.quadratic.info import NewtonInfo
 from ddnewton.select import above, energy, top_k
+from ddnewton.uncertainty import covariance, standard_errors
 
 __all__ = [
     "Fit",

@@ -153,7 +153,7 @@ def check_functions(model_fn: object, select: object) -> None:
             rule = "model_fn must be a function, or a dict of them, one for each term of the loss"
             remedy = "Pass model_fn(params, X) -> outputs."
             raise BadType(sentence(rule, repr(function), remedy))
-        if isinstance(function, nn.Module) and not _accepts_arguments(function.forward, 2):
+        if isinstance(function, nn.Module) and not accepts_arguments(function.forward, 2):
             rule, got = "model_fn must take params and X", f"the module {type(function).__name__}"
             remedy = "Pass lambda p, x: torch.func.functional_call(module, p, (x,))."
             raise BadType(sentence(rule, got, remedy))
@@ -192,14 +192,14 @@ def check_damping(name: str, damping: object) -> None:
     """Require a number ≥ 0, or a rule of four arguments: evals, evecs, gammas and lambdas."""
     if not callable(damping):
         check_nonnegative(name, damping)
-    elif not _accepts_arguments(damping, 4):
+    elif not accepts_arguments(damping, 4):
         what = getattr(damping, "__name__", repr(damping))
         must = f"{name} must be a number, or a function of evals, evecs, gammas and lambdas"
         remedy = f"If it makes such a function, call it: {what}(…)."
         raise BadType(sentence(must, what, remedy))
 
 
-def _accepts_arguments(function: Callable[..., object], count: int) -> bool:
+def accepts_arguments(function: Callable[..., object], count: int) -> bool:
     """Return whether a function can be called with this many arguments; true if it cannot be told.
 
     A function built into C may have no signature.

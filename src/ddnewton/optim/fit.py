@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddnewton.criteria import Criteria
 from ddnewton.errors import BadType, on_behalf, public, sentence
-from ddnewton.inputs.checks import check_params
+from ddnewton.inputs.checks import accepts_arguments, check_params
 from ddnewton.inputs.groups import Group
 from ddnewton.inputs.scale import Scale
 from ddnewton.inputs.terms import TermIndices, terms_of
@@ -23,7 +23,7 @@ from ddnewton.optim.fit_loop import Job, fitted, watcher
 from ddnewton.optim.fit_record import Fit
 from ddnewton.optim.fitted_model import fitted_model
 from ddnewton.optim.functional import directional_newton
-from ddnewton.optim.points import are_fixed, points_at
+from ddnewton.optim.points import are_fixed, check_points, points_at
 from ddnewton.optim.progress import progress_of
 from ddnewton.optim.settings import Complement, WeightDecay, check_bounded
 from ddnewton.optim.state import State, check_state, first_state
@@ -121,7 +121,8 @@ def fit(
     Fit
         ``params``, ``loss``, the number of ``updates``, the ``reason`` why it ended, ``info``,
         ``state`` and ``history``. The parameters are the best so far, whatever ended the fit: those
-        of the lowest loss, or, where the points change, of the last update. That holds for Ctrl-C
+        of the lowest loss (the penalty of a weight decay included), or, where the points change, of
+        the last update. That holds for Ctrl-C
         too (the second one goes through), and where an update finds nan or inf.
 
     Raises
@@ -202,6 +203,7 @@ def fit(
     check_limits(limits)
     _check_watching(callback, progress)
     check_params(params)
+    check_points(X=X, y=y)
     plan = on_behalf(directional_newton)(
         model_fn,
         criterion,
@@ -248,8 +250,8 @@ def fit(
 
 def _check_watching(callback: object, progress: object) -> None:
     """Require a function that is shown the fit, or None, and a choice that is true or false."""
-    if callback is not None and not callable(callback):
-        rule, remedy = "callback must be a function or None", "Pass callback(fit), or None."
+    if callback is not None and not (callable(callback) and accepts_arguments(callback, 1)):
+        rule, remedy = "callback must be a function of a Fit, or None", "Pass callback(fit)."
         raise BadType(sentence(rule, repr(callback), remedy))
     if not isinstance(progress, bool):
         rule, remedy = "progress must be True or False", "True shows a bar."

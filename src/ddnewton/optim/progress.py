@@ -24,7 +24,7 @@ def progress_of(shown: bool, total: int | None) -> Iterator[Tell]:
     elif find_spec("tqdm") is None:
         yield _lines()
     else:
-        from tqdm.auto import tqdm  # noqa: PLC0415 - importing ddnewton must stay light
+        from tqdm import tqdm  # noqa: PLC0415 - importing ddnewton must stay light
 
         with tqdm(total=total, desc="fit", unit="update") as bar:
 

@@ -69,8 +69,8 @@ def covariance(
     word: so that every residual counts alike, let each term have ``reduction="sum"``.
 
     Both hold for parameters at a minimum and for many samples, as far as the model is linear
-    between estimates that differ by their standard errors. Parameters at a bound count as if there
-    were none: keep those that a bound holds in ``model_fn``, and out of ``params``.
+    between estimates that differ by their standard errors. A parameter at a bound counts as if
+    there were none: keep one that a bound holds in ``model_fn``, not in ``params``.
 
     Parameters
     ----------
@@ -91,8 +91,8 @@ def covariance(
     PyTree
         Nested as `torch.func.hessian` nests: ``covariance["a"]["b"]`` has the shape of
         ``params["a"]`` followed by that of ``params["b"]``; for one tensor it is one tensor. Its
-        units are those of both parameters. Infinite, with a warning, where the data do not
-        determine all parameters, or where N ≤ D leaves nothing to estimate s² from.
+        units are those of both parameters. Infinite, with a warning, where the data do not tell
+        all parameters, or where N ≤ D leaves nothing to estimate s² from.
 
     Raises
     ------
@@ -242,8 +242,7 @@ def _warn_of(undetermined: Bool[Tensor, " d"], noise: Noise, params: PyTree) -> 
         more = ", …" if len(named) > NAMED else ""
         warn(
             f"the covariance is infinite, as the data do not determine {', '.join(named[:NAMED])}"
-            f"{more}: a change of these alone changes no output. Fix one of them in model_fn, or "
-            "add data that tell them apart."
+            f"{more}: a change of these changes no output. Fix one in model_fn, or add data."
         )
     elif any_known(~noise.variance.isfinite()):
         warn(
