@@ -457,6 +457,12 @@ def test_a_state_of_other_parameters_is_refused():
         fit(decay, START, X, Y, state=heavy.state)
 
 
+def test_an_ensemble_is_refused():
+    members = tree_map(lambda leaf: torch.stack([leaf, leaf]), START)
+    with pytest.raises(ValueError, match=r"^fit: fit is of one set of parameters; got an ensemble"):
+        torch.func.vmap(lambda params: fit(decay, params, X, Y).loss)(members)
+
+
 def test_a_criterion_without_squares():
     counts = (5 * Y).round()
     rates = lambda p, x: decay(p, x) + 1  # noqa: E731

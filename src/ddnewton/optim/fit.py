@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddnewton.criteria import Criteria
-from ddnewton.errors import BadType, on_behalf, public, sentence
-from ddnewton.inputs.checks import accepts_arguments, check_params
+from ddnewton.errors import on_behalf, public
+from ddnewton.inputs.checks import check_params
 from ddnewton.inputs.groups import Group
 from ddnewton.inputs.scale import Scale
 from ddnewton.inputs.terms import TermIndices, terms_of
 from ddnewton.optim.adaptation import Adaptation, LearningRate
 from ddnewton.optim.box import Bounds, box_of
-from ddnewton.optim.fit_loop import Job, fitted, watcher
+from ddnewton.optim.fit_loop import Job, check_alone, check_watching, fitted, watcher
 from ddnewton.optim.fit_record import Fit
 from ddnewton.optim.fitted_model import fitted_model
 from ddnewton.optim.functional import directional_newton
@@ -201,9 +201,10 @@ def fit(
     # Refuse what breaks a rule, before any work.
     limits = Limits(ftol, xtol, gtol, max_updates, max_seconds)
     check_limits(limits)
-    _check_watching(callback, progress)
+    check_watching(callback, progress)
     check_params(params)
     check_points(X=X, y=y)
+    check_alone(params, X, y)
     plan = on_behalf(directional_newton)(
         model_fn,
         criterion,
@@ -246,13 +247,3 @@ def fit(
     with progress_of(progress, max_updates) as tell:
         job = Job(plan, points, are_fixed(X, y), limits, watcher(callback, tell))
         return fitted(job, params, start)
-
-
-def _check_watching(callback: object, progress: object) -> None:
-    """Require a function that is shown the fit, or None, and a choice that is true or false."""
-    if callback is not None and not (callable(callback) and accepts_arguments(callback, 1)):
-        rule, remedy = "callback must be a function of a Fit, or None", "Pass callback(fit)."
-        raise BadType(sentence(rule, repr(callback), remedy))
-    if not isinstance(progress, bool):
-        rule, remedy = "progress must be True or False", "True shows a bar."
-        raise BadType(sentence(rule, repr(progress), remedy))

@@ -7,12 +7,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from ddnewton.errors import NotFinite
+from torch import Tensor
+
+from ddnewton.errors import BadType, BadValue, NotFinite, sentence
+from ddnewton.inputs.checks import accepts_arguments
 from ddnewton.optim.fit_record import Fit, continued, history_of
 from ddnewton.optim.functional import Update, observed_update
 from ddnewton.optim.progress import Tell
 from ddnewton.optim.state import State
 from ddnewton.optim.stopping import Limits, verdict
+from ddnewton.transforms import is_batched
+from ddnewton.trees import tree_leaves
 from ddnewton.types import PyTree
 
 RUNNING = "running"
@@ -101,3 +106,20 @@ def _out_of(limits: Limits, fit: Fit, began: float) -> str:
     if limits.max_seconds is not None and time.monotonic() - began >= limits.max_seconds:
         return f"ended after max_seconds = {limits.max_seconds:g}"
     return ""
+
+
+def check_alone(*trees: PyTree) -> None:
+    """Require one fit, not an ensemble: when to end is not the same for all its members."""
+    if any(isinstance(leaf, Tensor) and is_batched(leaf) for leaf in tree_leaves(trees)):
+        rule, remedy = "fit is of one set of parameters", "Map directional_newton's update instead."
+        raise BadValue(sentence(rule, "an ensemble under vmap, or a graph to compile", remedy))
+
+
+def check_watching(callback: object, progress: object) -> None:
+    """Require a function that is shown the fit, or None, and a choice that is true or false."""
+    if callback is not None and not (callable(callback) and accepts_arguments(callback, 1)):
+        rule, remedy = "callback must be a function of a Fit, or None", "Pass callback(fit)."
+        raise BadType(sentence(rule, repr(callback), remedy))
+    if not isinstance(progress, bool):
+        rule, remedy = "progress must be True or False", "True shows a bar."
+        raise BadType(sentence(rule, repr(progress), remedy))
