@@ -1,47 +1,22 @@
-"""The methods that ours are compared with.
-
-A method is ``start(instance, **settings) -> update``, and ``update(X, y, progress) -> params,
-steps`` makes one step, or a few, in the time of which ``progress`` is already over.
-"""
+"""The methods that ours are compared with: torch's, Gauss-Newton CG, and those of other files."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import grad, vjp
-from torch.optim import LBFGS, SGD, Adam, Optimizer
+from torch.optim import LBFGS, SGD, Adam
 
 from benchmarks.problem import Problem
+from benchmarks.training.energy_natural_gradient import ENERGY
+from benchmarks.training.installed_packages import INSTALLED
 from benchmarks.training.instances import Instance, Params
-
-Update: TypeAlias = Callable[[Tensor, Tensor, float], tuple[Params, int]]
-Start: TypeAlias = Callable[..., Update]
-
-
-def first_order(make: Callable[..., Optimizer], *, cosine: bool = False) -> Start:
-    """Return the method of an optimizer of torch; with ``cosine``, its rate falls to zero."""
-
-    def start(instance: Instance, *, lr: float, **settings: Any) -> Update:
-        problem = instance.problem
-        leaves = {name: p.clone().requires_grad_() for name, p in problem.params.items()}
-        optimizer = make(leaves.values(), lr=lr, **settings)
-
-        def update(X: Tensor, y: Tensor, progress: float) -> tuple[Params, int]:
-            if cosine:
-                rate = lr * (1 + math.cos(math.pi * min(progress, 1))) / 2
-                optimizer.param_groups[0]["lr"] = rate
-            optimizer.zero_grad()
-            torch.autograd.backward(problem.criterion(problem.model_fn(leaves, X), y))
-            optimizer.step()
-            return leaves, 1
-
-        return update
-
-    return start
+from benchmarks.training.quasi_newton import QUASI_NEWTON
+from benchmarks.training.scipy_minimizers import SCIPY
+from benchmarks.training.updates import Start, Update, first_order, flat, moved
 
 
 def lbfgs(instance: Instance, *, history_size: int) -> Update:
@@ -79,19 +54,6 @@ class Move(NamedTuple):
     step: Tensor
     loss: Tensor
     predicted: Tensor
-
-
-def flat(params: Params) -> Tensor:
-    """Return all parameters in one vector."""
-    return torch.cat([p.flatten() for p in params.values()])
-
-
-def moved(params: Params, step: Tensor) -> Params:
-    """Return the parameters plus a step given as one vector."""
-    parts = step.split([p.numel() for p in params.values()])
-    return {
-        name: p + part.view_as(p) for (name, p), part in zip(params.items(), parts, strict=True)
-    }
 
 
 def gauss_newton_cg(
@@ -154,10 +116,34 @@ def newton_cg(instance: Instance, *, delta: float, iterations: int) -> Update:
     return update
 
 
+def in_succession(instance: Instance, *, first: Start, share: float, lr: float) -> Update:
+    """Start a first-order method, and hand what it has after a share of the time to SSBroyden."""
+    begun = first(instance, lr=lr)
+    params, second = instance.problem.params, None
+
+    def update(X: Tensor, y: Tensor, progress: float) -> tuple[Params, int]:
+        nonlocal params, second
+        if second is None and progress < share:
+            params, steps = begun(X, y, progress)
+            return params, steps
+        if second is None:
+            params = {name: p.detach() for name, p in params.items()}
+            problem = instance.problem._replace(params=params)
+            second = QUASI_NEWTON["SSBroyden"](instance._replace(problem=problem))
+        return second(X, y, progress)
+
+    return update
+
+
 COMPETITORS: dict[str, Start] = {
     "SGD": first_order(SGD),
     "Adam": first_order(Adam),
     "Adam, cosine": first_order(Adam, cosine=True),
     "L-BFGS": lbfgs,
     "Gauss-Newton CG": newton_cg,
+    **SCIPY,
+    **QUASI_NEWTON,
+    "Adam, SSBroyden": partial(in_succession, first=first_order(Adam)),
+    **ENERGY,
+    **INSTALLED,
 }

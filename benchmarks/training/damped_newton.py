@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.training.competitors import Start, Update
 from benchmarks.training.instances import Instance, Params
+from benchmarks.training.updates import Start, Update
 from ddnewton import (
     directional_newton,
     held_out,

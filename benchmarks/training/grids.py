@@ -23,6 +23,7 @@ def over(**axes: tuple) -> Grid:
 ADAM = over(lr=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1))
 HELD_OUT = over(learning_rate=(0.3, 0.2, 0.1), momentum=(0.8, 0.9))
 PLAIN = over(learning_rate=(1.0, 0.5, 0.3, 0.2, 0.1, 0.05))
+SELF_SCALED = over(transform=("none", "root", "logarithm"), scale_first=(True, False))
 START = over(start=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0))
 
 FULL: dict[str, Grid] = {
@@ -31,6 +32,15 @@ FULL: dict[str, Grid] = {
     "Adam, cosine": ADAM,
     "L-BFGS": over(history_size=(5, 10, 20, 50, 100, 200)),
     "Gauss-Newton CG": over(iterations=(10, 30, 100), delta=(1e-1, 1e-3)),
+    "SciPy BFGS": over(transform=("none", "root", "logarithm"), c2=(0.9, 0.5)),
+    "SciPy L-BFGS-B": over(maxcor=(10, 30, 100), transform=("none", "logarithm")),
+    "SSBFGS": SELF_SCALED,
+    "SSBroyden": SELF_SCALED,
+    "Adam, SSBroyden": over(lr=(3e-3, 1e-2), share=(0.03, 0.1, 0.2)),
+    "ENGD": over(levels=(16, 31), rcond=(1e-15, 1e-13, 1e-11)),
+    "ENGD-W": over(levels=(31,), damping=(1e-14, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)),
+    "torch-LM": over(start=(1e-5, 1e-3, 1e-1), mode=("standard", "adaptive")),
+    "SOAP": ADAM,
     "constant": over(damping=(1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)),
     "LM, as shipped": SHIPPED,
     "LM": START,
@@ -64,4 +74,12 @@ LATE: dict[str, Grid] = {
     "held-out γ and λ": over(damping=(0.1, 1.0, 10.0), learning_rate=(1.0, 0.3)),
 }
 
-GRIDS = {"full": FULL, "mini": MINI, "late": LATE}
+DRAWN: dict[str, Grid] = {
+    "Adam, cosine": ADAM,
+    "SOAP": ADAM,
+    "ENGD-W": over(levels=(31,), damping=(1e-10, 1e-8, 1e-6, 1e-4, 1e-3, 1e-2)),
+    "SPRING": over(damping=(1e-6, 1e-4, 1e-2), momentum=(0.9,), lr=(0.3, 0.1)),
+    "LM, as shipped": SHIPPED,
+}
+
+GRIDS = {"full": FULL, "mini": MINI, "late": LATE, "drawn": DRAWN}

@@ -17,6 +17,7 @@ from benchmarks import nets
 from benchmarks.problem import Problem
 from benchmarks.training import data
 from benchmarks.training.pdes import Equation, fine_grid
+from benchmarks.training.pinns import SoftProblem
 
 Params = dict[str, Tensor]
 Metrics = dict[str, float]
@@ -26,12 +27,14 @@ class Instance(NamedTuple):
     """What one seed of a task comes down to.
 
     The problem has all training data; ``batch`` is the size of mini-batches, None for full ones.
-    ``measure`` returns losses, accuracies and whatever else there is to report.
+    ``measure`` returns losses, accuracies and whatever else there is to report. Where batches are
+    new points in every step ``draw`` makes the next.
     """
 
     problem: Problem
     batch: int | None
     measure: Callable[[Params], Metrics]
+    draw: Callable[[torch.Generator], Tensor] | None = None
 
 
 def functional(net: nn.Module) -> tuple[Callable[[Params, Any], Tensor], Params]:
@@ -87,6 +90,23 @@ def pde(equation: Equation, points: int, seed: int) -> Instance:
     return Instance(Problem(equation.model_fn, params, train, zeros, nn.MSELoss()), None, measure)
 
 
+def soft(make: Callable[[], SoftProblem], seed: int) -> Instance:
+    """Return a published physics-informed net with soft boundaries, its rows' mean square."""
+    problem = make()
+    # The points to train on, and those of a finer grid or another draw to choose settings by.
+    train = problem.batch(torch.Generator().manual_seed(1000 + seed))
+    valid = problem.batch(torch.Generator().manual_seed(9000 + seed), finer=True)
+
+    def measure(params: Params) -> Metrics:
+        losses = (float(problem.model_fn(params, X).square().mean()) for X in (train, valid))
+        train_loss, valid_loss = losses
+        return {"train": train_loss, "valid": valid_loss, "error": float(problem.error(params))}
+
+    zeros = torch.zeros(len(train), dtype=train.dtype)
+    start = Problem(problem.model_fn, problem.start(seed), train, zeros, nn.MSELoss())
+    return Instance(start, None, measure, problem.batch if problem.drawn else None)
+
+
 def classification(
     make: Callable[[int], data.Split], net: Callable[[], nn.Module], seed: int, batch: int = 128
 ) -> Instance:
@@ -100,9 +120,11 @@ def classification(
 
 
 def batches(instance: Instance, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches without end: all the data, or pieces of it in an order drawn every epoch."""
+    """Yield batches without end: new points, all the data, or pieces in an order drawn anew."""
     X, y, size = instance.problem.X, instance.problem.y, instance.batch
     generator = torch.Generator().manual_seed(seed)
+    while instance.draw is not None:
+        yield instance.draw(generator), y
     while size is None:
         yield X, y
     while True:

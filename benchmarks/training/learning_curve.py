@@ -6,17 +6,19 @@ import json
 import math
 from functools import lru_cache
 from itertools import count
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from benchmarks.training.competitors import COMPETITORS, Start, Update
+from benchmarks.training.competitors import COMPETITORS
 from benchmarks.training.damped_newton import DAMPED_NEWTON
 from benchmarks.training.data import fashion_folder
 from benchmarks.training.grids import Config
-from benchmarks.training.instances import Instance, batches
+from benchmarks.training.instances import Instance, Params, batches
 from benchmarks.training.tasks import TASKS, Task, shortened
+from benchmarks.training.updates import Finished, Start, Update
 
 METHODS = COMPETITORS | DAMPED_NEWTON
 Record = dict[str, Any]
@@ -44,22 +46,25 @@ class Job(NamedTuple):
 
     @property
     def about(self) -> Task:
-        """Return the task."""
-        return shortened(TASKS[self.task]) if self.quick else TASKS[self.task]
+        """Return the task; where steps count, with those of the stage."""
+        task = shortened(TASKS[self.task]) if self.quick else TASKS[self.task]
+        if self.stage == "tune" and task.tuning_steps is not None:
+            return task._replace(steps=task.tuning_steps)
+        return task
 
 
 class Clock:
-    """The seconds that updates took, and nothing else; ``last`` is how long the last took."""
+    """The CPU seconds that updates took, and nothing else; ``last`` is how long the last took."""
 
     def __init__(self) -> None:
         self.seconds = self.last = 0.0
         self._started = 0.0
 
     def __enter__(self) -> None:
-        self._started = perf_counter()
+        self._started = process_time()
 
     def __exit__(self, *_: object) -> None:
-        self.last = perf_counter() - self._started
+        self.last = process_time() - self._started
         self.seconds += self.last
 
 
@@ -69,6 +74,13 @@ def times(task: Task, seconds: float) -> list[float]:
     spaced = torch.logspace(start, math.log10(seconds), task.points, dtype=torch.float64)
     budgets = {budget for budget in task.budgets if budget <= seconds} | {seconds}
     return sorted({float(t) for t in spaced[:-1]} | budgets)
+
+
+def stops(steps: int, points: int) -> set[int]:
+    """Return after which steps to measure: all of a few, and else at geometric distances."""
+    if steps <= points:
+        return set(range(steps + 1))
+    return {round(steps ** (i / (points - 1))) for i in range(points)} | {steps // 2, steps // 4}
 
 
 @lru_cache(2)
@@ -84,10 +96,11 @@ def on_schedule(task: Task, clock: Clock, seconds: float) -> Any:
     early or late.
     """
     due = times(task, seconds) if task.steps is None else []
+    measured = stops(task.steps, task.points) if task.steps is not None else set()
 
     def ask(steps: int) -> tuple[bool, bool, float]:
         if task.steps is not None:
-            return True, steps >= task.steps, steps / task.steps
+            return steps in measured, steps >= task.steps, steps / task.steps
         if not steps:  # however short the time, a run has an update
             return False, False, 0.0
         passed = [t for t in due if clock.seconds + clock.last / 2 >= t]
@@ -104,19 +117,40 @@ def look(reached: Record, level: float | None, point: Record) -> None:
             reached[part] = (point["steps"], point["seconds"])
 
 
+class Attempt(NamedTuple):
+    """The parameters after an update, its steps, and "ok", "finished" or how it failed."""
+
+    params: Params
+    steps: int
+    status: str
+
+
+def attempted(
+    update: Update, params: Params, batch: tuple[Tensor, Tensor], progress: float, clock: Clock
+) -> Attempt:
+    """Make an update on the clock; the parameters stay where there is none."""
+    try:
+        with torch.enable_grad(), clock:
+            return Attempt(*update(*batch, progress), "ok")
+    except Finished:
+        return Attempt(params, 0, "finished")
+    except (RuntimeError, ValueError, ArithmeticError) as error:
+        words = str(error).splitlines()[0][:120] if str(error) else ""
+        return Attempt(params, 0, f"failed: {type(error).__name__}: {words}")
+
+
 @torch.no_grad()
 def follow(job: Job, instance: Instance, start: Start) -> Record:
-    """Return the curve of one run, and how it ended."""
+    """Return the curve of one run, how it ended, and when it had nothing left to do."""
     # What a method prepares is on the clock too.
     task, clock = job.about, Clock()
     with clock:
         update: Update = start(instance, **job.config)
     clock.last = 0.0
-    ask = on_schedule(task, clock, job.seconds)
+    ask, draws = on_schedule(task, clock, job.seconds), batches(instance, job.seed)
     reached: Record = dict.fromkeys(("valid", "test") if task.level is not None else ())
     params, steps, status = instance.problem.params, 0, "ok"
     curve = [{"seconds": 0.0, "steps": 0} | instance.measure(params)]
-    draws = batches(instance, job.seed)
     # Measure where it is due, then update.
     for made in count():
         now, ended, progress = ask(made)
@@ -129,18 +163,26 @@ def follow(job: Job, instance: Instance, start: Start) -> Record:
                 break
         if ended:
             break
-        X, y = next(draws)
-        try:
-            with torch.enable_grad(), clock:
-                params, more = update(X, y, progress)
-        except (RuntimeError, ValueError, ArithmeticError) as error:
-            status = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        params, more, status = attempted(update, params, next(draws), progress, clock)
+        if status != "ok":
             break
         steps += more
+    # A run that has nothing left to do stays where it is for as long as the others go on.
+    finished = clock.seconds if status == "finished" else None
+    if finished is not None:
+        status = "ok"
+        place = {"seconds": max(job.seconds, finished), "steps": steps}
+        curve.append(place | instance.measure(params))
     # A run that ends far above its start has failed as well.
     if status == "ok" and curve[-1]["train"] > 10 * curve[0]["train"]:
         status = "diverged"
-    return {"status": status, "steps": steps, "curve": curve, "reached": reached}
+    return {
+        "status": status,
+        "steps": steps,
+        "curve": curve,
+        "reached": reached,
+        "finished": finished,
+    }
 
 
 _warm: set[tuple[str, str]] = set()
@@ -155,12 +197,12 @@ def warm_up(job: Job) -> None:
     problem = instance.problem
     X, y = (part[: len(part) * 3 // 4] for part in (problem.X, problem.y))
     batch = None if instance.batch is None else instance.batch // 2
-    instance = Instance(problem._replace(X=X, y=y), batch, instance.measure)
+    instance = Instance(problem._replace(X=X, y=y), batch, instance.measure, instance.draw)
     try:
         update = METHODS[job.method](instance, **job.config)
         for _, (X, y) in zip(range(WARM_UP), batches(instance, 0), strict=False):
             update(X, y, 0.5)
-    except (RuntimeError, ValueError, ArithmeticError):
+    except (Finished, RuntimeError, ValueError, ArithmeticError):
         pass  # it will be told of when it happens in a run
 
 

@@ -10,7 +10,7 @@ A residual is divided by the size of the equation's right-hand side, so that it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import pi
 from typing import NamedTuple
 
@@ -41,24 +41,47 @@ class Jet(NamedTuple):
         return Jet(*(a + b for a, b in zip(self, other, strict=True)))
 
 
+def _layers(params: Params) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """Yield the weight and bias of every layer, and whether a tanh follows it."""
+    names = [name.removesuffix(".weight") for name in params if name.endswith(".weight")]
+    for name in names:
+        yield params[f"{name}.weight"], params[f"{name}.bias"], name != names[-1]
+
+
 def net_jet(params: Params, X: Tensor) -> Jet:
     """Return a tanh net's value and derivatives; ``params`` are those of `nets.mlp`."""
     n, axes = X.shape
     a = X
     first = torch.eye(axes, dtype=X.dtype, device=X.device).expand(n, axes, axes)
     second = torch.zeros_like(first)
-    names = [name.removesuffix(".weight") for name in params if name.endswith(".weight")]
-    for name in names:
-        W = params[f"{name}.weight"]
+    for W, bias, bent in _layers(params):
         # The layer, then the chain rule of its tanh: σ' = 1 − σ², σ'' = −2σσ'.
-        a = a @ W.T + params[f"{name}.bias"]
+        a = a @ W.T + bias
         first, second = (torch.cat([first, second], 1) @ W.T).split(axes, 1)
-        if name != names[-1]:
+        if bent:
             a = a.tanh()
             slope = (1 - a * a)[:, None]
             second = slope * (second - 2 * a[:, None] * first * first)
             first = slope * first
     return Jet(a[:, 0], first[..., 0], second[..., 0])
+
+
+def net_laplacian(params: Params, X: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a tanh net's value [N] and Laplacian [N]: one row of second derivatives for all."""
+    n, axes = X.shape
+    a = X
+    first = torch.eye(axes, dtype=X.dtype, device=X.device).expand(n, axes, axes)
+    second = torch.zeros_like(first[:, :1])
+    for W, bias, bent in _layers(params):
+        # As in `net_jet`, the second derivatives summed over the axes.
+        a = a @ W.T + bias
+        first, second = (torch.cat([first, second], 1) @ W.T).split([axes, 1], 1)
+        if bent:
+            a = a.tanh()
+            slope = (1 - a * a)[:, None]
+            second = slope * (second - 2 * a[:, None] * (first * first).sum(1, keepdim=True))
+            first = slope * first
+    return a[:, 0], second[:, 0, 0]
 
 
 def sines(x: Tensor, terms: tuple[tuple[float, int], ...]) -> tuple[Tensor, Tensor, Tensor]:

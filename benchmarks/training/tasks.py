@@ -11,8 +11,16 @@ from torch import nn
 
 from benchmarks import nets
 from benchmarks.training import data
-from benchmarks.training.instances import Instance, classification, pde, regression, trained
+from benchmarks.training.instances import (
+    Instance,
+    classification,
+    pde,
+    regression,
+    soft,
+    trained,
+)
 from benchmarks.training.pdes import EQUATIONS
+from benchmarks.training.pinns import SOFT_PROBLEMS
 
 SEEDS = tuple(range(10))
 """Of reported runs: a task takes the first few."""
@@ -23,9 +31,10 @@ class Task(NamedTuple):
     """A task.
 
     ``kind`` says which methods there are and over which grids they are tuned: ``full`` batch,
-    ``mini`` batches or ``late``, a number of ``steps`` from a trained net in place of seconds. A
-    run is measured at ``points``, in geometric distances over its last ``decades``, or at every
-    step. For the plan: a run takes ``setup`` seconds besides and each measurement ``evaluation``.
+    ``mini`` batches, ``late``, a number of ``steps`` from a trained net in place of seconds, or
+    ``drawn``, so many on new points. A run is measured at ``points``, in geometric distances over
+    its last ``decades``, or at every step. For the plan: a run takes ``setup`` seconds besides,
+    each measurement ``evaluation``, and where steps count each of them ``step``.
     """
 
     build: Callable[[int], Instance]
@@ -40,6 +49,8 @@ class Task(NamedTuple):
     points: int = 40
     decades: float = 3.0
     steps: int | None = None
+    tuning_steps: int | None = None
+    step: float = 0.0
     seeds: int = 5
     tuning_seeds: int = 1
     without: tuple[str, ...] = ()
@@ -73,13 +84,16 @@ _pde = partial(
     Task,
     kind="full",
     group="pde",
-    budgets=(2.0, 8.0, 30.0),
+    budgets=(5.0, 20.0),
     tuning=6.0,
     judged="error",
     tuned="valid",
-    without=("constant", "LM", "trust region"),
+    without=("constant", "LM", "trust region", "ENGD"),  # more parameters than rows
 )
-_least_squares = partial(Task, kind="full", group="regression")
+_soft = partial(
+    _pde, without=("SGD", "Adam", "constant", "LM", "LM, momentum", "trust region", "ENGD-W")
+)
+_least_squares = partial(Task, kind="full", group="regression", without=("ENGD",))
 _images = partial(
     Task, kind="mini", group="images", judged="test_accuracy", tuned="seconds to level"
 )
@@ -105,6 +119,25 @@ TASKS = {
     "poisson-1d": _pde(partial(pde, EQUATIONS["poisson-1d"], 200)),
     "poisson-2d": _pde(partial(pde, EQUATIONS["poisson-2d"], 400)),
     "heat": _pde(partial(pde, EQUATIONS["heat"], 400)),
+    "engd-poisson-2d": _soft(partial(soft, SOFT_PROBLEMS["engd-poisson-2d"])),
+    "engd-heat": _soft(partial(soft, SOFT_PROBLEMS["engd-heat"])),
+    "engd-poisson-5d": _soft(
+        partial(soft, SOFT_PROBLEMS["engd-poisson-5d"]), budgets=(5.0, 20.0, 40.0), evaluation=0.1
+    ),
+    "diffusivity": _soft(partial(soft, SOFT_PROBLEMS["diffusivity"])),
+    "poisson-10d": Task(
+        partial(soft, SOFT_PROBLEMS["poisson-10d"]),
+        kind="drawn",
+        group="drawn",
+        budgets=(),
+        tuning=0.0,
+        judged="error",
+        tuned="valid",
+        steps=400,
+        tuning_steps=100,
+        step=0.5,
+        evaluation=0.1,
+    ),
     "digits": _images(
         build_digits,
         budgets=(6.0,),
@@ -149,13 +182,14 @@ TASKS = {
         partial(trained, build_fashion, 1500, 3e-3), setup=2.5, seeds=10, evaluation=0.05
     ),
 }
-QUICK = ("diabetes", "poisson-1d", "digits", "late-digits")
+QUICK = ("diabetes", "poisson-1d", "engd-heat", "digits", "late-digits")
 
 
 def shortened(task: Task) -> Task:
     """Return a task that ends after three updates, however long they take, to see that it works."""
     return task._replace(
         steps=3,
+        tuning_steps=None,
         seeds=2,
         tuning_seeds=1,
     )

@@ -3,7 +3,7 @@
 Run with ``python -m benchmarks.training.train``, or ``nox -s train``. Every method is first tuned
 on seeds of its own, by validation data, over a grid of one size; then its best settings run on the
 reported seeds. Every run that ends is a line of ``runs.jsonl``, so that a run of the whole can be
-stopped and started again. Seconds are those of updates alone, each worker has one thread.
+stopped and started again. Seconds are CPU seconds of updates alone, a worker has one thread.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from tempfile import mkdtemp
 
 from benchmarks.training import training_tables
 from benchmarks.training.grids import GRIDS, SHIPPED, Config
+from benchmarks.training.installed_packages import PACKAGES, is_missing
 from benchmarks.training.learning_curve import METHODS, Job, Record, run, score
 from benchmarks.training.tasks import QUICK, SEEDS, TASKS, TUNING_SEEDS, Task, shortened
 
 say = partial(print, flush=True)
 
-BY_BUDGET = ("Adam, cosine",)
+BY_BUDGET = ("Adam, cosine", "SOAP")
 """Methods that know when they end: a run for every budget, where others have one for the longest.
 """
 WARMING = 1.5
@@ -61,7 +62,7 @@ class Plan:
         return {
             method: grid[:2] if self.quick else grid
             for method, grid in GRIDS[task.kind].items()
-            if method in METHODS and method not in task.without
+            if method not in task.without and not is_missing(method)
             if self._methods is None or method in self._methods
         }
 
@@ -108,7 +109,9 @@ class Plan:
             jobs = [*self.tuning(name), *self.reported(name, {method: {} for method in methods})]
             measured = task.points if task.steps is None else task.steps
             besides = task.setup + measured * task.evaluation
-            spent = sum(job.seconds + besides for job in jobs) + WARMING * workers * len(methods)
+            steps = sum((job.about.steps or 0) * task.step for job in jobs)
+            spent = sum(job.seconds + besides for job in jobs) + steps
+            spent += WARMING * workers * len(methods)
             estimate[name] = (len(jobs), spent / 60 / workers)
         return estimate
 
@@ -177,6 +180,8 @@ def main() -> None:
         say(f"{name:13} {runs:4} runs, about {minutes:5.1f} minutes")
     total = sum(minutes for _, minutes in plan.minutes(options.workers).values())
     say(f"{'all':13} about {total:.0f} minutes with {options.workers} workers")
+    for method in filter(is_missing, PACKAGES):
+        say(f"{method}: not installed, {PACKAGES[method]}")
     if options.plan:
         return
     # Workers of their own, which import torch after the environment is set.
