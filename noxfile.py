@@ -111,9 +111,14 @@ def bench(session: nox.Session) -> None:
     session.run("python", "-m", "benchmarks.bench", *session.posargs)
 
 
+# Peers of the trainings, taken without what they depend on besides torch.
+TRAINERS = ("pytorch-optimizer", "torch-levenberg-marquardt")
+
+
 @nox.session
 def train(session: nox.Session) -> None:
     """Train the same nets by our methods and by others; arguments go to the benchmark."""
     install(session)
+    session.install("--no-deps", *TRAINERS, success_codes=range(256))  # one that is missing is told
     module = "benchmarks.training.train"
     session.run("python", "-m", module, *session.posargs, env=ONE_THREAD)

@@ -238,4 +238,4 @@ def digits(b: Tensor, certified: Tensor) -> float:
     NIST's log relative error, −log₁₀(|b − c| / |c|), at most the 11 digits that are certified.
     """
     error = ((b - certified) / certified).abs().max()
-    return float(-torch.log10(error).clamp(-11, 0)) if torch.isfinite(error) else 0.0
+    return float((-torch.log10(error)).clamp(0, 11)) if torch.isfinite(error) else 0.0

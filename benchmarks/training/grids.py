@@ -37,8 +37,8 @@ FULL: dict[str, Grid] = {
     "SSBFGS": SELF_SCALED,
     "SSBroyden": SELF_SCALED,
     "Adam, SSBroyden": over(lr=(3e-3, 1e-2), share=(0.03, 0.1, 0.2)),
-    "ENGD": over(levels=(16, 31), rcond=(1e-15, 1e-13, 1e-11)),
-    "ENGD-W": over(levels=(31,), damping=(1e-14, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)),
+    "ENGD": over(rcond=(1e-9, 1e-11, 1e-13), every=(False, True)),
+    "ENGD-W": over(damping=(1e-14, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)),
     "torch-LM": over(start=(1e-5, 1e-3, 1e-1), mode=("standard", "adaptive")),
     "SOAP": ADAM,
     "constant": over(damping=(1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)),
@@ -77,8 +77,8 @@ LATE: dict[str, Grid] = {
 DRAWN: dict[str, Grid] = {
     "Adam, cosine": ADAM,
     "SOAP": ADAM,
-    "ENGD-W": over(levels=(31,), damping=(1e-10, 1e-8, 1e-6, 1e-4, 1e-3, 1e-2)),
-    "SPRING": over(damping=(1e-6, 1e-4, 1e-2), momentum=(0.9,), lr=(0.3, 0.1)),
+    "ENGD-W": over(damping=(1e-10, 1e-8, 1e-6, 1e-4, 1e-3, 1e-2)),
+    "SPRING": over(damping=(1e-2, 1e-4, 1e-6), momentum=(0.9,), lr=(0.03, 0.1)),
     "LM, as shipped": SHIPPED,
 }
 

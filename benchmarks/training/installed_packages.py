@@ -8,7 +8,6 @@ physics-informed nets. torch-levenberg-marquardt is by Fabio Di Marco.
 from __future__ import annotations
 
 import logging
-
 from importlib.util import find_spec
 
 from torch import Tensor, nn

@@ -73,6 +73,16 @@ def value(run: Record, metric: str, budget: float) -> float:
     return point[metric]
 
 
+def after(runs: list[Record], metric: str, steps: int) -> Spread:
+    """Return a metric after so many steps over the seeds, infinite where a run failed."""
+    return spread(
+        min(run["curve"], key=lambda point: abs(point["steps"] - steps))[metric]
+        if run["status"] == "ok"
+        else math.inf
+        for run in runs
+    )
+
+
 def to_level(runs: list[Record], unit: int) -> Spread:
     """Return the steps (0) or seconds (1) until the test accuracy was reached; inf if never."""
     reached = [run["reached"]["test"] if run["status"] == "ok" else None for run in longest(runs)]
@@ -86,7 +96,10 @@ def failures(runs: list[Record]) -> int:
 
 def milliseconds(runs: list[Record]) -> float:
     """Return the median milliseconds of a step."""
-    times = [1000 * run["curve"][-1]["seconds"] / max(run["steps"], 1) for run in longest(runs)]
+    times = [
+        1000 * (run["finished"] or run["curve"][-1]["seconds"]) / max(run["steps"], 1)
+        for run in longest(runs)
+    ]
     return statistics.median(times)
 
 

@@ -13,9 +13,12 @@ import torch
 
 from benchmarks.training import figures
 from benchmarks.training.aims import answers
+from benchmarks.training.grids import GRIDS
+from benchmarks.training.installed_packages import PACKAGES, is_missing
 from benchmarks.training.results import (
     Record,
     Spread,
+    after,
     at,
     change,
     failures,
@@ -29,7 +32,7 @@ from benchmarks.training.tasks import TASKS
 
 EXPLANATION = """\
 Each entry: the median over the seeds, in brackets the smallest and the largest; ∞ is a run that
-diverged, failed or never came there. Seconds are those of updates, of what a method prepares
+diverged, failed or never came there. Seconds are CPU seconds of updates, of what a method prepares
 before the first too, not of what is measured in between. Settings: the best of a grid of one size,
 on other seeds, by validation data; "as shipped" chooses nothing. Competitors stand first.
 """
@@ -137,14 +140,51 @@ def late(name: str, methods: dict[str, list[Record]]) -> list[str]:
     return table(heads, rows)
 
 
+PUBLISHED = {
+    "engd-poisson-2d": "ENGD ported and run elsewhere: 6.9e-7 after 10 s.",
+    "engd-poisson-5d": "Another net and new points in every step, 7000 s on a GPU: SPRING 2.6e-7, "
+    "ENGD-W 6.8e-7, Adam 3.1e-3 (arXiv 2505.12149).",
+    "poisson-10d": "The published curves end at 6.1e-5 for SPRING, after 141,000 steps, and 3.1e-4 "
+    "for ENGD-W (arXiv 2505.12149).",
+}
+"""What others report, as text below a table."""
+
+
+def stepwise(name: str, methods: dict[str, list[Record]]) -> list[str]:
+    """Return the table of a task that counts steps: the error after a quarter, half and all."""
+    total = max(run["curve"][-1]["steps"] for runs in methods.values() for run in runs)
+    places = sorted({max(total // 4, 1), max(total // 2, 1), total})
+    metric = TASKS[name].judged
+    heads = ["method", "settings", *(f"{figures.LABELS[metric]}, {n} steps" for n in places)]
+    rows = [
+        [method, settings(runs)]
+        + [cell(after(runs, metric, n)) for n in places]
+        + about_method(runs)
+        for method, runs in methods.items()
+    ]
+    return table([*heads, "ms a step", "failed"], rows)
+
+
+def absent(name: str, methods: dict[str, list[Record]]) -> list[str]:
+    """Return a line for every method of a task whose package is not installed."""
+    task = TASKS[name]
+    names = [
+        method
+        for method in GRIDS[task.kind]
+        if method not in task.without and method not in methods and is_missing(method)
+    ]
+    return [*(f"{method}: not installed ({PACKAGES[method]})." for method in names), ""]
+
+
 def section(name: str, methods: dict[str, list[Record]]) -> list[str]:
     """Return a task's heading and table."""
     task = TASKS[name]
     seeds = {run["seed"] for runs in methods.values() for run in runs}
     data = {run["data"] for runs in methods.values() for run in runs if "data" in run}
     heading = f"{name}, {len(seeds)} seeds" + "".join(f", data: {words}" for words in sorted(data))
-    kinds = {"late": late, "mini": levels, "full": timed}
-    return [f"## {heading}", "", *kinds[task.kind](name, methods)]
+    kinds = {"late": late, "mini": levels, "full": timed, "drawn": stepwise}
+    notes = [*absent(name, methods), PUBLISHED.get(name, ""), ""]
+    return [f"## {heading}", "", *kinds[task.kind](name, methods), *notes]
 
 
 def machine() -> str:
