@@ -1,12 +1,15 @@
 """The models of NIST's nonlinear regressions are those whose answers are certified."""
 
 import json
+import math
 
 import pytest
 import torch
 from torch.func import jacfwd
 
+from benchmarks.nist import fits
 from benchmarks.nist.regressions import FILE, MODELS, digits, regression
+from benchmarks.training.installed_packages import is_missing
 
 
 def test_every_data_set_of_the_file_has_its_model():
@@ -58,3 +61,37 @@ def test_digits_are_those_of_the_worst_parameter():
     off = certified * torch.tensor([1 + 1e-9, 1 - 1e-4], dtype=torch.float64)
     assert abs(digits(off, certified) - 4) < 1e-6
     assert digits(certified * torch.nan, certified) == 0 == digits(3 * certified, certified)
+
+
+@pytest.mark.parametrize("method", fits.METHODS_OF_FITS)
+def test_a_method_fits_an_easy_data_set_from_both_starts(method):
+    if is_missing(method):
+        pytest.skip("not installed")
+    runs = fits.all_fits([method], ["DanWood", "Chwirut2"])
+    assert set(runs[method]) == {"DanWood/1", "DanWood/2", "Chwirut2/1", "Chwirut2/2"}
+    for run in runs[method].values():
+        assert run.digits >= fits.WANTED
+        assert 1 <= run.updates < 100
+    lines = "\n".join(fits.table_of_fits(runs))
+    assert f"| {method} | 4 of 4 |" in lines
+    assert "| Chwirut2/2 |" in lines
+
+
+def test_what_raises_or_misses_is_a_miss(monkeypatch):
+    def broken(fit, start):
+        yield fit.certified
+        raise RuntimeError("no factorization")
+
+    monkeypatch.setitem(fits.METHODS_OF_FITS, "broken", broken)
+    monkeypatch.setitem(fits.METHODS_OF_FITS, "idle", lambda fit, start: iter([start] * 3))
+    runs = fits.all_fits(["broken", "idle"], ["DanWood"])
+    for method in ("broken", "idle"):
+        assert all(run.updates == math.inf for run in runs[method].values())
+    table = "\n".join(fits.table_of_fits(runs))
+    assert "| broken | 0 of 2 | inf |" in table
+
+
+def test_a_method_at_rest_is_ended():
+    fit = regression("DanWood")
+    endless = iter(lambda: fit.certified, None)
+    assert len(list(fits.until_at_rest(fit, endless))) == fits.PATIENCE + 1

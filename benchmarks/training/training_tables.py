@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.training import figures
-from benchmarks.training.aims import answers
+from benchmarks.training.aims import OURS, answers
+from benchmarks.training.competitors import COMPETITORS
 from benchmarks.training.grids import GRIDS
 from benchmarks.training.installed_packages import PACKAGES, is_missing
 from benchmarks.training.results import (
@@ -187,6 +188,22 @@ def section(name: str, methods: dict[str, list[Record]]) -> list[str]:
     return [f"## {heading}", "", *kinds[task.kind](name, methods), *notes]
 
 
+def summary(tasks: dict[str, dict[str, list[Record]]]) -> list[str]:
+    """Return one table of all equations: as shipped and the best three competitors, by budget."""
+    heads = ["equation", "seconds", OURS, "best competitor", "second", "third"]
+    rows = []
+    for name, methods in tasks.items():
+        if TASKS[name].group != "pde":
+            continue
+        for budget in budgets_of(methods):
+            medians = {method: at(runs, "error", budget) for method, runs in methods.items()}
+            others = sorted((m for m in medians if m in COMPETITORS), key=lambda m: medians[m])
+            best = [f"{method}: {cell(medians[method])}" for method in others[:3]]
+            shipped = cell(medians[OURS]) if OURS in medians else "–"
+            rows.append([name, f"{budget:g}", shipped, *best, *["–"] * (3 - len(best))])
+    return ["## The equations side by side", "", *table(heads, rows)] if rows else []
+
+
 def machine() -> str:
     """Return what a time depends on."""
     parts = (platform.machine(), f"{os.cpu_count()} cores, one thread a run")
@@ -197,7 +214,7 @@ def write(folder: Path, records: dict[str, Record]) -> None:
     """Write ``training.md`` and the figures of what has been run."""
     tasks = reported(records.values())
     lines = ["# Training", "", machine(), "", EXPLANATION]
-    lines += ["## What was to be reached", "", *answers(tasks), ""]
+    lines += ["## What was to be reached", "", *answers(tasks), "", *summary(tasks)]
     for name, methods in tasks.items():
         lines += section(name, methods)
     # A figure for each group of tasks.
