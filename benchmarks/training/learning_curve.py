@@ -195,9 +195,10 @@ def warm_up(job: Job) -> None:
     _warm.add((job.task, job.method))
     instance = instance_of(job.task, WARM_SEED)
     problem = instance.problem
-    X, y = (part[: len(part) * 3 // 4] for part in (problem.X, problem.y))
-    batch = None if instance.batch is None else instance.batch // 2
-    instance = Instance(problem._replace(X=X, y=y), batch, instance.measure, instance.draw)
+    if instance.draw is None:  # points that are drawn are as many in every step
+        X, y = (part[: len(part) * 3 // 4] for part in (problem.X, problem.y))
+        batch = None if instance.batch is None else instance.batch // 2
+        instance = instance._replace(problem=problem._replace(X=X, y=y), batch=batch)
     try:
         update = METHODS[job.method](instance, **job.config)
         for _, (X, y) in zip(range(WARM_UP), batches(instance, 0), strict=False):
