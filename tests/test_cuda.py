@@ -16,8 +16,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from benchmarks import recipes
 from ddnewton import (
     Group,
+    covariance,
     directional_derivatives,
     directional_newton,
+    fit,
     ggn_eigh,
     ggn_eigvalsh,
     held_out,
@@ -261,3 +263,26 @@ def test_a_state_dict_goes_through_a_file(device):
     torch.testing.assert_close(
         losses(copied, device, continued), losses(module, device, optimizer), rtol=1e-8, atol=0
     )
+
+
+@pytest.mark.parametrize("bounds", [None, (-1.0, {"height": 2.4, "rate": 2.0})], ids=str)
+def test_a_fit_and_its_covariance(device, bounds):
+    def decay(p, x):
+        return p["height"] * torch.exp(-p["rate"] * x)
+
+    x = torch.linspace(0, 4, 30, dtype=FLOAT64)
+    y = 2.5 * torch.exp(-1.3 * x) + 0.01 * torch.sin(9 * x)
+    start = {name: torch.ones((), dtype=FLOAT64) for name in ("height", "rate")}
+    expected = fit(decay, start, x, y, bounds=bounds)
+    here = moved((start, x, y), device)
+    result = fit(decay, *here, bounds=bounds)
+    assert devices((result.params, result.loss, tuple(result.state))) == {device.type}
+    assert devices(tuple(result.history)) == {"cpu"}
+    assert result.reason.startswith("converged")
+    for name, value in on_cpu(result.params).items():
+        torch.testing.assert_close(value, expected.params[name], rtol=1e-6, atol=0.0)
+    cov = covariance(decay, result.params, *here[1:], nn.MSELoss())
+    assert devices(cov) == {device.type}
+    whole = covariance(decay, expected.params, x, y, nn.MSELoss())
+    for ours, theirs in zip(tree_leaves(on_cpu(cov)), tree_leaves(whole), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0.0)

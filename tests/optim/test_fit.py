@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import ddnewton.optim.fit_loop
 import ddnewton.optim.progress
-from ddnewton import Fit, criteria, directional_newton, fit
+from ddnewton import Fit, Group, criteria, directional_newton, fit
 from tests.methods import ADAPTATIONS, DTYPES, FLOAT64, seeded
 
 X = torch.linspace(0, 4, 30, dtype=FLOAT64)
@@ -410,6 +410,18 @@ REFUSED = {
     ),
     "y of two": ({"y": lambda t, k: Y}, TypeError, "y may be a function of the number of updates"),
     "X of lists": ({"X": lambda t: [1.0]}, TypeError, "X and y must be tensors or pytrees of ten"),
+    "groups": ({"groups": [Group("none")]}, ValueError, "a group must name parameters that there"),
+    "weight_decay": (
+        {"weight_decay": {"height": 0.1}},
+        ValueError,
+        "weight_decay must be a number, or have the structure of params",
+    ),
+    "scale of others": (
+        {"scale": {"a": 1.0}},
+        ValueError,
+        "scale must be a number, or have the st",
+    ),
+    "samples": ({"subsampling_grad": [40]}, ValueError, "subsampling_grad must hold distinct ind"),
     "scale": ({"scale": "x"}, ValueError, 'scale must be positive numbers, "jac" or None; got x'),
     "progress": ({"progress": "bar"}, TypeError, "progress must be True or False; got 'bar'"),
     "state": ({"state": {}}, TypeError, "state must be a State; got dict"),

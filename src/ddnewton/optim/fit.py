@@ -14,8 +14,8 @@ from torch import Tensor
 from ddnewton.criteria import Criteria
 from ddnewton.errors import on_behalf, public
 from ddnewton.inputs.checks import check_params
-from ddnewton.inputs.groups import Group
-from ddnewton.inputs.scale import Scale
+from ddnewton.inputs.groups import Group, blocks_of
+from ddnewton.inputs.scale import Scale, scale_of
 from ddnewton.inputs.terms import TermIndices, terms_of
 from ddnewton.optim.adaptation import Adaptation, LearningRate
 from ddnewton.optim.box import Bounds, box_of
@@ -25,7 +25,7 @@ from ddnewton.optim.fitted_model import fitted_model
 from ddnewton.optim.functional import directional_newton
 from ddnewton.optim.points import are_fixed, check_points, points_at
 from ddnewton.optim.progress import progress_of
-from ddnewton.optim.settings import Complement, WeightDecay, check_bounded
+from ddnewton.optim.settings import Complement, WeightDecay, check_bounded, decays_of
 from ddnewton.optim.state import State, check_state, first_state
 from ddnewton.optim.stopping import Limits, check_limits
 from ddnewton.types import AnyModelFn, DampingRule, GramWays, PyTree, Select
@@ -224,6 +224,9 @@ def fit(
         chunk_size=chunk_size,
     ).update
     settings = plan.settings
+    blocks_of(groups, params, select, settings.adaptation.rule)
+    decays_of(weight_decay, params)
+    scale_of(settings.scale, params)
     kept = {"momentum": bool(settings.momentum), "sizes": isinstance(settings.scale, str)}
     start = first_state(params, **kept) if state is None else state
     check_state(start, params, **kept)
