@@ -12,8 +12,8 @@ from torch import Tensor
 from ddnewton.errors import BadType, BadValue, NotFinite, sentence
 from ddnewton.inputs.checks import accepts_arguments
 from ddnewton.optim.fit_record import Fit, continued, history_of
-from ddnewton.optim.functional import Update, observed_update
 from ddnewton.optim.progress import Tell
+from ddnewton.optim.pure_functions import Update, observed_update
 from ddnewton.optim.state import State
 from ddnewton.optim.stopping import Limits, verdict
 from ddnewton.transforms import is_batched

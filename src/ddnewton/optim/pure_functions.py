@@ -1,0 +1,108 @@
+"""``init`` and ``update``, the pair of pure functions that an optimizer is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+
+from ddnewton.errors import public
+from ddnewton.inputs.checks import check_params
+from ddnewton.inputs.terms import TermIndices, first_samples
+from ddnewton.optim.compiled import has_one_trial, is_all, uncompiled
+from ddnewton.optim.local_model import LocalModel, added, in_params_units
+from ddnewton.optim.notices import Notices, notice
+from ddnewton.optim.search import Step, search
+from ddnewton.optim.settings import Settings
+from ddnewton.optim.state import State, UpdateInfo, check_state, first_state
+from ddnewton.optim.update import local_model, next_state, update_info
+from ddnewton.transforms import any_known
+from ddnewton.types import PyTree
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class FirstState:
+    """``init``: from parameters to the state before the first update."""
+
+    momentum: bool
+    sizes: bool
+
+    def __call__(self, params: PyTree) -> State:
+        """Return the state before the first update."""
+        return init(self, params)
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """``update``: from parameters, their state and a batch to the next ones."""
+
+    settings: Settings
+    model_of: partial[Any]  # of `quadratic_model`
+    subsampling_grad: TermIndices | None
+    subsampling_ggn: TermIndices | None
+    notices: Notices
+
+    def __call__(
+        self, params: PyTree, state: State, X: PyTree, y: PyTree
+    ) -> tuple[PyTree, State, UpdateInfo]:
+        """Return the parameters after a step on a batch, the state for the next, and a record."""
+        if not torch.compiler.is_compiling():
+            return update(self, params, state, X, y)
+        if has_one_trial(self.settings, self.model_of.keywords["criterion"], state):
+            updated = update(self, params, state, X, y)
+            if is_all(updated[2]):
+                return updated
+        return uncompiled(update)(self, params, state, X, y)
+
+
+@public
+@torch.no_grad()
+def init(first: FirstState, params: PyTree) -> State:
+    """Return the state before the first update, as the public ``init`` does."""
+    check_params(params)
+    return first_state(params, momentum=first.momentum, sizes=first.sizes)
+
+
+@public
+@torch.no_grad()
+def update(
+    plan: Update, params: PyTree, state: State, X: PyTree, y: PyTree
+) -> tuple[PyTree, State, UpdateInfo]:
+    """Return parameters, state and record after a step, as the public ``update`` does."""
+    return observed_update(plan, params, state, X, y, observe=lambda local, step: None)[0]
+
+
+def observed_update(
+    plan: Update,
+    params: PyTree,
+    state: State,
+    X: PyTree,
+    y: PyTree,
+    *,
+    observe: Callable[[LocalModel, Step], T],
+) -> tuple[tuple[PyTree, State, UpdateInfo], T]:
+    """Return parameters, state and record after a step, and what is observed of its search."""
+    settings = plan.settings
+    check_params(params)
+    sizes = isinstance(settings.scale, str)
+    check_state(state, params, momentum=bool(settings.momentum), sizes=sizes)
+    # Samples that a damping is chosen on are in no step.
+    first, held_out, choice = None, None, settings.adaptation.choice
+    if choice is not None and any_known(state.updates % choice.every == 0):
+        first, held_out = first_samples(plan.model_of.args[0], X, choice.fraction)
+    grad = first if plan.subsampling_grad is None else plan.subsampling_grad
+    ggn = first if plan.subsampling_ggn is None else plan.subsampling_ggn
+    # Expand the loss, search for a step, and take it.
+    with plan.model_of(params, X, y, subsampling_grad=grad, subsampling_ggn=ggn) as model:
+        local = local_model(model, settings, params, state, held_out)
+        step = search(local, settings, state.control)
+        info = update_info(local, step, settings)
+        notice(plan.notices, local, settings, step, info)
+        moved = in_params_units(local, torch.where(step.taken, step.rate * step.vector, 0))
+        updated = added(params, moved, settings.box), next_state(state, local, step), info
+        return updated, observe(local, step)
