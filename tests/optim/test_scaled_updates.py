@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, vmap
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ddnewton import directional_newton, held_out, levenberg_marquardt, spring, top_k, trust_region
 from ddnewton.damping import constant
@@ -46,9 +46,9 @@ def test_momentum_and_weight_decay(name, momentum, decay, complement):
     scale, S = scale_of(given.params)
     w = torch.full_like(S, 0.05 if decay == 0.05 else 0.0)
     if decay == "by leaf":
-        first = len(flat(next(iter(given.params.values()))))
-        w[:first] = 0.2
-        decay = {key: 0.2 if number == 0 else 0.0 for number, key in enumerate(given.params)}
+        leaves, structure = tree_flatten(given.params)
+        w[: leaves[0].numel()] = 0.2
+        decay = tree_unflatten([0.2, *(0.0 for _ in leaves[1:])], structure)
     optimizer = optimizer_of(
         given,
         0.2,

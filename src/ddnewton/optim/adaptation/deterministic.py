@@ -64,8 +64,8 @@ def trust_region(
 
     def judge(radius: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
         taken = _loss_falls(outcome)
-        factor = torch.where(outcome.attempts < FINE_TRIALS, shrink, min(shrink, COARSE_SHRINK))
-        shorter = factor * torch.fmin(outcome.length, radius)
+        length, coarse = torch.fmin(outcome.length, radius), min(shrink, COARSE_SHRINK)
+        shorter = torch.where(outcome.attempts < FINE_TRIALS, shrink * length, coarse * length)
         next_radius = torch.where(taken, grow * outcome.length, shorter)
         return taken, torch.where(outcome.length > 0, next_radius, torch.nan)  # nan: start anew
 
@@ -113,7 +113,7 @@ def levenberg_marquardt(
 
     def judge(delta: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
         taken = _loss_falls(outcome)
-        return taken, within_damping_bounds(delta * torch.where(taken, 1 / down, up), outcome)
+        return taken, within_damping_bounds(torch.where(taken, delta / down, delta * up), outcome)
 
     return fixed_damping("rule", rule)._replace(
         start=lambda curvature: start * curvature.trace, judge=judge, scale="jac"

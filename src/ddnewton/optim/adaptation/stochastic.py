@@ -113,8 +113,8 @@ def spring(
     def judge(delta: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
         missing, size = _missing(outcome), outcome.predicted.abs()
         taken = outcome.after.isfinite() & (missing <= size / 2)
-        factor = torch.where(missing <= size / 4, 1 / down, 1.0)
-        return taken, within_damping_bounds(delta * torch.where(taken, factor, up), outcome)
+        less = torch.where(missing <= size / 4, delta / down, delta)
+        return taken, within_damping_bounds(torch.where(taken, less, delta * up), outcome)
 
     return fixed_damping("rule", rule)._replace(
         start=lambda curvature: start * curvature.trace,
