@@ -69,8 +69,9 @@ def directional_newton(
         for X, y in batches:
             params, state, info = optimizer.update(params, state, X, y)
 
-    By default for losses without noise, the same batch in every update: Levenberg-Marquardt's
-    damping, with which the loss never rises. For mini-batches pass ``damping=held_out()``. An
+    By default for losses without noise, the same batch in every update: a trust region in units of
+    the columns' sizes, with which the loss never rises. For points that are drawn anew in every
+    update pass ``damping=spring()``, for mini-batches of noisy samples ``damping=held_out()``. An
     update tries a step, looks where it leads, and damps more where it has to, all from one
     decomposition; a step to no finite loss is never taken. Both functions work under
     `torch.func.vmap` over the parameters and the state; neither draws random numbers, unless the
@@ -81,28 +82,36 @@ def directional_newton(
     model_fn, criterion
         As for `ddnewton.newton_step`. In a loop pass what `ddnewton.prepare` returns.
     damping
-        `levenberg_marquardt`, `trust_region` or `held_out`, which adapt the part δ of the damping
-        that all directions share; or a number or a rule of `ddnewton.damping`, which stay as they
-        are: `fixed`. None is ``levenberg_marquardt()``.
+        `trust_region`, `levenberg_marquardt`, `spring` or `held_out`, which adapt the part δ of the
+        damping that all directions share; or a number or a rule of `ddnewton.damping`, which stay
+        as they are: `fixed`. None is ``trust_region()``.
     learning_rate
         How much of a step is taken: a number, a function of the number of updates so far (a
         tensor), or "exact" for where the damped quadratic model is lowest along it; that is 1 but
-        for groups, a ``select`` or momentum. None is what goes with the damping: 1, and
-        0.2 / √(1 + t / 20) for `held_out`.
+        for groups, a ``select`` or momentum. None is what goes with the damping: 1, but for
+        `held_out` and `spring`, where it falls.
     momentum
         How much μ < 1 of the step before damping pulls a step to, instead of to zero (SPRING:
         Goldshlager, Abrahamsen, Lin, 2024, arXiv 2401.10190). "exact" adds as much of the
         step before as makes the damped quadratic model lowest (Martens, Grosse, 2015, arXiv
-        1503.05671, section 7). None is what goes with the damping: 0, and 0.9 for `held_out`.
+        1503.05671, section 7). None is what goes with the damping: 0, but for `held_out` and
+        `spring`.
     weight_decay
         w ≥ 0: the penalty ½ w ‖θ‖² on all parameters is part of the loss, its gradient and its
         curvature; or a pytree like the parameters with a number for every leaf. Where these differ
-        inside a block, a step is −(G + diag(w) + δI)⁻¹ (g + w θ), which takes no rule, ``select``,
-        number as ``complement`` or ``subsampling_curvature``. Along directions that nothing else
-        damps, for a rule all that it is not asked about, parameters go to zero at once; there pass
-        ``complement``.
+        inside a block, or with a ``scale``, a step is −(G + diag(w) + δ diag(scale)⁻²)⁻¹ (g + w θ),
+        which takes no rule, ``select``, number as ``complement`` or ``subsampling_curvature``.
+        Along directions that nothing else damps, for a rule all that it is not asked about,
+        parameters go to zero at once; there pass ``complement``.
     trust_radius
-        Longest step: damping is raised until ‖s‖ does not exceed it.
+        Longest step: damping is raised until ‖s / scale‖ does not exceed it, as in MINPACK.
+    scale
+        As for `ddnewton.newton_step`: damping and ``trust_radius`` are of s / scale, while
+        ``weight_decay`` is of the parameters themselves. "jac" is by the largest sizes of the
+        columns so far. "auto" is what goes with the damping: "jac" for `trust_region` and
+        `levenberg_marquardt`, but where there is ``weight_decay`` with a rule, a ``select``, a
+        number as ``complement`` or ``subsampling_curvature``, and None for the others. In
+        `UpdateInfo`, norms are those of s / scale and of its gradient.
     select, groups, subsampling_grad, subsampling_ggn, subsampling_curvature, gram, chunk_size
         As for `ddnewton.newton_step`. What a group or a rule damps by comes on top of what adapts.
         Where a criterion gives samples no losses of their own, as Σwℓ / Σw does not, that of a

@@ -1,7 +1,7 @@
 r"""The sizes of the columns of the Jacobian, by which parameters of different units are compared.
 
 The size of parameter j is √G_jj, the length of its column of √h J / √N. Divided by the largest ones
-so far, steps and dampings have no units (Marquardt, 1963; Moré, 1978, section 6; MINPACK's D and
+so far, steps and dampings have no units (Marquardt, 1963; Moré, 1978; MINPACK's D and
 SciPy's ``x_scale="jac"``). Of a block with as many parameters as columns or more, on whose side the
 matrix is then not formed, parameters keep their units: there the scaled step, which is the shortest
 that interpolates the batch in the scaled norm, moves parameters by how little the samples depend on

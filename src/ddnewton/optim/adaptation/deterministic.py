@@ -47,9 +47,10 @@ def trust_region(
     a step damped by 1e-3 of the trace. The scale that goes with it is "jac".
 
     Source: Moré, "The Levenberg-Marquardt algorithm: implementation and theory", in *Numerical
-    Analysis*, 1978, eqs. 3.1 to 3.3 (δ of a radius) and 6.3 (the scale); Transtrum, Sethna,
-    "Improvements to the Levenberg-Marquardt algorithm for nonlinear least-squares minimization",
-    2012, arXiv 1201.5885, section 3.2 (growing and shrinking by different factors).
+    Analysis*, Lecture Notes in Mathematics 630, 1978 (δ of a radius, and the scale by the largest
+    sizes of the columns so far); Transtrum, Sethna, "Improvements to the Levenberg-Marquardt
+    algorithm for nonlinear least-squares minimization", 2012, arXiv 1201.5885 (delayed
+    gratification: damp fast down, slowly up).
 
     Examples
     --------
@@ -99,9 +100,9 @@ def levenberg_marquardt(
     change by orders of magnitude: it solves more problems.
 
     Source: Marquardt, "An algorithm for least-squares estimation of nonlinear parameters", SIAM
-    J. Appl. Math. 11, 1963, eq. 30 (the scale) and section III; Transtrum, Sethna, "Improvements to
-    the Levenberg-Marquardt algorithm for nonlinear least-squares minimization", 2012, arXiv
-    1201.5885, section 3.2 (delayed gratification).
+    J. Appl. Math. 11, 1963 (the loop, and the scale); Transtrum, Sethna, "Improvements to the
+    Levenberg-Marquardt algorithm for nonlinear least-squares minimization", 2012, arXiv 1201.5885
+    (delayed gratification).
 
     Examples
     --------

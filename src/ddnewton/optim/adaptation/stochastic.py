@@ -97,7 +97,7 @@ def spring(
     For mini-batches of noisy samples take `held_out`, which lets no batch be fitted by itself.
 
     Source: Goldshlager, Abrahamsen, Lin, "A Kaczmarz-inspired approach to accelerate the
-    optimization of neural network wavefunctions", 2024, arXiv 2401.10190, eq. 16 (the step);
+    optimization of neural network wavefunctions", 2024, arXiv 2401.10190 (the step);
     Guzmán-Cordero, Dangel, Goldshlager, Zeinhofer, 2025, arXiv 2505.12149 (for differential
     equations; how to adapt damping and rate is left open there).
 
