@@ -19,13 +19,15 @@ Scale: TypeAlias = Literal["jac"] | float | Tensor | PyTree | None
 """None; a positive number; a pytree like the parameters of positive numbers or tensors that can be
 broadcast to the leaves; or "jac", the inverse of the sizes of the columns of the Jacobian."""
 
-REMEDY = 'Pass a positive number, a pytree of them like params, "jac" or None.'
+SCALE_REMEDY = 'Pass a positive number, a pytree of them like params, "jac" or None.'
 
 
 def check_scale(scale: Scale) -> None:
     """Require something that may be a scale, before the parameters are known."""
     if isinstance(scale, str) and scale != "jac":
-        raise BadValue(sentence('scale must be positive numbers, "jac" or None', scale, REMEDY))
+        raise BadValue(
+            sentence('scale must be positive numbers, "jac" or None', scale, SCALE_REMEDY)
+        )
     if isinstance(scale, Real):
         check_positive("scale", scale)
 
@@ -45,7 +47,7 @@ def scale_of(scale: Scale, params: PyTree) -> Float[Tensor, " d"] | None:
         given: list[Any] = [scale] * len(leaves) if every else structure.flatten_up_to(scale)
     except ValueError as error:
         rule = "scale must be a number, or have the structure of params"
-        raise BadValue(sentence(rule, "other keys, lengths or types", REMEDY)) from error
+        raise BadValue(sentence(rule, "other keys, lengths or types", SCALE_REMEDY)) from error
     paths = leaf_paths(params)
     return torch.cat(list(map(_of_leaf, given, leaves, paths)))
 
@@ -55,15 +57,17 @@ def _of_leaf(numbers: object, leaf: Tensor, path: str) -> Float[Tensor, " _"]:
     where = f"scale of {path}" if path else "scale"
     if not isinstance(numbers, (Real, Tensor)) or isinstance(numbers, bool):
         rule = f"{where} must be a number or a tensor"
-        raise BadType(sentence(rule, type(numbers).__name__, REMEDY))
+        raise BadType(sentence(rule, type(numbers).__name__, SCALE_REMEDY))
+    # As many numbers as the leaf has.
     tensor = torch.as_tensor(numbers, dtype=torch.float64, device=leaf.device)
     try:
         tensor = tensor.expand(leaf.shape)
     except RuntimeError as error:
         rule = f"{where} must have a shape that can be broadcast to {list(leaf.shape)}"
-        raise BadValue(sentence(rule, list(tensor.shape), REMEDY)) from error
+        raise BadValue(sentence(rule, list(tensor.shape), SCALE_REMEDY)) from error
+    # All of them positive, twice where the leaf is complex.
     if any_known(~((tensor > 0) & tensor.isfinite())):
         rule, got = f"{where} must be positive and finite", "a number that is not"
-        raise BadValue(sentence(rule, got, REMEDY))
+        raise BadValue(sentence(rule, got, SCALE_REMEDY))
     repeats = real_count(leaf) // max(1, leaf.numel())
     return tensor.reshape(-1).repeat_interleave(max(1, repeats))

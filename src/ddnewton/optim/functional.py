@@ -74,8 +74,7 @@ def directional_newton(
     update pass ``damping=spring()``, for mini-batches of noisy samples ``damping=held_out()``. An
     update tries a step, looks where it leads, and damps more where it has to, all from one
     decomposition; a step to no finite loss is never taken. Both functions work under
-    `torch.func.vmap` over the parameters and the state; neither draws random numbers, unless the
-    criterion is of `monte_carlo`.
+    `torch.func.vmap` over the parameters and the state; only `monte_carlo` draws random numbers.
 
     Parameters
     ----------

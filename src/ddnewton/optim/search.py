@@ -12,8 +12,9 @@ from torch import Tensor
 from ddnewton.optim.adaptation import Outcome
 from ddnewton.optim.box import step_inside
 from ddnewton.optim.local_model import LocalModel, in_params_units, loss_at
+from ddnewton.optim.promise import quadratic_along
 from ddnewton.optim.settings import Settings
-from ddnewton.optim.trial_steps import TrialSteps, lengths_at, quadratic_along, trial_step
+from ddnewton.optim.trial_steps import TrialSteps, lengths_at, trial_step
 from ddnewton.optim.trust_radius import damping_of_length, least_damping
 from ddnewton.transforms import any_known, is_batched
 from ddnewton.trees import tree_map
@@ -67,8 +68,7 @@ def _first_control(
 ) -> Float[Tensor, ""]:
     """Return the control of this batch: the first one, the one so far, or one from the grid."""
     adaptation = settings.adaptation
-    # Where there is none yet, the adaptation's first; a radius of zero is replaced by the length of
-    # a damped step.
+    # Where there is none yet, the adaptation's first; for a radius of zero that of a damped step.
     first = adaptation.start(local.curvature)
     if adaptation.by_length and any_known(control.isnan() & ~(first > 0)):
         delta = FIRST_DAMPING * local.curvature.trace
@@ -149,9 +149,8 @@ def _direction(
 
 def _rate(local: LocalModel, settings: Settings) -> Float[Tensor, "..."]:
     """Return the learning rate, which is not the exact one."""
-    rate, like = settings.learning_rate, local.gradient_norm
-    number = rate(local.updates) if callable(rate) else rate
-    return torch.as_tensor(number, dtype=like.dtype, device=like.device)
+    rate = settings.learning_rate
+    return torch.as_tensor(rate(local.updates) if callable(rate) else rate).to(local.gradient_norm)
 
 
 def _minimizer(

@@ -21,12 +21,7 @@ from ddnewton.optim.closures import batch_of_step
 from ddnewton.optim.functional import FunctionalOptimizer, directional_newton
 from ddnewton.optim.modules import TracedModule, gram_ways, traced_terms
 from ddnewton.optim.notices import Notices
-from ddnewton.optim.parameter_groups import (
-    as_blocks,
-    group_decays,
-    group_rates,
-    without_options,
-)
+from ddnewton.optim.parameter_groups import as_blocks, group_decays, group_rates, without_options
 from ddnewton.optim.settings import Complement, WeightDecay, check_weight_decay
 from ddnewton.optim.state import UpdateInfo
 from ddnewton.optim.stored_state import (

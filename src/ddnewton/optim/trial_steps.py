@@ -15,10 +15,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ddnewton.columns.gram import rmatmat
 from ddnewton.damping import check_dampings
 from ddnewton.inputs.groups import Block
-from ddnewton.optim.adaptation import Curvature
 from ddnewton.optim.settings import Complement
 from ddnewton.quadratic.directions import directions_of
 from ddnewton.quadratic.gauss_newton import GaussNewton
@@ -34,28 +32,15 @@ from ddnewton.quadratic.proximal import (
 from ddnewton.quadratic.quadratic_model import QuadraticModel, to_parameters
 from ddnewton.quadratic.shifted import Shifted, shifted, squared_lengths, step_at
 from ddnewton.quadratic.solution import is_linear, solve, without_eigenpairs
-from ddnewton.transforms import any_known, is_batched
 from ddnewton.trees import joined
 from ddnewton.types import DampingRule
 
 MOST_FACTORIZATIONS = 6
-"""How many dampings of a batch are factorized for, before the matrices are decomposed for all: it
-takes as long as about fifteen factorizations."""
+"""How many dampings are factorized for, before matrices are decomposed for all, in the time of 15."""
 
 TRIAL_CONDITION = 1e10
 """Up to which ratio of the largest curvature to δ a trial goes without eigenpairs: the rounding of
 the matrix is a change of δ by less than 1e-4, and δ itself is a guess."""
-
-
-MATRIX_SHARE = 1e-9
-"""From which share of the trace upwards the curvature along a vector has six digits by G itself."""
-
-
-class Quadratic(NamedTuple):
-    """The quadratic model along some vectors: its slopes, and its curvature between any two."""
-
-    slopes: Float[Tensor, " k"]
-    curvatures: Float[Tensor, "k k"]
 
 
 @dataclass
@@ -163,57 +148,6 @@ def _from_centres(
     return step if trials.free is None else trials.free * step
 
 
-def quadratic_along(
-    trials: TrialSteps, vectors: Float[Tensor, "k d"], delta: Tensor | None = None
-) -> Quadratic:
-    """Return the quadratic model along vectors, damped by δ where one is given."""
-    model, proximal = trials.model, trials.proximal
-    # The loss: gᵀv and vᵀG v.
-    sizes = model.sizes
-    slopes, curvatures = _of_loss(trials, vectors)
-    # The penalty of weight decay.
-    if proximal is not None and len(proximal.params):
-        decayed = proximal.decay * vectors
-        slopes = slopes + decayed @ proximal.params[0]
-        curvatures = curvatures + decayed @ vectors.mT
-    # The damping, of every block by its own.
-    if delta is not None:
-        parts = vectors.split(sizes, 1)
-        for block in damped_more(model, [delta] * len(model.blocks)).blocks:
-            of_block = torch.cat([parts[leaf] for leaf in block.leaves], 1)
-            scalar = delta if callable(block.damping) else block.damping
-            curvatures = curvatures + scalar * (of_block @ of_block.mT)
-    return Quadratic(slopes, curvatures)
-
-
-def _of_loss(trials: TrialSteps, vectors: Float[Tensor, "k d"]) -> Quadratic:
-    """Return the quadratic model of the loss alone along vectors."""
-    model, (matrix, *others) = trials.model, trials.matrices
-    every_leaf = range(len(model.sizes))
-    # By G and g of all parameters, where the curvature along vectors stands out from G's rounding.
-    whole = not others and list(model.leaves[0]) == list(every_leaf)
-    if whole and not (matrix.on_columns or is_batched(vectors)):
-        along = Quadratic(vectors @ matrix.gradient, vectors @ matrix.entries @ vectors.mT)
-        least = MATRIX_SHARE * matrix.trace() * vectors.square().sum(1)
-        if not any_known(along.curvatures.diagonal() < least):
-            return along
-    # By the slopes of all columns, whose sum of squares has more digits.
-    column_slopes = rmatmat(model.jacobians, every_leaf, vectors.mT)
-    weights = model.curvature_weights
-    of_curvature = column_slopes[: len(weights)]
-    return Quadratic(
-        slopes=model.gradient_weights @ column_slopes,
-        curvatures=of_curvature.mT @ (weights[:, None] * of_curvature),
-    )
-
-
-def curvature_of(matrices: Sequence[GaussNewton], params: Float[Tensor, " d"]) -> Curvature:
-    """Return the size of the curvature, of the block that has most of it, and of parameters."""
-    traces = [matrix.trace() for matrix in matrices]
-    means = [trace / len(m.diagonal()) for trace, m in zip(traces, matrices, strict=True)]
-    return Curvature(torch.stack(traces).amax(), torch.stack(means).amax(), params.norm())
-
-
 def damped_more(model: QuadraticModel, deltas: Sequence[Tensor]) -> QuadraticModel:
     """Return the model with the dampings of all directions of every block raised by its δ."""
 
@@ -264,8 +198,8 @@ def _coordinates(
         coordinates = None
         if not known.shifted and known.factorizations < MOST_FACTORIZATIONS:
             known.factorizations += 1
-            condition = TRIAL_CONDITION
-            coordinates = without_eigenpairs(damped, matrices, outside, centres, condition)
+            options = (outside, centres, TRIAL_CONDITION)
+            coordinates = without_eigenpairs(damped, matrices, *options)
         if coordinates is None and centres is None:
             coordinates = _shifted_coordinates(trials, damped)
         if coordinates is not None:
@@ -292,9 +226,8 @@ def _shifted_coordinates(
     steps = _shifted(trials)
     if steps is None:
         return None
-    pairs = zip(steps, damped.blocks, strict=True)
-    dampings = [(of_block, _scalar(block, of_block.evals[0])) for of_block, block in pairs]
-    return [step_at(of_block, damping.to(of_block.evals)) for of_block, damping in dampings]
+    dampings = [_scalar(block, steps[0].evals[0]).to(steps[0].evals) for block in damped.blocks]
+    return list(map(step_at, steps, dampings))
 
 
 def _shifted(trials: TrialSteps) -> list[Shifted] | None:
@@ -315,12 +248,11 @@ def lengths_at(
     trials: TrialSteps,
 ) -> Callable[[Float[Tensor, " k"]], Float[Tensor, " k"]] | None:
     """Return a function: the lengths of the steps for some dampings; None where each is a step."""
+    # Where nothing but the gradient makes a step, and linear systems give it.
     model = trials.model
     if trials.proximal is not None or trials.complement is not None:
         return None
-    if not is_linear(model, [None] * len(model.blocks)):
-        return None
-    steps = _shifted(trials)
+    steps = _shifted(trials) if is_linear(model, [None] * len(model.blocks)) else None
     if steps is None:
         return None
     own = [_scalar(block, steps[0].evals[0]) for block in model.blocks]

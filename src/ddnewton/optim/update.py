@@ -18,10 +18,11 @@ from ddnewton.optim.local_model import (
     loss_before,
     noise_of,
 )
+from ddnewton.optim.promise import curvature_of
 from ddnewton.optim.search import Step
 from ddnewton.optim.settings import Settings, decays_of
 from ddnewton.optim.state import State, UpdateInfo
-from ddnewton.optim.trial_steps import curvature_of, trial_steps
+from ddnewton.optim.trial_steps import trial_steps
 from ddnewton.quadratic.flat import check_slopes, flat_share, has_flat_samples
 from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.held import of_free

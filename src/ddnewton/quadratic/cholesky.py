@@ -68,9 +68,9 @@ def damped_step(
 def right_side(
     matrix: GaussNewton, gradient_weights: Float[Tensor, " a"], *, everywhere: bool
 ) -> Float[Tensor, " side"] | None:
-    """Return what the damped matrix is solved with; None for a gradient beyond the range of G.
+    """Return the right side of the damped system; None for a gradient beyond the range of G.
 
-    That is g itself, √w A₁ᵀg where all of g is damped, or z / N √w where A √w spans it.
+    It is g itself, √w A₁ᵀg where all of g is damped, or z / N √w where A √w spans it.
     """
     weights = matrix.weights
     beyond = _is_beyond(matrix, gradient_weights)

@@ -44,6 +44,7 @@ def check_leafwise(
             remedy = "Leave that out, or make a group of the leaves with one weight_decay each."
         elif not (scaled and any_decayed(of_block)):
             continue
+        # All that a diagonal damping does not allow.
         asked = {
             "a damping rule": callable(block.damping),
             "select": block.select is not None,

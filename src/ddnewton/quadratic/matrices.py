@@ -25,6 +25,7 @@ def gauss_newton_matrices(
     All directions are damped by ``least_damping`` more than the blocks say. ``sizes`` are the
     largest of the columns so far, for a scale by them.
     """
+    # As the model is, and once more in float64 where that does not resolve what counts.
     scaled, matrices = _scaled_by_columns(model, matrices_of(model), sizes)
     if all(term.linearization.in_float64 is None for term in model.terms):
         return scaled, matrices

@@ -78,6 +78,7 @@ def proximal_blocks(
     for block, matrix in zip(leaves, matrices, strict=True):
         vectors = torch.cat([parts[leaf] for leaf in block], 1)
         slopes = matrix.columns.rmatmat(vectors.mT)
+        # One weight decay of the block, or one of every parameter.
         decays = different([proximal.decays[leaf] for leaf in block])
         decay = decays[0] if decays else 0.0
         if isinstance(proximal.decay, Tensor) and proximal.decay.ndim:

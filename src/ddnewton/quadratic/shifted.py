@@ -57,6 +57,7 @@ def shifted(
     right = right_side(matrix, gradient_weights, everywhere=everywhere)
     if right is None:
         return None
+    # By the rows where they are few, or else by their products.
     if _has_few_rows(matrix, gradient_weights):
         return _of_rows(matrix, gradient_weights)
     evals, vectors = torch.linalg.eigh(matrix.matrix())

@@ -49,6 +49,7 @@ def without_eigenpairs(
     for b, (block, matrix) in enumerate(zip(model.blocks, matrices, strict=True)):
         delta, complement = block.damping, complements[b]
         assert not callable(delta)
+        # The gradient at the centre, and a step from there.
         centre = None if centres is None else centres[b]
         weights = centred_gradient_weights(model.gradient_weights, model.curvature_weights, centre)
         everywhere = complement is not None

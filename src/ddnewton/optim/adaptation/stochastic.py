@@ -130,7 +130,7 @@ def _falling_rate(updates: Tensor, first: float, slowly: float) -> Tensor:
 
 
 def _missing(outcome: Outcome) -> Tensor:
-    """Return what is missing of the decrease: predicted − actual = predicted (1 − ratio)."""
+    """Return the decrease that is missing: predicted − actual = predicted (1 − ratio)."""
     return outcome.predicted * (1 - outcome.ratio)
 
 
