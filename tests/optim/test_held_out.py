@@ -114,7 +114,7 @@ def test_what_a_mini_batch_step_has_to_keep(promised, ratio, after, taken):
         ratio=ratio * one,
         length=one,
         attempts=one,
-        curvature=Curvature(one, one),
+        curvature=Curvature(one, one, one),
     )
     found, control = held_out().judge(3 * one, outcome)
     assert bool(found) is taken

@@ -68,7 +68,7 @@ def _first_control(
 ) -> Float[Tensor, ""]:
     """Return the control of this batch: the first one, the one so far, or one from the grid."""
     adaptation = settings.adaptation
-    # Where there is none yet, the adaptation's first; for a radius of zero that of a damped step.
+    # Where there is none yet, the first; for a radius of zero that of a damped step.
     first = adaptation.start(local.curvature)
     if adaptation.by_length and any_known(control.isnan() & ~(first > 0)):
         delta = FIRST_DAMPING * local.curvature.trace
@@ -149,8 +149,9 @@ def _direction(
 
 def _rate(local: LocalModel, settings: Settings) -> Float[Tensor, "..."]:
     """Return the learning rate, which is not the exact one."""
-    rate = settings.learning_rate
-    return torch.as_tensor(rate(local.updates) if callable(rate) else rate).to(local.gradient_norm)
+    rate, like = settings.learning_rate, local.gradient_norm
+    rate = rate(local.updates) if callable(rate) else rate
+    return torch.as_tensor(rate, dtype=like.dtype, device=like.device)
 
 
 def _minimizer(

@@ -36,7 +36,7 @@ from ddnewton.trees import joined
 from ddnewton.types import DampingRule
 
 MOST_FACTORIZATIONS = 6
-"""How many dampings are factorized for, before matrices are decomposed for all, in the time of 15."""
+"""How many dampings are factorized for, before matrices are decomposed for all of them."""
 
 TRIAL_CONDITION = 1e10
 """Up to which ratio of the largest curvature to δ a trial goes without eigenpairs: the rounding of
@@ -223,8 +223,7 @@ def _shifted_coordinates(
     trials: TrialSteps, damped: QuadraticModel
 ) -> list[Float[Tensor, " _"]] | None:
     """Return the steps of all blocks from one decomposition for all dampings, if there is one."""
-    steps = _shifted(trials)
-    if steps is None:
+    if (steps := _shifted(trials)) is None:
         return None
     dampings = [_scalar(block, steps[0].evals[0]).to(steps[0].evals) for block in damped.blocks]
     return list(map(step_at, steps, dampings))
