@@ -60,7 +60,12 @@ def test_the_exact_learning_rate_is_that_of_a_parabola(way, decay):
 def test_exact_momentum_minimises_over_two_vectors(name, decay, learning_rate):
     given = problem(name)
     optimizer = optimizer_of(
-        given, momentum="exact", weight_decay=decay, learning_rate=learning_rate
+        given,
+        levenberg_marquardt(),
+        scale=None,
+        momentum="exact",
+        weight_decay=decay,
+        learning_rate=learning_rate,
     )
     params, state = given.params, optimizer.init(given.params)
     previous = torch.zeros_like(flat(params))

@@ -149,9 +149,9 @@ def _direction(
 
 def _rate(local: LocalModel, settings: Settings) -> Float[Tensor, "..."]:
     """Return the learning rate, which is not the exact one."""
-    rate, like = settings.learning_rate, local.gradient_norm
-    rate = rate(local.updates) if callable(rate) else rate
-    return torch.as_tensor(rate, dtype=like.dtype, device=like.device)
+    rate = settings.learning_rate
+    number = rate(local.updates) if callable(rate) else rate
+    return torch.as_tensor(number, dtype=torch.float64, device=local.gradient_norm.device)
 
 
 def _minimizer(

@@ -175,7 +175,7 @@ def damped_more(model: QuadraticModel, deltas: Sequence[Tensor]) -> QuadraticMod
 
 def _scalar(block: Block, delta: Tensor) -> Tensor:
     """Return the damping that all directions of a block share: of a rule, only what is added."""
-    return delta if callable(block.damping) else torch.as_tensor(block.damping)
+    return delta if callable(block.damping) else torch.as_tensor(block.damping, dtype=delta.dtype)
 
 
 def _outside(complement: Complement, scalar: Tensor, delta: Tensor) -> Tensor | None:
