@@ -52,7 +52,8 @@ def scale_by_sizes(
         sizes = torch.cat([largest[:0], *(parts[leaf] for leaf in block)])
         sized = (sizes > 0) & (not matrix.on_columns)
         scales.append(torch.where(sized, 1 / torch.where(sized, sizes, 1), 1))
-    return joined(scales, blocks, counts)
+    scale = joined(scales, blocks, counts)
+    return torch.where(scale > 0, scale, 1)  # of leaves in no block
 
 
 def scaled_matrices(
