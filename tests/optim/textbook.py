@@ -135,7 +135,7 @@ def marquardt(given, params, delta, pulls, previous=None, start=1e-3, sizes=None
         predicted = -slope - float(s @ G @ s + decay * s @ s) / 2
         ratio = (before - after) / predicted
         taken = after <= before and ratio > 1e-4
-        delta *= 1 / 10 if taken else 1.5
+        delta *= 1 / 10 if taken else 1.5 if attempts <= 10 else 10.0
         if taken:
             break
         momentum = 0.0

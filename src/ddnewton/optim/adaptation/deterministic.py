@@ -21,9 +21,9 @@ from ddnewton.types import DampingRule
 LEAST_RATIO = 1e-4
 """The ratio of the actual to the predicted decrease from which on a step is taken."""
 
-FINE_TRIALS, COARSE_SHRINK = 10, 0.5
-"""For how many trials a radius shrinks as it is asked to, and how much it does after that: a loss
-that has not fallen by then is far from its quadratic model, or not finite."""
+FINE_TRIALS, COARSE_SHRINK, COARSE_UP = 10, 0.5, 10.0
+"""For how many trials a radius shrinks, or a damping rises, as it is asked to, and how much they do
+after that: a loss that has not fallen by then is far from its quadratic model, or not finite."""
 
 
 @pickled_as_call
@@ -91,8 +91,8 @@ def levenberg_marquardt(
     r"""Return damping for losses without noise, by δ itself.
 
     A step is taken where the loss falls, and δ is divided by ``down``; where it does not, δ is
-    multiplied by ``up``, and another step is tried on the same batch: fast down and slowly up, to
-    about the least damping with which the loss falls. The loss never rises. The first δ is
+    multiplied by ``up``, from the eleventh trial on by 10, and another step is tried on the same
+    batch: fast down and slowly up, to about the least damping with which the loss falls. The loss never rises. The first δ is
     ``start`` times the trace of the Gauss-Newton matrix, which is of the size of its largest
     eigenvalue. The scale that goes with it is "jac".
 
@@ -114,7 +114,8 @@ def levenberg_marquardt(
 
     def judge(delta: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
         taken = _loss_falls(outcome)
-        return taken, within_damping_bounds(torch.where(taken, delta / down, delta * up), outcome)
+        more = torch.where(outcome.attempts < FINE_TRIALS, delta * up, delta * max(up, COARSE_UP))
+        return taken, within_damping_bounds(torch.where(taken, delta / down, more), outcome)
 
     return fixed_damping("rule", rule)._replace(
         start=lambda curvature: start * curvature.trace, judge=judge, scale="jac"
