@@ -48,7 +48,7 @@ def test_the_textbook_loop(name, times, options):
         params = expected.params
         delta, previous, sizes = float(state.control), expected.vector, expected.sizes
         attempts.append(expected.attempts)
-        if expected.before - expected.after < 1e-9 * expected.before:
+        if expected.after < 1e-20 or expected.before - expected.after < 1e-9 * expected.before:
             break  # from here on rounding decides
     if name in ("many_points", "growth"):
         assert max(attempts) > 1
@@ -79,7 +79,7 @@ def test_the_loss_never_rises(name, seed, times, options, by_radius):
 
 @pytest.mark.parametrize("damping", [levenberg_marquardt(), trust_region()], ids=["δ", "radius"])
 def test_a_teacher_is_found_again_and_kept(damping):
-    given = teacher(2)
+    given = teacher(3)
     optimizer = optimizer_of(given, damping)
     params, state = given.params, optimizer.init(given.params)
     losses = []

@@ -92,8 +92,8 @@ def levenberg_marquardt(
 
     A step is taken where the loss falls, and δ is divided by ``down``; where it does not, δ is
     multiplied by ``up``, from the eleventh trial on by 10, and another step is tried on the same
-    batch: fast down and slowly up, to about the least damping with which the loss falls. The loss never rises. The first δ is
-    ``start`` times the trace of the Gauss-Newton matrix, which is of the size of its largest
+    batch: fast down and slowly up, to about the least damping with which the loss falls. The loss
+    never rises. The first δ is ``start`` times the trace of the Gauss-Newton matrix, which is of the size of its largest
     eigenvalue. The scale that goes with it is "jac".
 
     `trust_region` does the same by the length of steps, which stays what it is where curvatures
