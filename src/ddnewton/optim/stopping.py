@@ -28,7 +28,8 @@ from ddnewton.linearize.precision import narrowest
 from ddnewton.optim.adaptation import SMALLEST_DAMPING
 from ddnewton.optim.local_model import LocalModel, sizes_of_blocks
 from ddnewton.optim.search import Step
-from ddnewton.optim.trial_steps import quadratic_along, trial_step
+from ddnewton.optim.promise import quadratic_along
+from ddnewton.optim.trial_steps import trial_step
 from ddnewton.trees import as_real, tree_leaves
 
 ADEQUATE_RATIO = 0.25
