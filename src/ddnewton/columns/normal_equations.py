@@ -86,6 +86,21 @@ def weighted_rows(
                 yield in_order(rows * concatenated(parts, 1), order)
 
 
+def scaled_rows(
+    jacobians: Sequence[Jacobian], block: Leaves, weights: Float[Tensor, " i"]
+) -> Float[Tensor, "i d"]:
+    """Return the rows √w_i a_i of a block, all of them as columns are counted, in its units."""
+    parts = []
+    counts = [jacobian.samples * jacobian.columns for jacobian in jacobians]
+    for jacobian, own_weights in zip(jacobians, weights.split(counts), strict=True):
+        rows = concatenated(list(weighted_rows([jacobian], block, own_weights)))
+        # From samples first, n·m, to columns first, m·N + n.
+        parts.append(rows.unflatten(0, (-1, jacobian.columns)).transpose(0, 1).flatten(0, 1))
+    scale = scale_along(jacobians[0], block)
+    whole = concatenated(parts)
+    return whole if scale is None else scale * whole
+
+
 def _of_jacobian(
     jacobian: Jacobian, blocks: Sequence[Leaves], weights: Float[Tensor, "2 i"]
 ) -> list[NormalEquations]:

@@ -186,7 +186,9 @@ def _within_radius(
     if settings.learning_rate != "exact":
         rate, lengths = _rate(local, settings), lengths_at(local.trials)
         if lengths is not None and rate.numel() == 1:
-            return damping_of_length(lengths, least, enough, radius / rate.reshape(()))
+            least = torch.maximum(least, lengths.least)
+            enough = torch.maximum(enough, least)
+            return damping_of_length(lengths.of_dampings, least, enough, radius / rate.reshape(()))
     if settings.adaptation.by_length:  # which mostly needs more than the least
         guess = torch.maximum(torch.where(local.damping.isnan(), enough, local.damping), least)
     return least_damping(length, guess, least, enough, radius)

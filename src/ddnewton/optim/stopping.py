@@ -27,8 +27,8 @@ from ddnewton.inputs.checks import check_nonnegative, check_positive
 from ddnewton.linearize.precision import narrowest
 from ddnewton.optim.adaptation import SMALLEST_DAMPING
 from ddnewton.optim.local_model import LocalModel, sizes_of_blocks
-from ddnewton.optim.search import Step
 from ddnewton.optim.promise import quadratic_along
+from ddnewton.optim.search import Step
 from ddnewton.optim.trial_steps import trial_step
 from ddnewton.trees import as_real, tree_leaves
 

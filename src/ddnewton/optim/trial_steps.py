@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ddnewton.columns.normal_equations import scaled_rows
 from ddnewton.damping import check_dampings
 from ddnewton.inputs.groups import Block
 from ddnewton.optim.settings import Complement
@@ -43,6 +44,13 @@ TRIAL_CONDITION = 1e10
 the matrix is a change of δ by less than 1e-4, and δ itself is a guess."""
 
 
+class Lengths(NamedTuple):
+    """The lengths of steps for some dampings, which fall with these from the least one upwards."""
+
+    of_dampings: Callable[[Float[Tensor, " k"]], Float[Tensor, " k"]]
+    least: Float[Tensor, ""]
+
+
 @dataclass
 class Decompositions:
     """What is known of the matrices of a batch by the trials so far."""
@@ -62,6 +70,7 @@ class TrialSteps(NamedTuple):
     proximal_blocks: Sequence[ProximalBlock]
     free: Bool[Tensor, " d"] | None  # the parameters that no bound holds, None for all
     known: Decompositions
+    exact: bool  # whether δ so far is below what the matrices resolve
 
 
 def trial_steps(
@@ -69,7 +78,9 @@ def trial_steps(
     matrices: Sequence[GaussNewton],
     complement: Complement,
     proximal: Proximal | None,
-    free: Bool[Tensor, " d"] | None,
+    free: Bool[Tensor, " d"] | None = None,
+    *,
+    exact: bool = False,
 ) -> TrialSteps:
     """Return the trial steps of a batch."""
     pulls: list[ProximalBlock] = []
@@ -84,6 +95,7 @@ def trial_steps(
         proximal_blocks=pulls,
         free=free,
         known=Decompositions(),
+        exact=exact,
     )
 
 
@@ -106,9 +118,7 @@ def trial_step(trials: TrialSteps, delta: Tensor, momentum: float | Tensor) -> F
             centre_of(block, damping, decay, momentum)
             for block, damping, decay in zip(trials.proximal_blocks, dampings, decays, strict=True)
         ]
-    coordinates = _coordinates(trials, damped, outside, centres)
-    vectors = to_parameters(damped, trials.matrices, coordinates)
-    return _from_centres(trials, vectors, centres)
+    return _from_centres(trials, _vectors(trials, damped, outside, centres), centres)
 
 
 def _leafwise_step(
@@ -129,10 +139,9 @@ def _leafwise_step(
     damped = scaled._replace(blocks=[block._replace(damping=one) for block in model.blocks])
     outside = [None if trials.complement is None else one for _ in model.blocks]
     fresh = trials._replace(model=scaled, matrices=matrices, known=Decompositions())
-    coordinates = _coordinates(fresh, damped, outside, centres)
     # Back from there.
-    vectors = to_parameters(damped, matrices, coordinates)
-    vectors = [vector / metric.sqrt() for vector, metric in zip(vectors, metrics, strict=True)]
+    pairs = zip(_vectors(fresh, damped, outside, centres), metrics, strict=True)
+    vectors = [vector / metric.sqrt() for vector, metric in pairs]
     return _from_centres(trials, vectors, centres)
 
 
@@ -185,7 +194,7 @@ def _outside(complement: Complement, scalar: Tensor, delta: Tensor) -> Tensor | 
     return scalar if complement == "damping" else complement + delta
 
 
-def _coordinates(
+def _vectors(
     trials: TrialSteps,
     damped: QuadraticModel,
     outside: Sequence[Tensor | None],
@@ -200,15 +209,16 @@ def _coordinates(
             known.factorizations += 1
             options = (outside, centres, TRIAL_CONDITION)
             coordinates = without_eigenpairs(damped, matrices, *options)
-        if coordinates is None and centres is None:
-            coordinates = _shifted_coordinates(trials, damped)
         if coordinates is not None:
-            return coordinates
+            return to_parameters(damped, matrices, coordinates)
+        if centres is None and (steps := _shifted(trials)) is not None:
+            like = steps[0].evals
+            return list(map(step_at, steps, [_scalar(b, like[0]).to(like) for b in damped.blocks]))
     # Directions, in the first trial that needs them, for all that follow.
     if not known.directions:
         only_kept = trials.complement is None
         known.directions.extend(directions_of(trials.model, matrices, only_kept=only_kept))
-    return [
+    coordinates = [
         solve(
             damped,
             directions._replace(block=block),
@@ -217,25 +227,18 @@ def _coordinates(
         ).coordinates
         for b, (directions, block) in enumerate(zip(known.directions, damped.blocks, strict=True))
     ]
-
-
-def _shifted_coordinates(
-    trials: TrialSteps, damped: QuadraticModel
-) -> list[Float[Tensor, " _"]] | None:
-    """Return the steps of all blocks from one decomposition for all dampings, if there is one."""
-    if (steps := _shifted(trials)) is None:
-        return None
-    dampings = [_scalar(block, steps[0].evals[0]).to(steps[0].evals) for block in damped.blocks]
-    return list(map(step_at, steps, dampings))
+    return to_parameters(damped, matrices, coordinates)
 
 
 def _shifted(trials: TrialSteps) -> list[Shifted] | None:
     """Return the decompositions of all blocks, None where one has none; made in the first call."""
-    known, weights = trials.known, trials.model.gradient_weights
+    model, known = trials.model, trials.known
     if not known.shifted:
-        everywhere = trials.complement is not None
-        for matrix in trials.matrices:
-            of_block = shifted(matrix, weights, everywhere=everywhere)
+        options = {"everywhere": trials.complement is not None, "exact": trials.exact}
+        for matrix, leaves in zip(trials.matrices, model.leaves, strict=True):
+            rows = partial(scaled_rows, model.curvature_jacobians, leaves, model.curvature_weights)
+            d = sum(model.sizes[leaf] for leaf in leaves)
+            of_block = shifted(matrix, model.gradient_weights, rows, d, **options)
             if of_block is None:
                 known.shifted.clear()
                 return None
@@ -243,10 +246,8 @@ def _shifted(trials: TrialSteps) -> list[Shifted] | None:
     return known.shifted
 
 
-def lengths_at(
-    trials: TrialSteps,
-) -> Callable[[Float[Tensor, " k"]], Float[Tensor, " k"]] | None:
-    """Return a function: the lengths of the steps for some dampings; None where each is a step."""
+def lengths_at(trials: TrialSteps) -> Lengths | None:
+    """Return the lengths of the steps for some dampings; None where each of them takes a step."""
     # Where nothing but the gradient makes a step, and linear systems give it.
     model = trials.model
     if trials.proximal is not None or trials.complement is not None:
@@ -261,4 +262,4 @@ def lengths_at(
         squares = [squared_lengths(of_block, deltas + damping) for of_block, damping in pairs]
         return torch.stack(squares).sum(0).sqrt()
 
-    return lengths
+    return Lengths(lengths, 2 * torch.stack([of_block.rounding for of_block in steps]).amax())

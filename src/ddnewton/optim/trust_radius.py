@@ -31,11 +31,11 @@ def damping_of_length(
     """Return the same where ``lengths`` gives those of many steps at once, which cost little.
 
     The step is as long as the radius, to about one percent. A length falls with the damping: the
-    root lies between two neighbours of a grid, and of a finer one between these.
+    root lies between two neighbours of a grid, and of ever finer ones between these.
     """
     low = torch.maximum(least, LEAST_SHARE * sufficient)
     high = torch.maximum(sufficient, low)
-    for _ in range(2):
+    for _ in range(3):
         exponents = torch.linspace(0, 1, GRID_POINTS, dtype=low.dtype, device=low.device)
         deltas = low * (high / low) ** exponents
         short = lengths(deltas) <= radius

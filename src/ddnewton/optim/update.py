@@ -30,8 +30,13 @@ from ddnewton.quadratic.leafwise import any_decayed, check_leafwise
 from ddnewton.quadratic.matrices import gauss_newton_matrices
 from ddnewton.quadratic.proximal import Proximal, different
 from ddnewton.quadratic.quadratic_model import QuadraticModel, gradients
+from ddnewton.transforms import any_known
 from ddnewton.trees import flattened, joined, real_count, tree_leaves, unflattened
 from ddnewton.types import PyTree
+
+RESOLVED_DAMPING = 1e-11
+"""Down to which damping, relative to the trace, the curvatures that count are known by products of
+columns."""
 
 
 def local_model(
@@ -72,11 +77,15 @@ def local_model(
         free = is_free(settings.box, params, joined(slopes, model.leaves, model.sizes))
         model, matrices = of_free(model, matrices, free)
         slopes = list(map(torch.mul, slopes, by_block(model, free)))
-    # What all trials are compared with.
-    loss = loss_before(model, proximal, scaled_params)
+    # What all trials are compared with, and whether the damping so far is lost in rounding.
+    loss, curvature = (
+        loss_before(model, proximal, scaled_params),
+        curvature_of(matrices, scaled_params),
+    )
+    exact = any_known(state.damping <= RESOLVED_DAMPING * curvature.trace)
     local = LocalModel(
         model=model,
-        trials=trial_steps(model, matrices, settings.complement, proximal, free),
+        trials=trial_steps(model, matrices, settings.complement, proximal, free, exact=exact),
         params=params,
         scaled_params=scaled_params,
         scale=scale,
@@ -84,7 +93,7 @@ def local_model(
         updates=state.updates,
         damping=state.damping,
         held_out=held_out,
-        curvature=curvature_of(matrices, scaled_params),
+        curvature=curvature,
         box=settings.box,
         slopes=slopes,
         gradient_norm=torch.cat(gradients(model, matrices)).norm(),

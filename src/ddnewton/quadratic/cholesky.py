@@ -73,7 +73,7 @@ def right_side(
     It is g itself, √w A₁ᵀg where all of g is damped, or z / N √w where A √w spans it.
     """
     weights = matrix.weights
-    beyond = _is_beyond(matrix, gradient_weights)
+    beyond = is_beyond(matrix, gradient_weights)
     if beyond and not everywhere:
         return None
     if not matrix.on_columns:
@@ -94,13 +94,13 @@ def as_coordinates(
     if not matrix.on_columns:
         return -solution
     root = matrix.weights.sqrt()
-    if _is_beyond(matrix, gradient_weights):
+    if is_beyond(matrix, gradient_weights):
         inside = F.pad(root * solution, (0, len(gradient_weights) - len(root)))
         return (inside - gradient_weights) / delta
     return -root * solution
 
 
-def _is_beyond(matrix: GaussNewton, gradient_weights: Float[Tensor, " a"]) -> bool:
+def is_beyond(matrix: GaussNewton, gradient_weights: Float[Tensor, " a"]) -> bool:
     """Return whether a part of the gradient is of columns without curvature."""
     i = len(matrix.weights)
     if len(gradient_weights) > i:

@@ -10,13 +10,16 @@ from ddnewton.errors import BadValue, public, sentence
 from ddnewton.inputs.checks import check_positive
 from ddnewton.optim.adaptation.adaptation import Adaptation, Outcome
 from ddnewton.optim.adaptation.fixed import (
-    SMALLEST_DAMPING,
     check_factors,
     fixed_damping,
     within_damping_bounds,
 )
 from ddnewton.records import pickled_as_call
 from ddnewton.types import DampingRule
+
+LEAST_DAMPING = 1e-30
+"""The damping, relative to the trace, of steps that no radius shortens: what rounding hides of the
+curvature is left out of them."""
 
 LEAST_RATIO = 1e-4
 """The ratio of the actual to the predicted decrease from which on a step is taken."""
@@ -72,7 +75,7 @@ def trust_region(
 
     return fixed_damping("rule", rule)._replace(
         start=lambda curvature: start * curvature.params,
-        damping=lambda control, curvature: SMALLEST_DAMPING * curvature.trace,
+        damping=lambda control, curvature: LEAST_DAMPING * curvature.trace,
         judge=judge,
         by_length=True,
         scale="jac",
@@ -93,8 +96,8 @@ def levenberg_marquardt(
     A step is taken where the loss falls, and δ is divided by ``down``; where it does not, δ is
     multiplied by ``up``, from the eleventh trial on by 10, and another step is tried on the same
     batch: fast down and slowly up, to about the least damping with which the loss falls. The loss
-    never rises. The first δ is ``start`` times the trace of the Gauss-Newton matrix, which is of the size of its largest
-    eigenvalue. The scale that goes with it is "jac".
+    never rises. The first δ is ``start`` times the trace of the Gauss-Newton matrix, which is of
+    the size of its largest eigenvalue. The scale that goes with it is "jac".
 
     `trust_region` does the same by the length of steps, which stays what it is where curvatures
     change by orders of magnitude: it solves more problems.
