@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ddnewton import directional_newton, top_k, trust_region
+from ddnewton import directional_newton, spring, top_k, trust_region
 from ddnewton.damping import constant
 from tests.methods import ADAPTATIONS, DTYPES, FLOAT32, FLOAT64, Adaptation
 from tests.models import problem
@@ -107,8 +107,8 @@ def test_undamped_steps_of_all_the_gradient():
 def test_a_complement_of_its_own_does_not_stop_what_adapts():
     given = far("relu_mlp", 2.0)
     for adaptation in ADAPTATIONS.values():
-        if not adaptation.adapts or not adaptation.whole_batch:
-            continue
+        if not adaptation.adapts or not adaptation.whole_batch or adaptation.function is spring:
+            continue  # SPRING lets the loss rise: to where curvature, which bounds δ, vanishes
         damping = adaptation.make()
         _, _, info = updated(given, damping, select=top_k(1), complement=1e-4, times=3)
         assert bool(info.accepted)
