@@ -1,4 +1,4 @@
-"""Reproduce the reference example, train a network on digits, and save a figure."""
+"""Reproduce the reference example, fit and train two networks, and save a figure."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    parser.add_argument("--seconds", type=positive, default=8, help="seconds of each fit")
     parser.add_argument("--epochs", type=positive, default=10, help="epochs of each training")
-    parser.add_argument("--seed", type=int, default=0, help="of data, start and mini-batches")
+    parser.add_argument("--seed", type=int, default=0, help="of data, starts and mini-batches")
     parser.add_argument("--out", type=Path, default="ddnewton-demo", help="folder for the figure")
     # The command: plot.
     parser.set_defaults(run=None)
@@ -33,19 +34,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.run is not None:
         return draw(options.run, options.figure)
-    return demo(options.epochs, options.seed, options.out)
+    return demo(options)
 
 
-def demo(epochs: int, seed: int, folder: Path) -> int:
-    """Run both examples, and save the figure in a folder."""
+def demo(options: argparse.Namespace) -> int:
+    """Run the examples, and save the figure in a folder."""
     try:  # here, because other commands do not need the packages of the demo
-        from ddnewton.demo import digits_example, reference_example  # noqa: PLC0415
+        from ddnewton.demo import (  # noqa: PLC0415
+            digits_example,
+            draw_demo,
+            poisson_example,
+            reference_example,
+        )
     except ImportError as missing:
         sys.exit(str(missing))
     if not reference_example():
         return 1
-    folder.mkdir(parents=True, exist_ok=True)
-    digits_example(epochs, seed, folder / "demo.png")
+    poisson = poisson_example(options.seconds, options.seed)
+    digits = digits_example(options.epochs, options.seed)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "demo.png"
+    draw_demo(poisson, digits, path)
+    print(f"Figure: {path}")
     return 0
 
 

@@ -8,17 +8,18 @@ import pytest
 import torch
 
 from ddnewton.__main__ import main
-from ddnewton.demo import vivit_example
+from ddnewton.demo import poisson_fits, vivit_example
 from ddnewton.diagnostics import append
 
 
-def test_one_epoch(tmp_path, capsys):
+def test_one_epoch_and_one_second(tmp_path, capsys):
     before = torch.get_rng_state()
-    assert main(["--epochs", "1", "--seed", "1", "--out", str(tmp_path / "new" / "folder")]) == 0
+    short = ["--seconds", "1", "--epochs", "1", "--seed", "1"]
+    assert main([*short, "--out", str(tmp_path / "new" / "folder")]) == 0
     printed, bar = capsys.readouterr()
     assert "match at rtol 1e-5, atol 1e-7: yes" in printed
     assert "mini-batches, but not the same time" in printed
-    for name in ("damped Newton", "SGD", "Adam"):
+    for name in ("damped Newton", "SGD", "Adam", "ddnewton.fit", "BFGS", "L-BFGS"):
         assert f"   {name}" in printed
     assert printed.count(" s for 22 steps") == 3
     figure = tmp_path / "new" / "folder" / "demo.png"
@@ -35,11 +36,45 @@ def test_a_mismatch_is_no_success(monkeypatch, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_course_has_the_errors_and_the_seconds_of_its_method_alone():
+    problem = poisson_fits.poisson_problem(0)
+    watch, course = poisson_fits.observed(problem, torch.inf)
+    for scale in (1.0, 2.0):
+        watch({name: scale * leaf for name, leaf in problem.params.items()})
+    assert (
+        course.errors[0] == course.errors[1] == poisson_fits.solution_error(problem, problem.params)
+    )
+    assert course.errors[2] != course.errors[0]
+    assert course.seconds == sorted(course.seconds)
+    assert course.error_after(course.seconds[1]) == course.errors[1]
+    assert course.error_after(torch.inf) == course.errors[2]
+    watch, _ = poisson_fits.observed(problem, 0.0)
+    with pytest.raises(StopIteration):
+        watch(problem.params)
+
+
+def test_all_methods_have_the_loss_of_the_fit():
+    problem = poisson_fits.poisson_problem(0)
+    vector = torch.cat([leaf.flatten() for leaf in problem.params.values()])
+    value, gradient = poisson_fits.loss_and_gradient(problem, vector)
+    first = poisson_fits.by_fit(problem, lambda params: None, updates=1)
+    torch.testing.assert_close(first.info.loss, value)
+    torch.testing.assert_close(first.info.gradient_norm, gradient.norm())
+
+
+def test_the_solution_solves_the_equation():
+    points = torch.rand(5, 2, dtype=torch.float64)
+    residual = poisson_fits.residual(
+        None, points, net_fn=lambda _, x: poisson_fits.exact(x)[..., None]
+    )
+    torch.testing.assert_close(residual, torch.zeros_like(residual), atol=1e-12, rtol=0)
+
+
 def test_help(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     printed = capsys.readouterr().out
-    assert all(option in printed for option in ("--epochs", "--seed", "--out", "plot"))
+    assert all(option in printed for option in ("--seconds", "--epochs", "--seed", "--out", "plot"))
 
 
 def test_no_epochs_are_refused(capsys):

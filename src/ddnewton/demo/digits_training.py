@@ -1,10 +1,9 @@
-"""Train a net on handwritten digits with damped Newton steps, SGD and Adam, and draw a figure."""
+"""Train a net on handwritten digits with damped Newton steps, SGD and Adam."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from time import perf_counter
 from typing import NamedTuple, TypeAlias
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import SGD, Adam, Optimizer
 
-from ddnewton import plotting
 from ddnewton.newton import newton_step_and_info
 from ddnewton.quadratic.info import NewtonInfo
 from ddnewton.trees import tree_map
@@ -33,7 +31,7 @@ BATCH_SIZE, BATCH_COUNT = 64, 22
 TRAINING_SIZE = BATCH_SIZE * BATCH_COUNT  # of 1,797 images; the other 389 are for testing
 NEWTON_DAMPING, NEWTON_RATE, SGD_RATE, ADAM_RATE = 0.03, 0.5, 0.3, 0.03
 SETTINGS = f"""\
-2. Handwritten digits: 64-32-10 tanh network, cross-entropy, mini-batches of {BATCH_SIZE} images
+3. Handwritten digits: 64-32-10 tanh network, cross-entropy, mini-batches of {BATCH_SIZE} images
 
    damped Newton  all directions, damping {NEWTON_DAMPING}, learning rate {NEWTON_RATE}
    SGD            learning rate {SGD_RATE}, momentum 0.9
@@ -44,10 +42,6 @@ SETTINGS = f"""\
    Loss on all training images, accuracy on the test images; the rest are means over the epoch's
    mini-batches: leading eigenvalue, rank, and the decrease of the mini-batch's own loss.
 """
-PANEL_TITLES = (
-    *("Gauss-Newton spectrum", "slopes, last mini-batch", "curvatures, last mini-batch"),
-    *("1,408 training images", "389 test images", "each mini-batch's own loss"),
-)
 
 
 def function_and_params(model: nn.Module) -> tuple[ModelFn, dict[str, Tensor]]:
@@ -175,30 +169,8 @@ def report(name: str, epoch: int, run: Run) -> None:
     print(line if epoch > 1 else f"{head}\n{line}")
 
 
-def draw(runs: dict[str, Run], path: Path) -> None:
-    """Save the figure: the directions of the first and last Newton step, and all courses."""
-    newton = runs["damped Newton"]
-    first, last = newton.infos[0], newton.infos[-1]
-    named = {f"{name}, {sum(run.seconds):.1f} s": run for name, run in runs.items()}
-    with plotting.panels(2, 3) as (figure, (a, b, c, d, e, f)):
-        # The upper row: eigenvalues, slopes and curvatures.
-        plotting.spectrum(a, first, color="0.6", label=f"first mini-batch, rank {first.rank}")
-        plotting.spectrum(a, last, label=f"last mini-batch, rank {last.rank}")
-        plotting.slopes(b, last)
-        plotting.curvatures(c, last)
-        # The lower row: losses, accuracies, and decreases of the loss.
-        plotting.training(d, {key: run.losses for key, run in named.items()}, "training loss")
-        plotting.training(e, {key: run.accuracies for key, run in runs.items()}, "test accuracy")
-        plotting.decreases(f, newton.predicted, newton.actual)
-        d.set(yscale="log")
-        e.set(ylim=(0.7, 1.0))
-        for ax, title in zip((a, b, c, d, e, f), PANEL_TITLES, strict=True):
-            ax.set_title(title)
-        figure.savefig(path)
-
-
-def digits_example(epochs: int, seed: int, path: Path) -> None:
-    """Train a net on the digits with all three methods, and save the figure."""
+def digits_example(epochs: int, seed: int) -> dict[str, Run]:
+    """Train a net on the digits with all three methods, and return their courses."""
     print(SETTINGS)
     # One net, and one order of the images, for all methods.
     with torch.random.fork_rng(devices=[]):
@@ -213,5 +185,4 @@ def digits_example(epochs: int, seed: int, path: Path) -> None:
     for name, optimizer in optimizers.items():
         params = {key: p.requires_grad_() for key, p in function_and_params(model)[1].items()}
         runs[name] = train(name, first_order(model_fn, optimizer(params.values())), params, task)
-    draw(runs, path)
-    print(f"Figure: {path}")
+    return runs
