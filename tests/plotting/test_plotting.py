@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ddnewton import newton_step_and_info, plotting, top_k
-from ddnewton.diagnostics import append, read, summary
+from ddnewton import fit, newton_step_and_info, plotting, top_k
+from ddnewton.diagnostics import append, plain, read, summary
 from ddnewton.plotting import run_figures
 
 
@@ -264,6 +264,15 @@ def test_a_history_of_nothing_says_so(lines, tmp_path):
         plotting.history(axes, lines)
         figure.savefig(tmp_path / "figure.png")
     assert [ax.texts[0].get_text() for ax in axes] == ["not in this run"] * 6
+
+
+def test_the_history_of_an_optimizer_has_one_loss():
+    X, y = torch.rand(4, 2), torch.rand(4, 1)
+    result = fit(lambda p, x: x @ p, torch.zeros(2, 1), X, y, max_updates=1)
+    with plotting.panels(1, 1) as (_, axes):
+        plotting.history(axes, [plain(result.info)])
+    (curve,) = axes[0].get_lines()
+    assert curve.get_ydata().tolist() == [result.info.loss.item()]
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,8 @@ def _column(lines: Lines, name: str) -> Float[Tensor, " t"]:
 
 def _terms(lines: Lines) -> dict[str, Float[Tensor, " t"]]:
     """Return the loss of every term, where there are several."""
-    of_terms = [line.get("losses") or {} for line in lines]
+    logged = [line.get("losses") for line in lines]
+    of_terms = [losses if isinstance(losses, Mapping) else {} for losses in logged]
     names = dict.fromkeys(name for losses in of_terms for name in losses)
     return {name: _column(of_terms, name) for name in names}
 
