@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from matplotlib.axes import Axes
-
 from ddnewton import plotting
 from ddnewton.demo.digits_training import Run
 from ddnewton.demo.poisson_fits import PoissonRuns
@@ -23,7 +21,11 @@ def draw_demo(poisson: PoissonRuns, digits: dict[str, Run], path: Path) -> None:
     named = {f"{name}, {sum(run.seconds):.1f} s": run for name, run in digits.items()}
     with plotting.panels(2, 3) as (figure, (a, b, c, d, e, f)):
         # The physics-informed net: errors of all methods, and losses of the fit.
-        draw_courses(a, poisson)
+        for color, (name, course) in zip(plotting.COLORS, poisson.courses.items(), strict=False):
+            a.plot(course.seconds, course.errors, color=color, label=name, linewidth=1.1)
+        a.set(yscale="log", xlabel="seconds", ylabel="relative error of the solution")
+        a.set_ylim(top=1e4)  # room for the legend
+        a.legend(loc="upper right")
         losses = {name: values.tolist() for name, values in poisson.term_losses.items()}
         plotting.training(b, losses, "mean square of a term")
         b.set(yscale="log")
@@ -38,12 +40,3 @@ def draw_demo(poisson: PoissonRuns, digits: dict[str, Run], path: Path) -> None:
         for ax, title in zip((a, b, c, d, e, f), PANEL_TITLES, strict=True):
             ax.set_title(title)
         figure.savefig(path)
-
-
-def draw_courses(ax: Axes, poisson: PoissonRuns) -> None:
-    """Draw the error of every method over its seconds."""
-    for color, (name, course) in zip(plotting.COLORS, poisson.courses.items(), strict=False):
-        ax.plot(course.seconds, course.errors, color=color, label=name, linewidth=1.1)
-    ax.set(yscale="log", xlabel="seconds", ylabel="relative error of the solution")
-    ax.set_ylim(top=1e4)  # room for the legend
-    ax.legend(loc="upper right")

@@ -55,14 +55,14 @@ REMARK = """\
 """
 
 
-def trace(params: PyTree, points: Float[Tensor, "n 2"], *, net_fn: ModelFn) -> Tensor:
-    """Return u at points."""
+def trace(params: PyTree, points: Tensor, *, net_fn: ModelFn) -> Tensor:
+    """Return u at one or several points."""
     outputs: Tensor = net_fn(params, points)[..., 0]
     return outputs
 
 
-def exact(points: Float[Tensor, "n 2"]) -> Float[Tensor, " n"]:
-    """Return sin πx sin πy, which solves the equation."""
+def exact(points: Tensor) -> Tensor:
+    """Return sin πx sin πy at one or several points: it solves the equation."""
     return torch.sin(math.pi * points).prod(-1)
 
 
