@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from statistics import fmean
-from time import perf_counter
+from time import process_time
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -124,9 +124,9 @@ def train(name: str, update: Update, params: PyTree, task: Task) -> Run:
         for samples in tqdm(order, f"{name}, epoch {epoch}", leave=False, disable=None):
             batch = Images(task.images.X[samples], task.images.y[samples])
             # The update alone is timed.
-            begin = perf_counter()
+            begin = process_time()
             params, info = update(params, batch)
-            run.seconds.append(perf_counter() - begin)
+            run.seconds.append(process_time() - begin)
             evaluate(run, params, task)
             # Of a Newton step also the decrease of its own mini-batch's loss.
             if info is not None:
