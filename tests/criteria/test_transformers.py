@@ -244,7 +244,7 @@ def test_training_by_focal_loss():
     def last_loss(criterion):
         optimizer = directional_newton(partial(torch.func.functional_call, net), criterion)
         moving, state = params, optimizer.init(params)
-        for _ in range(15):
+        for _ in range(40):
             moving, state, info = optimizer.update(moving, state, X, y)
         return float(info.loss_after)
 

@@ -232,7 +232,7 @@ def test_a_promise_by_the_matrix_is_that_by_the_columns(delta, monkeypatch):
     model_fn, params, X, y, criterion = problem("many_points")
     promises = []
     for share in (0.0, math.inf):
-        monkeypatch.setattr("ddnewton.optim.trial_steps.MATRIX_SHARE", share)
+        monkeypatch.setattr("ddnewton.optim.promise.MATRIX_SHARE", share)
         optimizer = directional_newton(model_fn, criterion, fixed(delta))
         info = optimizer.update(params, optimizer.init(params), X, y)[2]
         promises.append(info.predicted_decrease)

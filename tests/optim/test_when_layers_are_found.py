@@ -99,7 +99,7 @@ def test_traces_of_a_few_lengths_are_kept_and_none_of_a_module_that_has_changed(
     optimizer = DirectionalNewton(module, nn.MSELoss())
     for steps in range(1, 8):
         optimizer.step(*data(steps))
-    assert len(optimizer._traced) == ddnewton.optim.modules.TRACES_KEPT
+    assert len(optimizer._traced[None]) == ddnewton.optim.modules.TRACES_KEPT
     module.shift += 1
     optimizer.step(*data(7))
-    assert len(optimizer._traced) == 1
+    assert len(optimizer._traced[None]) == 1

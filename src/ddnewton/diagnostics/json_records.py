@@ -73,7 +73,7 @@ def to_json(name: str, value: object) -> Any:
     if isinstance(value, list):
         return [to_json(name, item) for item in value]
     # The losses of terms are a dict of numbers.
-    if isinstance(value, dict):
+    if isinstance(value, dict) and name == "losses":
         return {str(key): to_json(f"{name}[{key!r}]", item) for key, item in value.items()}
     # Booleans before integers, which they are too.
     if isinstance(value, bool):

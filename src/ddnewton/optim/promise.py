@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ddnewton.columns.gram import rmatmat
 from ddnewton.optim.adaptation import Curvature
-from ddnewton.optim.trial_steps import TrialSteps, damped_more
+from ddnewton.optim.trial_steps import TrialSteps
 from ddnewton.quadratic.gauss_newton import GaussNewton
+from ddnewton.quadratic.solution import damped_more
 from ddnewton.transforms import any_known, is_batched
 
 MATRIX_SHARE = 1e-9

@@ -16,6 +16,7 @@ from ddnewton.optim.promise import quadratic_along
 from ddnewton.optim.settings import Settings
 from ddnewton.optim.trial_steps import TrialSteps, lengths_at, trial_step
 from ddnewton.optim.trust_radius import damping_of_length, least_damping
+from ddnewton.quadratic.leafwise import is_leafwise
 from ddnewton.transforms import any_known, is_batched
 from ddnewton.trees import tree_map
 
@@ -24,6 +25,11 @@ MOST_ATTEMPTS = 20
 
 FIRST_DAMPING = 1e-3
 """The damping, relative to the trace, whose step is the first radius where parameters are zero."""
+
+
+LEAST_METRIC = 1e-10
+"""The least damping of a radius, relative to the trace, where weight decay differs inside a block:
+leaves with and without it are compared in coordinates scaled by the root of their damping."""
 
 
 class Step(NamedTuple):
@@ -101,6 +107,8 @@ def _tried(
     delta = settings.adaptation.damping(control, local.curvature)
     radius = torch.full_like(delta, settings.trust_radius or torch.inf)
     if settings.adaptation.by_length:
+        if is_leafwise(local.trials.proximal_blocks):
+            delta = torch.maximum(delta, LEAST_METRIC * local.curvature.trace)
         radius = torch.minimum(radius, control.nan_to_num(nan=torch.inf))
     if any_known(radius.isfinite()):
         delta = _within_radius(local, settings, radius, delta, momentum)

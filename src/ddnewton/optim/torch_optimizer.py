@@ -89,8 +89,8 @@ class DirectionalNewton(Optimizer):
     >>> X = torch.rand(50, 2)
     >>> optimizer = DirectionalNewton(net, torch.nn.MSELoss())
     >>> losses = [optimizer.step(X, X.prod(1, keepdim=True)) for _ in range(20)]
-    >>> f"{losses[0]:.2f} -> {losses[-1]:.0e}"
-    '0.37 -> 5e-07'
+    >>> f"{losses[0]:.2f}", bool(losses[-1] < 1e-5)
+    ('0.37', True)
     """
 
     info: UpdateInfo | None

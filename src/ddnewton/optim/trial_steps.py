@@ -16,7 +16,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ddnewton.columns.normal_equations import scaled_rows
-from ddnewton.damping import check_dampings
 from ddnewton.inputs.groups import Block
 from ddnewton.optim.settings import Complement
 from ddnewton.quadratic.directions import directions_of
@@ -32,9 +31,8 @@ from ddnewton.quadratic.proximal import (
 )
 from ddnewton.quadratic.quadratic_model import QuadraticModel, to_parameters
 from ddnewton.quadratic.shifted import Shifted, shifted, squared_lengths, step_at
-from ddnewton.quadratic.solution import is_linear, solve, without_eigenpairs
+from ddnewton.quadratic.solution import damped_more, is_linear, solve, without_eigenpairs
 from ddnewton.trees import joined
-from ddnewton.types import DampingRule
 
 MOST_FACTORIZATIONS = 6
 """How many dampings are factorized for, before matrices are decomposed for all of them."""
@@ -157,31 +155,6 @@ def _from_centres(
     return step if trials.free is None else trials.free * step
 
 
-def damped_more(model: QuadraticModel, deltas: Sequence[Tensor]) -> QuadraticModel:
-    """Return the model with the dampings of all directions of every block raised by its δ."""
-
-    def raised(
-        damping: float | Tensor | DampingRule, delta: Tensor
-    ) -> float | Tensor | DampingRule:
-        if not callable(damping):
-            return damping + delta
-        # Ask the rule, check its answer as where nothing is added, and add δ.
-        rule = damping
-
-        def raised_rule(*arguments: Tensor) -> Tensor:
-            dampings = rule(*arguments)
-            check_dampings(dampings, arguments[0].shape[0])
-            return dampings + delta.to(dampings)
-
-        return raised_rule
-
-    blocks = [
-        block._replace(damping=raised(block.damping, delta))
-        for block, delta in zip(model.blocks, deltas, strict=True)
-    ]
-    return model._replace(blocks=blocks)
-
-
 def _scalar(block: Block, delta: Tensor) -> Tensor:
     """Return the damping that all directions of a block share: of a rule, only what is added."""
     return delta if callable(block.damping) else torch.as_tensor(block.damping, dtype=delta.dtype)
@@ -234,6 +207,7 @@ def _shifted(trials: TrialSteps) -> list[Shifted] | None:
     """Return the decompositions of all blocks, None where one has none; made in the first call."""
     model, known = trials.model, trials.known
     if not known.shifted:
+        # Of every block, by its rows or by its matrix.
         options = {"everywhere": trials.complement is not None, "exact": trials.exact}
         for matrix, leaves in zip(trials.matrices, model.leaves, strict=True):
             rows = partial(scaled_rows, model.curvature_jacobians, leaves, model.curvature_weights)

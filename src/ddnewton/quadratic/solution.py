@@ -25,6 +25,7 @@ from ddnewton.quadratic.kept import BlockDirections
 from ddnewton.quadratic.proximal import Centre, along_directions, centred_gradient_weights
 from ddnewton.quadratic.quadratic_model import QuadraticModel
 from ddnewton.trees import tree_map
+from ddnewton.types import DampingRule
 
 
 class Solution(NamedTuple):
@@ -73,6 +74,31 @@ def is_linear(model: QuadraticModel, complements: Sequence[float | Tensor | None
         and (complement is None or _same(complement, block.damping))
         for block, complement in zip(model.blocks, complements, strict=True)
     )
+
+
+def damped_more(model: QuadraticModel, deltas: Sequence[Tensor]) -> QuadraticModel:
+    """Return the model with the dampings of all directions of every block raised by its δ."""
+
+    def raised(
+        damping: float | Tensor | DampingRule, delta: Tensor
+    ) -> float | Tensor | DampingRule:
+        if not callable(damping):
+            return damping + delta
+        # Ask the rule, check its answer as where nothing is added, and add δ.
+        rule = damping
+
+        def raised_rule(*arguments: Tensor) -> Tensor:
+            dampings = rule(*arguments)
+            check_dampings(dampings, arguments[0].shape[0])
+            return dampings + delta.to(dampings)
+
+        return raised_rule
+
+    blocks = [
+        block._replace(damping=raised(block.damping, delta))
+        for block, delta in zip(model.blocks, deltas, strict=True)
+    ]
+    return model._replace(blocks=blocks)
 
 
 def solve(
