@@ -37,7 +37,7 @@ TASKS_TRIED = ("poisson-1d", "engd-poisson-2d", "poisson-10d", "digits", "late-d
 METHODS_TRIED = (
     "Adam",
     "Adam, cosine",
-    "LM, as shipped",
+    "trust region, as shipped",
     "constant",
     "held-out, as shipped",
     "SSBroyden",

@@ -12,7 +12,7 @@ from benchmarks.training.tasks import TASKS
 Methods = dict[str, list[Record]]
 
 SHIPPED = "held-out, as shipped"
-OURS = "LM, as shipped"
+OURS = "trust region, as shipped"
 """Our methods that have nothing to choose: for mini-batches, and for full ones."""
 
 

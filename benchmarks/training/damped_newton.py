@@ -64,7 +64,7 @@ def halves(instance: Instance, *, damping: float, learning_rate: float) -> Updat
 DAMPED_NEWTON: dict[str, Start] = {
     "constant": newton,
     "constant, momentum": partial(newton, momentum=0.9),
-    "LM, as shipped": newton,
+    "trust region, as shipped": newton,
     "LM, momentum": partial(newton, damping=levenberg_marquardt()),
     "LM": partial(started, adaptation=levenberg_marquardt),
     "trust region": partial(started, adaptation=trust_region),

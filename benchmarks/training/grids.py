@@ -42,7 +42,7 @@ FULL: dict[str, Grid] = {
     "torch-LM": over(start=(1e-5, 1e-3, 1e-1), mode=("standard", "adaptive")),
     "SOAP": ADAM,
     "constant": over(damping=(1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)),
-    "LM, as shipped": SHIPPED,
+    "trust region, as shipped": SHIPPED,
     "LM": START,
     "LM, momentum": over(momentum=(0.1, 0.3, 0.5, 0.7, 0.8, 0.9)),
     "trust region": START,
@@ -79,7 +79,7 @@ DRAWN: dict[str, Grid] = {
     "SOAP": ADAM,
     "ENGD-W": over(damping=(1e-10, 1e-8, 1e-6, 1e-4, 1e-3, 1e-2)),
     "SPRING": over(damping=(1e-3, 1e-4, 1e-5), momentum=(0.9,), lr=(0.03, 0.1)),
-    "LM, as shipped": SHIPPED,
+    "trust region, as shipped": SHIPPED,
 }
 
 GRIDS = {"full": FULL, "mini": MINI, "late": LATE, "drawn": DRAWN}

@@ -434,7 +434,7 @@ REFUSED = {
     "y of another shape": ({"y": Y[:, None]}, ValueError, ""),
     "params": ({"params": {"height": 1.0}}, TypeError, "params must hold floating-point tensors"),
     "no params": ({"params": {}}, ValueError, "params must hold at least one tensor"),
-    "model": ({"model_fn": 3}, TypeError, "model_fn must be a function, or a dict of"),
+    "model": ({"model_fn": 3}, TypeError, "model_fn must be a function; got 3"),
     "model of X": (
         {"model_fn": nn.Linear(1, 1)},
         TypeError,

@@ -228,11 +228,15 @@ def test_layers_are_unfrozen_from_the_last_to_the_first(damping):
     kept = optimizer.state[module[4].weight]
     previous = {n: torch.zeros_like(p) for n, p in module.named_parameters()}
     previous |= {f"4.{n}": optimizer.state[p]["previous"] for n, p in module[4].named_parameters()}
+    sizes = {n: torch.zeros_like(p) for n, p in module.named_parameters()}
+    of_last = {f"4.{n}": optimizer.state[p] for n, p in module[4].named_parameters()}
+    sizes |= {name: kept.get("sizes", sizes[name]) for name, kept in of_last.items()}
     state = State(
         updates=torch.tensor(kept["step"]),
         control=torch.tensor(kept["control"], dtype=FLOAT64),
         damping=torch.tensor(kept["damping"], dtype=FLOAT64),
         previous=previous,
+        sizes=sizes if DAMPINGS[damping]().scale else (),
     )
     module.requires_grad_(True)
     groups = [Group("4"), Group("2"), Group("0", damping=0.5)]

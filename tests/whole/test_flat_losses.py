@@ -17,6 +17,7 @@ from ddnewton import (
     ggn_eigvalsh,
     gram_matrix,
     held_out,
+    levenberg_marquardt,
     monte_carlo,
     newton_step,
     newton_step_and_info,
@@ -115,11 +116,12 @@ def test_options_that_move_something_else_do_not_hide_it():
 
 
 def test_a_damping_relative_to_no_curvature_is_refused_too():
-    optimizer = directional_newton(logits, nn.L1Loss(), complement="damping")
+    optimizer = directional_newton(logits, nn.L1Loss(), levenberg_marquardt(), complement="damping")
     with pytest.raises(ValueError, match=FLAT.format(name="L1Loss")):
         optimizer.update(PARAMS, optimizer.init(PARAMS), X, Y)
     # A number, or a damping that is not relative to the curvature, leads to a step.
     for optimizer in (
+        directional_newton(logits, nn.L1Loss(), trust_region(), complement="damping"),
         directional_newton(logits, nn.L1Loss(), complement=10.0),
         directional_newton(logits, nn.L1Loss(), fixed(10.0), complement="damping"),
     ):

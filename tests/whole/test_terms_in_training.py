@@ -145,7 +145,7 @@ def wrong_arguments() -> dict[str, Any]:
         "no function": (
             problem._replace(model_fn=problem.model_fn | {"edge": 3}),
             {},
-            "model_fn must be a function, or a dict of them",
+            "model_fn must be a function; got 3",
         ),
         "criteria of one function": (
             problem._replace(

@@ -13,7 +13,6 @@ from ddnewton.criteria.monte_carlo import (
     AnyCriterion,
     Criteria,
     MonteCarlo,
-    generators_of,
     monte_carlo,
 )
 from ddnewton.criteria.regression import huber, mse, smooth_l1
@@ -36,7 +35,6 @@ __all__ = [
     "expand_batch",
     "fisher",
     "gaussian_nll",
-    "generators_of",
     "heteroscedastic_nll",
     "huber",
     "joint_loss",

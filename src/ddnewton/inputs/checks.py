@@ -150,8 +150,8 @@ def check_functions(model_fn: object, select: object) -> None:
     functions = model_fn.values() if isinstance(model_fn, Mapping) else [model_fn]
     for function in functions:
         if not callable(function):
-            rule = "model_fn must be a function, or a dict of them, one for each term of the loss"
-            remedy = "Pass model_fn(params, X) -> outputs."
+            rule = "model_fn must be a function"
+            remedy = "Pass model_fn(params, X) -> outputs, or a dict of such, one for every term."
             raise BadType(sentence(rule, repr(function), remedy))
         if isinstance(function, nn.Module) and not accepts_arguments(function.forward, 2):
             rule, got = "model_fn must take params and X", f"the module {type(function).__name__}"

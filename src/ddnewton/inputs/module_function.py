@@ -149,8 +149,8 @@ def module_functions(
     forwards = dict(forward) if isinstance(forward, Mapping) else {None: forward}
     for function in forwards.values():
         if not callable(function) and (several or function is not None):
-            rule = f"{caller}: forward must be a function of module and X, or a dict of them"
-            remedy = "Pass forward(module, X)."
+            rule = f"{caller}: forward must be a function of module and X"
+            remedy = "Pass forward(module, X), or a dict of such, one for every term."
             raise BadType(sentence(rule, type(function).__name__, remedy))
     if not forwards:
         rule, remedy = f"{caller}: forward must hold at least one term", f"Pass {EXAMPLE}."

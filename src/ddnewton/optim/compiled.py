@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from ddnewton.criteria import Criteria, generators_of
+from ddnewton.criteria import Criteria
+from ddnewton.criteria.monte_carlo import generators_of
 from ddnewton.optim.notices import FLAT_SHARE_WARNED
 from ddnewton.optim.settings import Settings
 from ddnewton.optim.state import State, UpdateInfo

@@ -110,7 +110,8 @@ def noise_of(local: LocalModel) -> Float[Tensor, ""]:
         size.slopes @ (eps * size.params) + size.curvatures @ (eps * size.params).square()
         for size in sizes_of_blocks(local)
     ]
-    return torch.stack(of_params).sum() + LOSS_ROUNDINGS * of_loss
+    of_outputs = torch.stack([term.rounding for term in local.model.terms]).sum()
+    return torch.stack(of_params).sum() + of_outputs + LOSS_ROUNDINGS * of_loss
 
 
 def sizes_of_blocks(local: LocalModel) -> list[BlockSizes]:

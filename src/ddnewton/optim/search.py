@@ -27,6 +27,10 @@ FIRST_DAMPING = 1e-3
 """The damping, relative to the trace, whose step is the first radius where parameters are zero."""
 
 
+EXACT_SHARE = 1e-15
+"""How much smaller the least damping of a radius is, where curvatures are known to the square of
+the rounding."""
+
 LEAST_METRIC = 1e-10
 """The least damping of a radius, relative to the trace, where weight decay differs inside a block:
 leaves with and without it are compared in coordinates scaled by the root of their damping."""
@@ -109,6 +113,8 @@ def _tried(
     if settings.adaptation.by_length:
         if is_leafwise(local.trials.proximal_blocks):
             delta = torch.maximum(delta, LEAST_METRIC * local.curvature.trace)
+        elif local.trials.exact:
+            delta = delta * EXACT_SHARE
         radius = torch.minimum(radius, control.nan_to_num(nan=torch.inf))
     if any_known(radius.isfinite()):
         delta = _within_radius(local, settings, radius, delta, momentum)

@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ddnewton.criteria import Criteria, generators_of
+from ddnewton.criteria import Criteria
+from ddnewton.criteria.monte_carlo import generators_of
 from ddnewton.optim.state import State
 
 Stored: TypeAlias = Mapping[Tensor, Mapping[str, Any]]

@@ -96,7 +96,7 @@ def as_coordinates(
     root = matrix.weights.sqrt()
     if is_beyond(matrix, gradient_weights):
         inside = F.pad(root * solution, (0, len(gradient_weights) - len(root)))
-        return (inside - gradient_weights) / delta
+        return torch.where(delta > 0, (inside - gradient_weights) / delta, 0)
     return -root * solution
 
 

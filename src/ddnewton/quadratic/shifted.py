@@ -137,12 +137,15 @@ def _of_rows(
     left, values, right = torch.linalg.svd(rows, full_matrices=False)
     curved = matrix.weights > 0
     root = torch.where(curved, matrix.weights, 1).sqrt()
+    coefficients = values * (left.mT @ torch.where(curved, gradient_weights / root, 0))
+    # What is left of a singular value that vanishes is rounding, and no damping hides it.
+    rounding = (torch.finfo(values.dtype).eps * max(rows.shape) * values[0]).square()
     return Shifted(
         matrix=matrix,
         gradient_weights=gradient_weights,
         evals=values.square(),
         vectors=right.mT,
-        rounding=(torch.finfo(values.dtype).eps * len(values) * values[0]).square(),
-        coefficients=values * (left.mT @ torch.where(curved, gradient_weights / root, 0)),
+        rounding=rounding,
+        coefficients=torch.where(values.square() > rounding, coefficients, 0),
         in_parameters=True,
     )

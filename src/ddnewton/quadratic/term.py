@@ -67,6 +67,7 @@ class Term(NamedTuple):
     gradient_columns: Jacobian | None  # the gradient's own
     rows: SampleRows
     unseen: Unseen | None
+    rounding: Float[Tensor, ""]  # of the loss, by that of the outputs
 
     @property
     def curvature_weights(self) -> Float[Tensor, "m n2"]:
@@ -132,7 +133,19 @@ def term_of(linearization: Linearization, objective: Objective, expansion: Expan
         gradient_columns=gradient_columns,
         rows=SampleRows(gradient.rows, lambda_rows),
         unseen=unseen,
+        rounding=_rounding(linearization.precise, expansion),
     )
+
+
+def _rounding(outputs: Float[Tensor, "n ..."], expansion: Expansion) -> Float[Tensor, ""]:
+    """Return by how much the mean loss moves when every output is rounded, each its own way.
+
+    A small residual of large outputs is known to no more digits than these.
+    """
+    moved = slopes_of(expansion) * outputs.reshape(len(outputs), -1)
+    eps = torch.finfo(outputs.dtype).eps
+    rounding: Tensor = torch.linalg.vector_norm(moved) * (eps / len(outputs))
+    return rounding
 
 
 def of_samples(expansion: Expansion, samples: Int[Tensor, " _"] | None) -> Expansion:

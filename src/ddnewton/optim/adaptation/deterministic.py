@@ -10,16 +10,13 @@ from ddnewton.errors import BadValue, public, sentence
 from ddnewton.inputs.checks import check_positive
 from ddnewton.optim.adaptation.adaptation import Adaptation, Outcome
 from ddnewton.optim.adaptation.fixed import (
+    SMALLEST_DAMPING,
     check_factors,
     fixed_damping,
     within_damping_bounds,
 )
 from ddnewton.records import pickled_as_call
 from ddnewton.types import DampingRule
-
-LEAST_DAMPING = 1e-30
-"""The damping, relative to the trace, of steps that no radius shortens: what rounding hides of the
-curvature is left out of them."""
 
 LEAST_RATIO = 1e-4
 """The ratio of the actual to the predicted decrease from which on a step is taken."""
@@ -75,7 +72,7 @@ def trust_region(
 
     return fixed_damping("rule", rule)._replace(
         start=lambda curvature: start * curvature.params,
-        damping=lambda control, curvature: LEAST_DAMPING * curvature.trace,
+        damping=lambda control, curvature: SMALLEST_DAMPING * curvature.trace,
         judge=judge,
         by_length=True,
         scale="jac",
