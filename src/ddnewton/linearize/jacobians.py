@@ -91,10 +91,20 @@ def _columns(
     X, basis = take(model.X, chunk), basis[chunk]
     of_samples, leaves = way(model.function, model.params, X, basis)
     of_batch = model.outputs[chunk]
+    # Residuals may be differences of terms as large as parameters times their derivatives.
     size = of_batch.abs().amax()
-    check_independent(of_batch, of_samples, size, size, "outputs", model.rounding)
+    pairs = zip(leaves, tree_leaves(model.params), strict=True)
+    terms = [_largest(columns) * _largest(leaf) for columns, leaf in pairs if leaf.numel()]
+    floor = torch.stack([size, *(term.to(size) for term in terms)]).amax()
+    check_independent(of_batch, of_samples, size, floor, "outputs", model.rounding)
     rows = basis.shape[0] * basis.shape[2]
     return [leaf.reshape(rows, leaf.numel() // rows) for leaf in leaves]
+
+
+def _largest(tensor: Tensor) -> Float[Tensor, ""]:
+    """Return the largest size of an entry."""
+    largest: Tensor = torch.linalg.vector_norm(tensor, math.inf)
+    return largest
 
 
 def _check_pullback(
