@@ -188,7 +188,7 @@ def _updated_once(module, params, X, y, scale):
 def test_more_parameters_than_points_keep_their_units():
     """A differential equation at few points: by the sizes of columns its residual vanishes at the
     points and the error between them explodes."""
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     net = nn.Sequential(nn.Linear(1, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 1))
     params = {name: p.detach().double() for name, p in net.double().named_parameters()}
     x = torch.linspace(0.02, 0.98, 40, dtype=FLOAT64)[:, None]
@@ -205,7 +205,8 @@ def test_more_parameters_than_points_keep_their_units():
     between = torch.linspace(0, 1, 301, dtype=FLOAT64)[:, None]
 
     def error_after(**options):
-        optimizer = directional_newton(residual, nn.MSELoss(), **options)
+        damping = levenberg_marquardt()
+        optimizer = directional_newton(residual, nn.MSELoss(), damping, **options)
         trained, state = params, optimizer.init(params)
         for _ in range(40):
             trained, state, _ = optimizer.update(trained, state, x, source)
@@ -218,7 +219,7 @@ def test_more_parameters_than_points_keep_their_units():
     # What would happen in units of the columns at the start, passed as a scale.
     columns = torch.func.jacrev(lambda p: residual(p, x)[:, 0])(params)
     sizes = tree_map(lambda J: 1 / (2 * J.square().mean(0)).sqrt().clamp(min=1e-12), columns)
-    assert error_after(scale=sizes) > 2 * unscaled
+    assert error_after(scale=sizes) > 100 * unscaled
 
 
 def test_points_drawn_anew_are_learned_by_all_batches_together():
