@@ -95,7 +95,7 @@ def _columns(
     size = of_batch.abs().amax()
     pairs = zip(leaves, tree_leaves(model.params), strict=True)
     terms = [_largest(columns) * _largest(leaf) for columns, leaf in pairs if leaf.numel()]
-    floor = torch.stack([size, *(term.to(size) for term in terms)]).amax()
+    floor = torch.stack([size, *(term.to(size) for term in terms)]).nan_to_num(0, 0).amax()
     check_independent(of_batch, of_samples, size, floor, "outputs", model.rounding)
     rows = basis.shape[0] * basis.shape[2]
     return [leaf.reshape(rows, leaf.numel() // rows) for leaf in leaves]
