@@ -24,7 +24,6 @@ from ddnewton.optim.settings import Settings, decays_of
 from ddnewton.optim.state import State, UpdateInfo
 from ddnewton.optim.trial_steps import trial_steps
 from ddnewton.quadratic.flat import check_slopes, flat_share, has_flat_samples
-from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.held import of_free
 from ddnewton.quadratic.leafwise import any_decayed, check_leafwise
 from ddnewton.quadratic.matrices import gauss_newton_matrices
@@ -72,16 +71,17 @@ def local_model(
         )
     check_slopes(model, matrices, curved=settings.complement is None)
     # The slopes along the parameters; those that bounds hold have none, and no curvature.
-    slopes, free = _slopes(model, matrices, proximal, scaled_params), None
+    of_loss, free = gradients(model, matrices), None
+    of_penalty = by_block(model, decay_of(proximal, scaled_params) * scaled_params)
+    slopes = list(map(torch.add, of_loss, of_penalty))
     if settings.box is not None:
         free = is_free(settings.box, params, joined(slopes, model.leaves, model.sizes))
         model, matrices = of_free(model, matrices, free)
-        slopes = list(map(torch.mul, slopes, by_block(model, free)))
+        masks = by_block(model, free)
+        of_loss, slopes = (list(map(torch.mul, part, masks)) for part in (of_loss, slopes))
     # What all trials are compared with, and whether the damping so far is lost in rounding.
-    loss, curvature = (
-        loss_before(model, proximal, scaled_params),
-        curvature_of(matrices, scaled_params),
-    )
+    loss = loss_before(model, proximal, scaled_params)
+    curvature = curvature_of(matrices, scaled_params)
     exact = any_known(state.damping <= RESOLVED_DAMPING * curvature.trace)
     local = LocalModel(
         model=model,
@@ -96,22 +96,11 @@ def local_model(
         curvature=curvature,
         box=settings.box,
         slopes=slopes,
-        gradient_norm=torch.cat(gradients(model, matrices)).norm(),
+        gradient_norm=torch.cat(of_loss).norm(),
         loss=loss,
         noise=torch.zeros_like(loss),
     )
     return local._replace(noise=noise_of(local))
-
-
-def _slopes(
-    model: QuadraticModel,
-    matrices: Sequence[GaussNewton],
-    proximal: Proximal | None,
-    scaled_params: Float[Tensor, " d"],
-) -> list[Float[Tensor, " _"]]:
-    """Return the slopes of the loss and of its penalty along the parameters of every block."""
-    of_penalty = by_block(model, decay_of(proximal, scaled_params) * scaled_params)
-    return list(map(torch.add, gradients(model, matrices), of_penalty))
 
 
 def _by_parameter(
