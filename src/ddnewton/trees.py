@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.utils._pytree import (
     TreeSpec,
@@ -157,6 +157,14 @@ def joined(
     """
     parts = _split_into_leaves(flat, blocks, sizes)
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def along_block(
+    vector: Shaped[Tensor, " d"], block: Sequence[int], sizes: Sequence[int]
+) -> Shaped[Tensor, " _"]:
+    """Return the part of one vector of all leaves along those of a block: `joined` puts it back."""
+    parts = vector.split(list(sizes))
+    return torch.cat([vector[:0], *(parts[leaf] for leaf in block)])
 
 
 def _split_into_leaves(

@@ -4,8 +4,8 @@ Sums over parameters are accumulated in float64, whatever the columns are: small
 differences that float32 sums do not resolve. Columns are counted by m·N + n; inside a chunk the
 samples come first, n·m, as they come out of ``vmap``.
 
-The columns are given as one or two Jacobians: first that of the curvature, then, where the gradient
-has parts that its columns do not span, one whose columns are gradients of samples themselves. A
+The columns are given as Jacobians: first those of the curvature, one a term of the loss, then,
+where the gradient has parts that these do not span, some whose columns are gradients of samples. A
 block is some of the parameters, with columns cut to them; one visit of the model serves all blocks.
 """
 
@@ -33,6 +33,7 @@ from ddnewton.columns.factors import (
 )
 from ddnewton.columns.units import in_units
 from ddnewton.transforms import concatenated, summed
+from ddnewton.trees import along_block
 
 
 class Columns(NamedTuple):
@@ -155,8 +156,7 @@ def scale_along(jacobian: Jacobian, block: Leaves) -> Float[Tensor, " d"] | None
     """Return the scale of the parameters of a block, None where they have none."""
     if jacobian.scale is None or len(block) == len(jacobian.sizes):
         return jacobian.scale
-    parts = jacobian.scale.split(list(jacobian.sizes))
-    return torch.cat([jacobian.scale[:0], *(parts[leaf] for leaf in block)])
+    return along_block(jacobian.scale, block, jacobian.sizes)
 
 
 def _total(parts: Sequence[Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from ddnewton.quadratic.proximal import Proximal
 from ddnewton.quadratic.quadratic_model import QuadraticModel
 from ddnewton.quadratic.trial_loss import trial_loss
 from ddnewton.trees import (
+    along_block,
     as_real,
     flattened,
     tree_leaves,
@@ -133,8 +134,7 @@ def sizes_of_blocks(local: LocalModel) -> list[BlockSizes]:
 
 def by_block(model: QuadraticModel, vector: Shaped[Tensor, " d"]) -> list[Shaped[Tensor, " _"]]:
     """Return the parts of a vector along the parameters of every block."""
-    parts = vector.split(list(model.sizes))
-    return [torch.cat([parts[leaf] for leaf in block]) for block in model.leaves]
+    return [along_block(vector, block, model.sizes) for block in model.leaves]
 
 
 def decay_of(proximal: Proximal | None, theta: Float[Tensor, " d"]) -> Float[Tensor, " d"]:

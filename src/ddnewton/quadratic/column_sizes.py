@@ -20,7 +20,7 @@ from ddnewton.columns.alignment import Leaves
 from ddnewton.columns.factors import Jacobian
 from ddnewton.columns.gram import columns_of, scale_along
 from ddnewton.quadratic.gauss_newton import GaussNewton
-from ddnewton.trees import joined
+from ddnewton.trees import along_block, joined
 
 
 def column_sizes(
@@ -46,10 +46,9 @@ def scale_by_sizes(
     counts: Sequence[int],
 ) -> Float[Tensor, " d"]:
     """Return the inverse of the sizes; 1 for columns of zeros and on the side of the columns."""
-    parts = largest.split(list(counts))
     scales = []
     for matrix, block in zip(matrices, blocks, strict=True):
-        sizes = torch.cat([largest[:0], *(parts[leaf] for leaf in block)])
+        sizes = along_block(largest, block, counts)
         sized = (sizes > 0) & (not matrix.on_columns)
         scales.append(torch.where(sized, 1 / torch.where(sized, sizes, 1), 1))
     scale = joined(scales, blocks, counts)
@@ -62,9 +61,6 @@ def scaled_matrices(
     """Return S G S and S g of the blocks on the side of the parameters, by the Jacobians' scale."""
     scaled = []
     for matrix, block in zip(matrices, blocks, strict=True):
-        scale, entries, gradient = scale_along(jacobians[0], block), matrix.entries, matrix.gradient
-        if scale is not None and not matrix.on_columns:
-            entries, gradient = scale[:, None] * entries * scale, scale * gradient
-        columns = columns_of(jacobians, block)
-        scaled.append(matrix._replace(columns=columns, entries=entries, gradient=gradient))
+        scale = None if matrix.on_columns else scale_along(jacobians[0], block)
+        scaled.append(matrix.scaled(columns_of(jacobians, block), scale))
     return scaled

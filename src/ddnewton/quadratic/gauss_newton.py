@@ -74,6 +74,13 @@ class GaussNewton(NamedTuple):
             return self.gradient
         return self.columns.matmat(weights[None])[0]
 
+    def scaled(self, columns: Columns, scale: Float[Tensor, " d"] | None) -> GaussNewton:
+        """Return S G S and S g, with the columns S A; None leaves matrix and gradient alone."""
+        if scale is None:
+            return self._replace(columns=columns)
+        entries = scale[:, None] * self.entries * scale
+        return self._replace(columns=columns, entries=entries, gradient=scale * self.gradient)
+
     def to_parameters(self, coordinates: Float[Tensor, "k j"]) -> Float[Tensor, "k d"]:
         """Return vectors of parameters from weights of all columns, or from themselves."""
         return self.columns.matmat(coordinates) if self.on_columns else coordinates

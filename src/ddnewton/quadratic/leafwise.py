@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.columns.gram import columns_of
 from ddnewton.errors import BadValue, sentence
-from ddnewton.quadratic.gauss_newton import GaussNewton, block_matrices
+from ddnewton.quadratic.gauss_newton import GaussNewton
+from ddnewton.quadratic.matrices import rescaled
 from ddnewton.quadratic.proximal import Centre, ProximalBlock, different
 from ddnewton.quadratic.quadratic_model import QuadraticModel
 from ddnewton.transforms import any_known
@@ -77,27 +77,7 @@ def in_metrics(
 ) -> tuple[QuadraticModel, list[GaussNewton]]:
     """Return model and matrices in the coordinates in which D is 1."""
     roots = [metric.rsqrt() for metric in metrics]
-    root = joined(roots, model.leaves, model.sizes)
-    before = model.jacobians[0].scale
-    scale = root if before is None else root * before
-    jacobians = [jacobian._replace(scale=scale) for jacobian in model.jacobians]
-    # O(d²) on the side of the parameters, a contraction of columns on the other.
-    numbers = [b for b, matrix in enumerate(matrices) if matrix.on_columns]
-    leaves = [model.leaves[b] for b in numbers]
-    weights = model.curvature_weights, model.gradient_weights
-    contractions = block_matrices(jacobians, len(model.terms), leaves, *weights)
-    contracted = dict(zip(numbers, contractions, strict=True))
-    scaled = [
-        contracted[b]
-        if matrix.on_columns
-        else matrix._replace(
-            columns=columns_of(jacobians, model.leaves[b]),
-            entries=roots[b][:, None] * matrix.entries * roots[b],
-            gradient=roots[b] * matrix.gradient,
-        )
-        for b, matrix in enumerate(matrices)
-    ]
-    return model._replace(jacobians=jacobians), scaled
+    return rescaled(model, matrices, joined(roots, model.leaves, model.sizes))
 
 
 def centre_in_metric(
