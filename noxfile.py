@@ -119,6 +119,7 @@ TRAINERS = ("pytorch-optimizer", "torch-levenberg-marquardt")
 def train(session: nox.Session) -> None:
     """Train the same nets by our methods and by others; arguments go to the benchmark."""
     install(session)
-    session.install("--no-deps", *TRAINERS, success_codes=range(256))  # one that is missing is told
+    for packages in (("--no-deps", *TRAINERS), ("pytorch-lightning",)):  # the second's needs
+        session.install(*packages, success_codes=range(256))  # one that is missing is told
     module = "benchmarks.training.train"
     session.run("python", "-m", module, *session.posargs, env=ONE_THREAD)

@@ -43,6 +43,7 @@ METHODS_TRIED = (
     "SSBroyden",
     "ENGD",
     "SPRING",
+    "spring, as shipped",
     "SciPy L-BFGS-B",
 )
 OPTIONS = ("--quick", "--workers=1", "--task", *TASKS_TRIED, "--method", *METHODS_TRIED)
@@ -98,7 +99,7 @@ def test_plan_takes_less_than_five_hours_on_two_cores():
 
 
 def test_a_package_that_is_missing_is_told_of_and_not_run(monkeypatch):
-    monkeypatch.setitem(installed_packages.PACKAGES, "SOAP", "no_such_package")
+    monkeypatch.setitem(installed_packages.PACKAGES, "SOAP", ("no_such_package",))
     assert "SOAP" not in train.Plan(train.arguments([])).grids("engd-heat")
     told = training_tables.absent("engd-heat", {})
     assert "SOAP: not installed (no_such_package)." in told

@@ -20,6 +20,7 @@ from ddnewton import (
     levenberg_marquardt,
     monte_carlo,
     prepare,
+    spring,
     trust_region,
 )
 from ddnewton.damping import signal_to_noise
@@ -65,6 +66,7 @@ DAMPED_NEWTON: dict[str, Start] = {
     "constant": newton,
     "constant, momentum": partial(newton, momentum=0.9),
     "trust region, as shipped": newton,
+    "spring, as shipped": partial(newton, damping=spring()),
     "LM, momentum": partial(newton, damping=levenberg_marquardt()),
     "LM": partial(started, adaptation=levenberg_marquardt),
     "trust region": partial(started, adaptation=trust_region),

@@ -80,6 +80,7 @@ DRAWN: dict[str, Grid] = {
     "ENGD-W": over(damping=(1e-10, 1e-8, 1e-6, 1e-4, 1e-3, 1e-2)),
     "SPRING": over(damping=(1e-3, 1e-4, 1e-5), momentum=(0.9,), lr=(0.03, 0.1)),
     "trust region, as shipped": SHIPPED,
+    "spring, as shipped": SHIPPED,
 }
 
 GRIDS = {"full": FULL, "mini": MINI, "late": LATE, "drawn": DRAWN}

@@ -68,11 +68,14 @@ def start_torch_lm(instance: Instance, *, start: float = 1e-3, mode: str = "stan
     return update
 
 
-PACKAGES = {"SOAP": "pytorch_optimizer", "torch-LM": "torch_levenberg_marquardt"}
-"""The module that a method needs."""
+PACKAGES = {
+    "SOAP": ("pytorch_optimizer",),
+    "torch-LM": ("torch_levenberg_marquardt", "pytorch_lightning"),
+}
+"""The modules that a method needs."""
 INSTALLED: dict[str, Start] = {"SOAP": start_soap, "torch-LM": start_torch_lm}
 
 
 def is_missing(method: str) -> bool:
     """Tell whether a method's package is not installed."""
-    return method in PACKAGES and find_spec(PACKAGES[method]) is None
+    return any(find_spec(module) is None for module in PACKAGES.get(method, ()))

@@ -181,7 +181,7 @@ def main() -> None:
     total = sum(minutes for _, minutes in plan.minutes(options.workers).values())
     say(f"{'all':13} about {total:.0f} minutes with {options.workers} workers")
     for method in filter(is_missing, PACKAGES):
-        say(f"{method}: not installed, {PACKAGES[method]}")
+        say(f"{method}: not installed, {' and '.join(PACKAGES[method])}")
     if options.plan:
         return
     # Workers of their own, which import torch after the environment is set.

@@ -174,7 +174,7 @@ def absent(name: str, methods: dict[str, list[Record]]) -> list[str]:
         for method in GRIDS[task.kind]
         if method not in task.without and method not in methods and is_missing(method)
     ]
-    return [*(f"{method}: not installed ({PACKAGES[method]})." for method in names), ""]
+    return [*(f"{method}: not installed ({', '.join(PACKAGES[method])})." for method in names), ""]
 
 
 def section(name: str, methods: dict[str, list[Record]]) -> list[str]:
