@@ -13,14 +13,19 @@ from torch.func import functional_call
 from ddnewton import (
     Group,
     above,
+    covariance,
+    directional_newton,
     energy,
+    fit,
+    ggn_eigvalsh,
     newton_step,
     newton_step_and_info,
     per_layer,
     per_parameter,
+    prepare,
     top_k,
 )
-from ddnewton.criteria import cross_entropy
+from ddnewton.criteria import cross_entropy, mse
 from ddnewton.damping import relative, signal_to_noise
 
 X = torch.linspace(-1, 1, 12).reshape(4, 3)
@@ -44,6 +49,11 @@ def test_without_changes_the_step_is_taken():
     assert step()["W"].shape == (2, 3)
 
 
+NUMBER = (
+    r"params must hold floating-point tensors only; got params\['c'\]: float 1\.0\. Pass a tensor "
+    r"for every number .*: torch\.tensor\(1\.0\), or torch\.tensor\(1\.0, dtype=torch\.float64\)"
+)
+
 # Each case: the changed arguments, the error, and what its message must say.
 CASES = {
     # the batch
@@ -52,16 +62,35 @@ CASES = {
     "empty batch": ({"X": X[:0], "y": Y[:0]}, ValueError, "at least one sample"),
     "empty tree": ({"X": {}}, ValueError, "X must hold at least one tensor"),
     "no tensor in X": ({"X": [X, None]}, TypeError, r"X\[1\]: NoneType"),
-    "no tensor in y": ({"y": 3.0}, TypeError, "y: float"),
+    "no tensor in y": ({"y": 3.0}, TypeError, "y: float. Convert it with torch.as_tensor"),
+    "y and criterion swapped": (
+        {"y": nn.MSELoss(), "criterion": Y},
+        TypeError,
+        "X and y must be tensors .*; got y: MSELoss. If it is the criterion, pass it after y: the",
+    ),
+    "a record for y": ({"y": mse()}, TypeError, "got y: Loss. If it is the criterion, pass it aft"),
+    "a function for y": (
+        {"y": lambda t: Y},
+        TypeError,
+        "got y: <lambda>. Pass what it returns, or",
+    ),
+    "targets for criterion": (
+        {"criterion": Y},
+        TypeError,
+        r"criterion must be a loss function; got a tensor of shape \[4, 2\]. If it is y, pass",
+    ),
     "no axes in X": ({"X": torch.tensor(1.0)}, ValueError, "samples on axis 0; got X: a tensor"),
     # the parameters
     "no parameters": ({"params": {}}, ValueError, "params must hold at least one tensor"),
     "integers": (
         {"params": PARAMS | {"b": torch.tensor([1, 2])}},
         TypeError,
-        r"floating-point tensors only; got params\['b'\]: torch.int64",
+        r"floating-point tensors only; got params\['b'\]: torch.int64. Convert it with .double",
     ),
-    "no tensor": ({"params": PARAMS | {"c": 1.0}}, TypeError, r"params\['c'\]: float"),
+    "no tensor": ({"params": PARAMS | {"c": 1.0}}, TypeError, NUMBER),
+    "one number": ({"params": 2}, TypeError, r"params: int 2\.0\. .*: torch\.tensor\(2\.0\), or"),
+    "an array": ({"params": [X.numpy()]}, TypeError, r"params\[0\]: ndarray\. Convert .*as_tensor"),
+    "a boolean": ({"params": {"a": True}}, TypeError, r"got params\['a'\]: bool\. Pass floating"),
     # targets
     "mse shape": ({"y": Y[:, :1]}, ValueError, r"outputs: \[4, 2\], y: \[4, 1\]\. Reshape"),
     "mse integers": ({"y": Y.long()}, TypeError, "y must be floating-point"),
@@ -121,6 +150,11 @@ CASES = {
     "bce shape": ({"criterion": nn.BCEWithLogitsLoss(), "y": Y[:, 0]}, ValueError, "shape"),
     # the criterion
     "a class": ({"criterion": nn.MSELoss}, TypeError, "criterion must be a loss function.*MSELoss"),
+    "a weight": (
+        {"criterion": 10.0},
+        TypeError,
+        r"got 10.0. A number is no loss: .* write ddnewton.weighted\(torch.nn.MSELoss\(\), 10.0\)",
+    ),
     "a string": ({"criterion": "mse"}, TypeError, "criterion must be a loss function; got 'mse'"),
     "reduction none": ({"criterion": nn.MSELoss(reduction="none")}, ValueError, "reduction='none'"),
     "partial none": (
@@ -133,7 +167,11 @@ CASES = {
         ValueError,
         "reduction='none'",
     ),
-    "record none": ({"criterion": lambda f, y: (f - y) ** 2}, ValueError, r"shape \[4, 2\]"),
+    "record none": (
+        {"criterion": lambda f, y: (f - y) ** 2},
+        ValueError,
+        r"one number; got a tensor of shape \[4, 2\]. Return its .mean\(\) or .sum\(\)",
+    ),
     "no tensor from it": ({"criterion": lambda f, y: 1.0}, TypeError, "scalar tensor; got float"),
     "root of a sum": (
         {"criterion": lambda f, y: (f - y).square().sum().sqrt()},
@@ -260,6 +298,23 @@ def test_refusals_name_the_function_that_was_called(case):
     arguments = [linear, PARAMS, X, changes.get("y", Y), F.mse_loss, changes.get("damping", 1.0)]
     with pytest.raises(error, match=r"^newton_step_and_info: "):
         newton_step_and_info(*arguments, select=changes.get("select"))
+
+
+NUMBERS = {
+    "fit": lambda params: fit(linear, params, X, Y),
+    "newton_step": lambda params: newton_step(linear, params, X, Y, F.mse_loss, 1.0),
+    "prepare": lambda params: prepare(linear, params, X),
+    "init": lambda params: directional_newton(linear, F.mse_loss).init(params),
+    "update": lambda params: directional_newton(linear, F.mse_loss).update(params, None, X, Y),
+    "covariance": lambda params: covariance(linear, params, X, Y, F.mse_loss),
+    "ggn_eigvalsh": lambda params: ggn_eigvalsh(linear, params, X, Y, F.mse_loss),
+}
+
+
+@pytest.mark.parametrize("function", NUMBERS)
+def test_numbers_among_the_parameters_are_refused_everywhere_with_the_tensor_to_pass(function):
+    with pytest.raises(TypeError, match=f"^{function}: {NUMBER}"):
+        NUMBERS[function](PARAMS | {"c": 1.0})
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 2])

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import ddnewton.optim.fit_loop
 import ddnewton.optim.progress
-from ddnewton import Fit, Group, criteria, directional_newton, fit
+from ddnewton import Fit, Group, criteria, directional_newton, fit, monte_carlo
 from tests.methods import ADAPTATIONS, DTYPES, FLOAT64, seeded
 
 X = torch.linspace(0, 4, 30, dtype=FLOAT64)
@@ -389,6 +389,9 @@ def test_nothing_is_shown_unless_asked_for(capsys, monkeypatch):
 
 # --- what is refused ---------------------------------------------------------------------------
 
+POINTS = "X and y must be tensors, pytrees of tensors, or functions of the number of updates alone"
+SWAPPED = "If it is the criterion, pass it after y: the order is model_fn, params, X, y, criterion"
+S = SWAPPED[:20]
 REFUSED = {
     "ftol below": ({"ftol": -1e-8}, ValueError, "ftol must be a number ≥ 0; got -1e-08"),
     "xtol a word": ({"xtol": "small"}, TypeError, "xtol must be a number ≥ 0; got 'small'"),
@@ -406,9 +409,45 @@ REFUSED = {
     "X of nothing": (
         {"X": lambda: X},
         TypeError,
-        "X may be a function of the number of updates al",
+        f"{POINTS}; got X: <lambda>. Pass what it returns, or, .* such as X=lambda t: draw",
     ),
-    "y of two": ({"y": lambda t, k: Y}, TypeError, "y may be a function of the number of updates"),
+    "y of two": ({"y": lambda t, k: Y}, TypeError, f"{POINTS}; got y: <lambda>. {SWAPPED}"),
+    "a loss for y": (
+        {"y": nn.MSELoss(), "criterion": Y},
+        TypeError,
+        f"{POINTS}; got y: MSELoss. {S}",
+    ),
+    "a function for y": ({"y": F.mse_loss, "criterion": Y}, TypeError, f"{POINTS}; got y: mse_l"),
+    "a record for y": (
+        {"y": criteria.mse(), "criterion": Y},
+        TypeError,
+        f"{POINTS}; got y: Loss. ",
+    ),
+    "drawn for y": (
+        {"y": monte_carlo(nn.MSELoss(), 1, torch.Generator())},
+        TypeError,
+        f"{POINTS}; got y: MonteCarlo. {SWAPPED}",
+    ),
+    "a class for y": (
+        {"y": nn.MSELoss, "criterion": Y},
+        TypeError,
+        f"{POINTS}; got y: MSELoss. {S}",
+    ),
+    "a loss for X": (
+        {"X": nn.MSELoss(), "criterion": X},
+        TypeError,
+        f"{POINTS}; got X: MSELoss. {S}",
+    ),
+    "a loss for y of a term": (
+        {"y": {"a": nn.MSELoss()}},
+        TypeError,
+        rf"{POINTS}; got y\['a'\]: MSE",
+    ),
+    "targets for criterion": (
+        {"criterion": Y},
+        TypeError,
+        r"criterion must be a loss function; got a tensor of shape \[\d+\]. If it is y, pass it be",
+    ),
     "X of lists": ({"X": lambda t: [1.0]}, TypeError, "X and y must be tensors or pytrees of ten"),
     "groups": ({"groups": [Group("none")]}, ValueError, "a group must name parameters that there"),
     "weight_decay": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import ddnewton
 from ddnewton import levenberg_marquardt, monte_carlo, newton_step, newton_step_and_info
+from ddnewton.criteria import mse
 from ddnewton.optim import DirectionalNewton
 from tests.reference import error, flat
 from tests.whole.test_terms import net, physics, torch_loss
@@ -127,6 +129,16 @@ def test_a_log_and_its_figure_have_the_losses_of_the_terms(tmp_path):
 # --- wrong arguments ------------------------------------------------------------------------------
 
 
+SAME = "must be dicts with the same keys, one for every term"
+NAMES = "'inside', 'edge', 'data'"
+ELLIPSES = "'inside': …, 'edge': …, 'data': …"
+GIVE = f"Give each of them the keys {NAMES}."
+WEIGHT = (
+    "A number is no loss: to give a term a weight, write ddnewton.weighted(torch.nn.MSELoss(), "
+)
+ORDER = "If it is the criterion, pass it after y: the order is model_fn, params, X, y, criterion."
+
+
 def wrong_arguments() -> dict[str, Any]:
     problem = physics(4)
     return {
@@ -134,12 +146,61 @@ def wrong_arguments() -> dict[str, Any]:
         "y with other keys": (
             problem._replace(y={"inside": problem.y["inside"]}),
             {},
-            "y must be a dict with the same keys; got keys 'inside'. The terms are",
+            f"X, y and criterion {SAME}; got y: missing 'edge', 'data'. {GIVE}",
         ),
         "criterion with other keys": (
             problem._replace(criterion={"inside": nn.MSELoss()}),
             {},
-            "criterion must be a dict with the same keys",
+            f"model_fn, X, y and criterion {SAME}; got criterion: missing 'edge', 'data'. {GIVE}",
+        ),
+        "a term too many": (
+            problem._replace(criterion=problem.criterion | {"start": nn.MSELoss()}),
+            {},
+            f"{SAME}; got criterion: unexpected 'start'. {GIVE} One criterion that is in no dict",
+        ),
+        "a function that is missing": (
+            problem._replace(model_fn={k: problem.model_fn[k] for k in ("inside", "edge")}),
+            {},
+            f"{SAME}; got model_fn: missing 'data'. {GIVE}",
+        ),
+        "several with other keys": (
+            problem._replace(
+                X={k: problem.X[k] for k in ("inside", "edge")},
+                y=problem.y | {"start": problem.y["edge"]},
+                criterion={k.replace("e", "E"): loss for k, loss in problem.criterion.items()},
+            ),
+            {},
+            (
+                f"{SAME}; got X: missing 'data'; y: unexpected 'start'; "
+                f"criterion: missing 'inside', 'edge', unexpected 'insidE', 'EdgE'. {GIVE} One crit"
+            ),
+        ),
+        "no key in common": (
+            problem._replace(
+                X={"a": problem.X["edge"]}, y={"b": problem.y["edge"]}, criterion=mse()
+            ),
+            {},
+            f"model_fn, X and y {SAME}; got X: missing {NAMES}, unexpected 'a'; y: missing {NAMES}",
+        ),
+        "a weight for a criterion": (
+            problem._replace(criterion=problem.criterion | {"edge": 10.0}),
+            {},
+            f"term 'edge': criterion must be a loss function; got 10.0. {WEIGHT}10.0) in its pl",
+        ),
+        "a tensor for a criterion": (
+            problem._replace(criterion=problem.criterion | {"edge": torch.tensor(10.0)}),
+            {},
+            f"criterion must be a loss function; got tensor(10.). {WEIGHT}weight) in its place.",
+        ),
+        "criteria for y": (
+            problem._replace(y=problem.criterion, criterion=problem.y),
+            {},
+            "term 'inside': X and y must be tensors or pytrees of tensors; got y: ",
+        ),
+        "a criterion for y": (
+            problem._replace(y=nn.MSELoss(), criterion=problem.y),
+            {},
+            f"got MSELoss. The terms are {NAMES}: pass y = {{{ELLIPSES}}}. {ORDER}",
         ),
         "no term": (problem._replace(model_fn={}), {}, "model_fn must hold at least one term"),
         "no function": (
@@ -179,7 +240,11 @@ def wrong_arguments() -> dict[str, Any]:
             {"subsampling_grad": {"data": [4]}},
             "term 'data': subsampling_grad must hold distinct indices",
         ),
-        "a dict of ways": (problem, {"gram": {"inside": "dense"}}, "gram must be a dict with the"),
+        "a dict of ways": (
+            problem,
+            {"gram": {"inside": "dense"}},
+            f"model_fn, X, y, criterion and gram {SAME}; got gram: missing 'edge', 'data'",
+        ),
     }
 
 
@@ -190,6 +255,30 @@ def test_wrong_arguments_are_refused_by_name(name):
         newton_step(*problem, 0.1, **options)
     assert str(raised.value).startswith("newton_step: ")
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["criterion with other keys", "a weight for a criterion"])
+def test_wrong_criteria_are_refused_alike_by_all(name):
+    problem, _, message = wrong_arguments()[name]
+    optimizer = ddnewton.directional_newton(problem.model_fn, problem.criterion)
+    state = optimizer.init(problem.params)
+    calls = {
+        "fit": lambda: ddnewton.fit(*problem),
+        "standard_errors": lambda: ddnewton.standard_errors(*problem),
+        "ggn_eigvalsh": lambda: ddnewton.ggn_eigvalsh(*problem),
+        "update": lambda: optimizer.update(problem.params, state, problem.X, problem.y),
+    }
+    for function, call in calls.items():
+        with pytest.raises((ValueError, TypeError), match=re.escape(f"{function}: {message}")):
+            call()
+
+
+def test_keys_that_a_model_has_and_its_points_have_not():
+    problem = physics(4)
+    with pytest.raises(
+        ValueError, match=r"^prepare: model_fn and X must be dicts .*X: missing 'ed"
+    ):
+        ddnewton.prepare(problem.model_fn, problem.params, {"inside": problem.X["inside"]})
 
 
 def test_forwards_are_refused_by_name():

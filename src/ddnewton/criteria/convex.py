@@ -222,6 +222,7 @@ def _check_scalar(value: object) -> None:
         raise BadType(sentence(rule, type(value).__name__, "Compute the loss with torch."))
     if value.ndim != 0:
         rule, got = "criterion must return one number", f"a tensor of shape {list(value.shape)}"
-        raise BadValue(sentence(rule, got, 'Use reduction="mean" or reduction="sum".'))
+        remedy = 'Return its .mean() or .sum(); of a torch loss, use reduction="mean" or "sum".'
+        raise BadValue(sentence(rule, got, remedy))
     if not value.isfinite():
         raise NotFinite(sentence("the loss must be finite", value.item(), "Check outputs and y."))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from ddnewton.criteria.trained import (
     check_options_are_constant,
 )
 from ddnewton.errors import BadType, sentence
+from ddnewton.inputs.callables import ORDER
 from ddnewton.records import pickled_as_call
 from ddnewton.types import Criterion, PyTree
 
@@ -70,9 +72,7 @@ def record_of(criterion: Criterion | Loss) -> Loss:
     if isinstance(criterion, Loss):
         return criterion
     if not callable(criterion) or isinstance(criterion, type):
-        rule = "criterion must be a loss function"
-        remedy = "Pass a loss module such as torch.nn.MSELoss(), a function, or a Loss record."
-        raise BadType(sentence(rule, repr(criterion), remedy))
+        raise BadType(_no_loss(criterion))
     check_holds_no_parameters(criterion)
     # A loss of the table, as module, function or partial, with the options it was given.
     for loss in TORCH_LOSSES:
@@ -84,6 +84,23 @@ def record_of(criterion: Criterion | Loss) -> Loss:
     if isinstance(criterion, nn.Module) and getattr(criterion, "reduction", "mean") == "none":
         check_reduction("none")
     return _of_function(criterion)
+
+
+def _no_loss(criterion: object) -> str:
+    """Return the message for what is no criterion: what it may be instead."""
+    got = repr(criterion)
+    remedy = "Pass a loss module such as torch.nn.MSELoss(), a function, or a Loss record."
+    # Targets, or the weight of a term.
+    if isinstance(criterion, Tensor) and criterion.ndim > 0:
+        got = f"a tensor of shape {list(criterion.shape)}"
+        remedy = f"If it is y, pass it before the criterion: {ORDER}"
+    elif isinstance(criterion, (Real, Tensor)) and not isinstance(criterion, bool):
+        weight = "weight" if isinstance(criterion, Tensor) else criterion
+        remedy = (
+            "A number is no loss: to give a term a weight, write "
+            f"ddnewton.weighted(torch.nn.MSELoss(), {weight}) in its place."
+        )
+    return sentence("criterion must be a loss function", got, remedy)
 
 
 @pickled_as_call

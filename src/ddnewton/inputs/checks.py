@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ddnewton.errors import BadType, BadValue, NotFinite, sentence
+from ddnewton.inputs.callables import accepts_arguments, not_samples
 from ddnewton.transforms import any_known, any_not_finite, unwrapped
 from ddnewton.trees import named_leaves, tree_leaves
 from ddnewton.types import PyTree
@@ -40,13 +39,29 @@ def check_params(params: PyTree) -> None:
         return
     for path, leaf in named_leaves(params):
         if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
-            rule = "params must hold floating-point tensors only"
-            got = f"params{path}: {leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__}"
-            remedy = (
-                "Pass floating-point tensors, such as dict(module.named_parameters()), and keep "
-                "what is not trained in model_fn."
-            )
-            raise BadType(sentence(rule, got, remedy))
+            raise BadType(_no_parameter(f"params{path}", leaf))
+
+
+def _no_parameter(name: str, leaf: object) -> str:
+    """Return the message for a leaf of the parameters that is no floating-point tensor."""
+    got = str(leaf.dtype) if isinstance(leaf, Tensor) else type(leaf).__name__
+    remedy = (
+        "Pass floating-point tensors, such as dict(module.named_parameters()), and keep what is "
+        "not trained in model_fn."
+    )
+    # A number, or an array, is a tensor as soon as it is wrapped.
+    if isinstance(leaf, Tensor):
+        remedy = "Convert it with .double() if it is trained, or else keep it in model_fn."
+    elif isinstance(leaf, Real) and not isinstance(leaf, bool):
+        number = float(leaf)
+        got = f"{got} {number}"
+        remedy = (
+            f"Pass a tensor for every number that is trained: torch.tensor({number}), or "
+            f"torch.tensor({number}, dtype=torch.float64) for 16 digits. Keep others in model_fn."
+        )
+    elif hasattr(leaf, "__array__"):
+        remedy = "Convert it with torch.as_tensor, to floating-point numbers."
+    return sentence("params must hold floating-point tensors only", f"{name}: {got}", remedy)
 
 
 def check_batch(**trees: PyTree) -> None:
@@ -65,6 +80,9 @@ def check_batch(**trees: PyTree) -> None:
             rule = f"{name} must hold at least one tensor"
             raise BadValue(sentence(rule, repr(tree), "Pass a tensor or a pytree of tensors."))
         for path, leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                rule = "X and y must be tensors or pytrees of tensors"
+                raise BadType(sentence(rule, *not_samples(name, tree, path, leaf)))
             counts[name + path] = _count_samples(name + path, leaf)
     # One number for all of them, and not zero.
     if len(set(counts.values())) > 1:
@@ -77,12 +95,8 @@ def check_batch(**trees: PyTree) -> None:
         )
 
 
-def _count_samples(name: str, leaf: Any) -> int:
-    """Return the length of axis 0 of a leaf; raise if it is not a tensor with an axis."""
-    if not isinstance(leaf, Tensor):
-        rule = "X and y must be tensors or pytrees of tensors"
-        got = f"{name}: {type(leaf).__name__}"
-        raise BadType(sentence(rule, got, "Convert it with torch.as_tensor."))
+def _count_samples(name: str, leaf: Tensor) -> int:
+    """Return the length of axis 0 of a leaf; raise if it has none."""
     if leaf.ndim == 0:
         rule = "every tensor in X and y must have the samples on axis 0"
         got = f"{name}: a tensor without axes"
@@ -197,20 +211,6 @@ def check_damping(name: str, damping: object) -> None:
         must = f"{name} must be a number, or a function of evals, evecs, gammas and lambdas"
         remedy = f"If it makes such a function, call it: {what}(…)."
         raise BadType(sentence(must, what, remedy))
-
-
-def accepts_arguments(function: Callable[..., object], count: int) -> bool:
-    """Return whether a function can be called with this many arguments; true if it cannot be told.
-
-    A function built into C may have no signature.
-    """
-    try:
-        inspect.signature(function).bind(*range(count))
-    except TypeError:
-        return False
-    except ValueError:  # it has no signature
-        return True
-    return True
 
 
 def check_nonnegative(name: str, value: object) -> None:

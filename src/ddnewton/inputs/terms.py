@@ -5,6 +5,7 @@ A loss of one term has the name None, and its arguments stand by themselves.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -14,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ddnewton.errors import BadType, BadValue, sentence
+from ddnewton.inputs.callables import CRITERION_REMEDY, is_function
 from ddnewton.inputs.checks import check_batch
 from ddnewton.inputs.samples import Indices, Samples, indices
 from ddnewton.trees import sample_count, tree_leaves
@@ -73,13 +75,45 @@ def check_keys(model_fn: object, **trees: Any) -> None:
     names = term_names(model_fn)
     if names == [None]:
         return
+    # Dicts, all of them.
     for argument, tree in trees.items():
-        rule = f"where model_fn is a dict of terms, {argument} must be a dict with the same keys"
-        remedy = f"The terms are {_listed(names)}: pass {argument} = {EXAMPLE}."
         if not isinstance(tree, Mapping):
+            rule = (
+                f"where model_fn is a dict of terms, {argument} must be a dict with the same keys"
+            )
+            example = ", ".join(f"{name!r}: …" for name in names)
+            remedy = f"The terms are {_listed(names)}: pass {argument} = {{{example}}}."
+            remedy += f" {CRITERION_REMEDY}" * is_function(tree)
             raise BadType(sentence(rule, type(tree).__name__, remedy))
-        if set(tree) != set(names):
-            raise BadValue(sentence(rule, f"keys {_listed(tree)}", remedy))
+    # The keys are compared with the model's; which of them are wrong is told of all together.
+    if any(set(tree) != set(names) for tree in trees.values()):
+        raise BadValue(_differing_keys({"model_fn": model_fn, **trees}))
+
+
+def _differing_keys(trees: Mapping[str, Any]) -> str:
+    """Return the message of dicts with other keys than the rest: what each lacks, or has besides.
+
+    Those are expected that most of them have, and of keys that half of them have, the model's.
+    """
+    votes = Counter(key for tree in trees.values() for key in tree)
+    terms = trees["model_fn"]
+    expected = [key for key, count in votes.items() if 2 * count > len(trees) - (key in terms)]
+    expected = expected or list(terms)
+    # What is missing, and what nobody expects, in every argument that differs.
+    differences: dict[str, str] = {}
+    for argument, tree in trees.items():
+        missing = [key for key in expected if key not in tree]
+        unexpected = [key for key in tree if key not in expected]
+        parts = [f"missing {_listed(missing)}"] * bool(missing)
+        parts += [f"unexpected {_listed(unexpected)}"] * bool(unexpected)
+        if parts:
+            differences[argument] = f"{argument}: {', '.join(parts)}"
+    # Which of them is wrong nobody knows: the remedy is for all.
+    *first, last = trees
+    rule = f"{', '.join(first)} and {last} must be dicts with the same keys, one for every term"
+    remedy = f"Give each of them the keys {_listed(expected)}."
+    remedy += " One criterion that is in no dict serves all terms." * ("criterion" in differences)
+    return sentence(rule, "; ".join(differences.values()), remedy)
 
 
 def terms_of(
@@ -95,7 +129,9 @@ def terms_of(
     ``subsampling`` are the indices of the slopes, the directions and the curvatures.
     """
     # One key for every term, in all of them.
-    check_keys(model_fn, X=X, y=y)
+    shared = {"criterion": criterion, "gram": gram}
+    dicts = {name: value for name, value in shared.items() if isinstance(value, Mapping)}
+    check_keys(model_fn, X=X, y=y, **dicts)
     for option, samples in subsampling.items():
         _check_indices(option, samples, term_names(model_fn))
     terms = []
@@ -115,8 +151,8 @@ def terms_of(
                     model_fn=of_term(model_fn, name),
                     X=inputs,
                     y=targets,
-                    criterion=_one_for_all(model_fn, "criterion", criterion, name),
-                    gram=_one_for_all(model_fn, "gram", gram, name),
+                    criterion=_one_for_all("criterion", criterion, name),
+                    gram=_one_for_all("gram", gram, name),
                     samples=Samples(*sets),
                 )
             )
@@ -134,7 +170,7 @@ def about_term(name: Name) -> Iterator[None]:
         raise
 
 
-def _one_for_all(model_fn: Any, argument: str, value: Any, name: Name) -> Any:
+def _one_for_all(argument: str, value: Any, name: Name) -> Any:
     """Return an option of a term, of which one may serve all."""
     if not isinstance(value, Mapping):
         return value
@@ -142,7 +178,6 @@ def _one_for_all(model_fn: Any, argument: str, value: Any, name: Name) -> Any:
         rule = f"{argument} may be a dict only where model_fn is a dict of terms"
         remedy = f"Pass model_fn, X and y as dicts too, {EXAMPLE}."
         raise BadType(sentence(rule, "a dict", remedy))
-    check_keys(model_fn, **{argument: value})
     return value[name]
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ddnewton.errors import BadType, BadValue, NotFinite, sentence
-from ddnewton.inputs.checks import accepts_arguments
+from ddnewton.inputs.callables import accepts_arguments
 from ddnewton.optim.fit_record import Fit, continued, history_of
 from ddnewton.optim.progress import Tell
 from ddnewton.optim.pure_functions import Update, observed_update

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ddnewton.errors import BadType, sentence
-from ddnewton.inputs.checks import accepts_arguments
+from ddnewton.inputs.callables import accepts_updates, not_samples
 from ddnewton.trees import named_leaves, tree_leaves, tree_map
 from ddnewton.types import PyTree
 
@@ -12,10 +12,12 @@ def check_points(**points: PyTree) -> None:
     """Require functions among inputs and targets to take the number of updates."""
     for name, tree in points.items():
         for path, leaf in named_leaves(tree):
-            if callable(leaf) and not accepts_arguments(leaf, 1):
-                rule = f"{name}{path} may be a function of the number of updates alone"
-                remedy = f"Pass {name}=lambda t: draw(), say."
-                raise BadType(sentence(rule, repr(leaf), remedy))
+            if callable(leaf) and not accepts_updates(leaf):
+                rule = (
+                    "X and y must be tensors, pytrees of tensors, or functions of the number of "
+                    "updates alone"
+                )
+                raise BadType(sentence(rule, *not_samples(name, tree, path, leaf)))
 
 
 def points_at(points: PyTree, updates: int) -> PyTree:
