@@ -83,7 +83,8 @@ def newton_step(
         Loss module, function of `torch.nn.functional`, `ddnewton.criteria.Loss`, or any convex
         ``criterion(outputs, y) -> scalar`` whose Hessian has no entries between samples, such as a
         mean over valid labels, or Σwℓ / Σw; or one whose curvature is approximated,
-        `ddnewton.monte_carlo` or `ddnewton.empirical_fisher`.
+        `ddnewton.monte_carlo` or `ddnewton.empirical_fisher`. A robust loss that is not convex goes
+        into `ddnewton.majorized`, any other into `ddnewton.clipped`.
     damping
         A number δ ≥ 0, or a rule ``damping(evals [K], evecs [NM, K], gammas [N, K],
         lambdas [N, K]) -> [K]``, such as those of `ddnewton.damping`. Infinity skips a direction.

@@ -12,7 +12,15 @@ from scipy.optimize import least_squares
 from torch import nn
 from torch.func import vmap
 
-from ddnewton import directional_newton, majorized, monte_carlo, newton_step, weighted
+from ddnewton import (
+    clipped,
+    directional_newton,
+    fit,
+    majorized,
+    monte_carlo,
+    newton_step,
+    weighted,
+)
 from ddnewton.criteria import Loss, expand_batch, mse
 from tests.methods import FLOAT32, FLOAT64, seeded
 from tests.reference import autograd_derivatives, dense, error, solve
@@ -306,6 +314,70 @@ def test_a_perfect_fit_is_not_refused():
     for criterion in (nn.HuberLoss(), nn.L1Loss(), mean_of(lambda r: (r**2).log1p())):
         for outputs in (f, y):
             assert expand_batch(majorized(criterion), outputs, outputs, y).h.isfinite().all()
+
+
+def falling_off(term):
+    """A criterion of residuals by themselves, for models that return one output."""
+    return lambda outputs, y: term(outputs - y).sum(1).mean()
+
+
+ROBUST = {
+    "cauchy": falling_off(lambda r: torch.log1p(r**2)),
+    "student_t": falling_off(lambda r: 2.5 * torch.log1p(r**2 / 4)),
+    "geman_mcclure": falling_off(lambda r: r**2 / (1 + r**2)),
+    "welsch": falling_off(lambda r: 1 - torch.exp(-(r**2) / 2)),
+    "tukey": falling_off(lambda r: torch.where(r.abs() < 3, 1 - (1 - r**2 / 9) ** 3, 1)),
+    "weighted": weighted(falling_off(lambda r: torch.log1p(r**2)), 2.0),
+    "of float32": lambda f, y: torch.log1p((f.float() - y.float()) ** 2).sum(),
+}
+OTHER_KINDS = {
+    "angles": lambda f, y: (1 - torch.cos(2 * (f - y))).mean(),
+    "a double well": lambda f, y: (f**2 - 16).square().mean(),
+    "without y": lambda f, y: torch.log1p(f**2).mean(),
+    "concave": mean_of(lambda r: -(r**2)),
+}
+OUTLIER = torch.tensor([[0.1], [-0.2], [0.3], [2.5]], dtype=FLOAT64)
+
+
+@pytest.mark.parametrize("name", ROBUST)
+def test_a_robust_loss_is_told_of_majorized_which_takes_it(name):
+    arguments = (lambda p, x: p + 0 * x, torch.tensor([0.0]).double(), OUTLIER, OUTLIER)
+    with pytest.raises(
+        ValueError, match=r"^newton_step: criterion must be convex in the outp.*; g"
+    ):
+        newton_step(*arguments, ROBUST[name], 0.1)
+    with pytest.raises(
+        ValueError, match=r"robust loss of residuals.*: pass majorized\(criterion\)"
+    ):
+        newton_step(*arguments, ROBUST[name], 0.1)
+    assert newton_step(*arguments, majorized(ROBUST[name]), 0.1) > 0
+    with pytest.raises(
+        ValueError, match=r"^fit: term 'b': criterion .*: pass majorized\(criterion\)"
+    ):
+        fit(
+            {"a": arguments[0], "b": arguments[0]},
+            arguments[1],
+            {"a": OUTLIER, "b": OUTLIER},
+            {"a": OUTLIER, "b": OUTLIER},
+            {"a": nn.MSELoss(), "b": ROBUST[name]},
+        )
+
+
+def test_an_ensemble_is_told_of_majorized_too():
+    def step(p):
+        return newton_step(lambda q, x: q + 0 * x, p, OUTLIER, OUTLIER, ROBUST["cauchy"], 0.1)
+
+    with pytest.raises(ValueError, match=r"pass majorized\(criterion\)"):
+        vmap(step)(torch.zeros(2, 1).double())
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_a_loss_of_another_kind_is_told_of_clipped(name):
+    arguments = (lambda p, x: p + 0 * x, torch.tensor([2.0]).double(), OUTLIER, OUTLIER)
+    message = r"convex in the outputs; got .* convex loss: pass clipped\(criterion\), which leaves"
+    with pytest.raises(ValueError, match=message):
+        newton_step(*arguments, OTHER_KINDS[name], 0.1)
+    assert newton_step(*arguments, clipped(OTHER_KINDS[name]), 0.1, complement=1.0).isfinite()
 
 
 def test_what_is_drawn_or_no_loss_is_refused():

@@ -11,6 +11,7 @@ from torch import Tensor
 from ddnewton.criteria.hessian_blocks import joint_expansion
 from ddnewton.criteria.loss import Expansion, Loss, name_of, sample_gradient
 from ddnewton.criteria.monte_carlo import AnyCriterion, MonteCarlo, sampled
+from ddnewton.criteria.residuals import is_robust
 from ddnewton.criteria.torch_losses import record_of
 from ddnewton.errors import BadType, BadValue, NotFinite, sentence
 from ddnewton.inputs.memory import NEVER_ASKED_BYTES, check_fits, free_bytes
@@ -32,8 +33,24 @@ DIFFERENTIABLE_REMEDY = (
     "autograd.Function needs a setup_context, and a backward that can be differentiated."
 )
 
+CONVEXITY_RULE = "criterion must be convex in the outputs"
+ROBUST_REMEDY = (
+    "This one is a robust loss of residuals, outputs − y: pass majorized(criterion), whose steps "
+    "are those of iteratively reweighted least squares; clipped(criterion), for losses of other "
+    "kinds, would only leave the negative curvature out."
+)
+CONVEXITY_REMEDY = (
+    "The Gauss-Newton matrix needs a convex loss: pass clipped(criterion), which leaves negative "
+    "curvature out, or move what bends the loss into the model. A robust loss, such as Cauchy's, "
+    "write as a function of the residuals outputs − y, and pass majorized(criterion)."
+)
+
 CONVEXITY_TOLERANCE = 1e-6
 """How negative an eigenvalue of a loss Hessian may be, relative to the largest of the batch."""
+
+
+class NotConvex(BadValue):
+    """A loss with negative curvature somewhere in the batch."""
 
 
 def as_loss(criterion: AnyCriterion) -> Loss:
@@ -72,6 +89,7 @@ def expand_batch(
     _check_basis_fits(loss, outputs, precise, y)
     expansion, denominator = _differentiated(loss, outputs, precise, y)
     _check_expansion(expansion)
+    _check_convex(loss, outputs, y, expansion.h)
     # ℓ, ∇ℓ and ∇²ℓ all scale, and L stays; an eigenvalue h below zero is rounding by now.
     scale = outputs.shape[0] / denominator
     return Expansion(
@@ -168,20 +186,17 @@ def _basis_of_two(loss: Loss, f: Float[Tensor, "n ..."], y: PyTree) -> Float[Ten
 
 
 def _check_expansion(expansion: Expansion) -> None:
-    """Require a finite loss and Hessians without negative eigenvalues."""
-    # Numbers that are not finite.
+    """Require a finite loss with finite derivatives."""
     if any_not_finite(*(part for part in expansion if part.numel())):
         got = "nan or inf in the loss or its derivatives"
         raise NotFinite(sentence("the loss must be finite", got, "Check the outputs and y."))
-    # Negative curvature, beyond the rounding of the largest.
-    h = expansion.h
-    negative = any_known(h < 0)
-    if negative and any_known(h < -CONVEXITY_TOLERANCE * unwrapped(h).abs().amax()):
-        h = unwrapped(h)
-        rule = "criterion must be convex in the outputs"
-        got = f"a Hessian eigenvalue of {h.min().item():.3g}"
-        remedy = (
-            "The Gauss-Newton matrix needs a convex loss: move what bends it into the model, or "
-            "pass clipped(criterion), which leaves negative curvature out."
-        )
-        raise BadValue(sentence(rule, got, remedy))
+
+
+def _check_convex(
+    loss: Loss, outputs: Float[Tensor, "n ..."], y: PyTree, h: Float[Tensor, "n m"]
+) -> None:
+    """Require Hessians without eigenvalues h below zero, beyond the rounding of the largest."""
+    if any_known(h < 0) and any_known(h < -CONVEXITY_TOLERANCE * unwrapped(h).abs().amax()):
+        got = f"a Hessian eigenvalue of {unwrapped(h).min().item():.3g}"
+        remedy = ROBUST_REMEDY if is_robust(loss, outputs, y) else CONVEXITY_REMEDY
+        raise NotConvex(sentence(CONVEXITY_RULE, got, remedy))

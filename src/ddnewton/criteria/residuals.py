@@ -16,6 +16,7 @@ from torch.func import grad
 
 from ddnewton.criteria.loss import Loss, value_and_gradient
 from ddnewton.errors import BadValue, sentence
+from ddnewton.linearize.precision import loss_in_float64
 from ddnewton.transforms import any_known, first_member
 from ddnewton.trees import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from ddnewton.types import PyTree
@@ -102,6 +103,17 @@ def check_residuals(loss: Loss, f: Float[Tensor, "n ..."], y: PyTree) -> None:
         got = "one that bends upwards in r²" if any_known(bends) else "one that falls"
         remedy = "Pass the criterion itself where it is convex, or clipped(criterion)."
         raise BadValue(sentence(rule, got, remedy))
+
+
+def is_robust(loss: Loss, f: Float[Tensor, "n ..."], y: PyTree) -> bool:
+    """Return whether `majorized` takes a loss at this batch."""
+    try:
+        loss_in_float64(lambda outputs: check_residuals(loss, outputs, y), f, f)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - it was never asked to be a function of residuals
+        return False
+    return True
 
 
 def least_residual(t: Float[Tensor, "n ..."]) -> Float[Tensor, ""]:
