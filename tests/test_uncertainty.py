@@ -1,5 +1,6 @@
 """Covariances of fitted parameters: NIST's certified deviations, SciPy's, and the textbook's."""
 
+import inspect
 import math
 from functools import partial
 
@@ -19,6 +20,7 @@ from ddnewton import (
     criteria,
     empirical_fisher,
     fisher,
+    fit,
     majorized,
     monte_carlo,
     standard_errors,
@@ -350,6 +352,18 @@ REFUSED = {
         ValueError,
         f"{NOISE}; got <lambda>, a function of another kind",
     ),
+    "not convex": (
+        lambda f, y: torch.log1p(100 * (f - y).square()).mean(),
+        {},
+        ValueError,
+        f"{NOISE}; got one that is not convex. MSELoss, .* how much refits to resampled data",
+    ),
+    "targets": (
+        torch.zeros(4, 1),
+        {},
+        TypeError,
+        r"criterion must be a loss function; got a tensor of shape \[4, 1\]. If it is y, pass",
+    ),
     "absolute of a function": (
         lambda f, y: (f - y).square().mean(),
         {"absolute_sigma": True},
@@ -361,6 +375,20 @@ REFUSED = {
     "chunk_size": (nn.MSELoss(), {"chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
     "no criterion": (3, {}, TypeError, "criterion must be a loss function; got 3"),
 }
+
+
+@pytest.mark.parametrize("function", [covariance, standard_errors])
+def test_the_criterion_is_that_of_fit_unless_another_is_given(function):
+    x, y, _ = decay_data()
+    arguments = (torch_decay, torch.tensor([2.4, 1.2, 0.6]).double(), x, y)
+    default = inspect.signature(fit).parameters["criterion"].default
+    assert inspect.signature(function).parameters["criterion"].default is default
+    assert torch.equal(function(*arguments), function(*arguments, nn.MSELoss()))
+    # Of two terms the default serves both.
+    terms = [{"a": part, "b": part} for part in (torch_decay, x, y)]
+    several = [terms[0], arguments[1], *terms[1:]]
+    explicit = function(*several, {"a": nn.MSELoss(), "b": nn.MSELoss()})
+    assert torch.equal(function(*several), explicit)
 
 
 @pytest.mark.parametrize("function", [covariance, standard_errors])
@@ -378,6 +406,18 @@ def test_which_models_and_parameters_are_refused():
         covariance(lambda p, x: p["a"].abs() * x, {"a": torch.tensor(1j)}, x, y, nn.MSELoss())
     with pytest.raises(ValueError, match=r"^covariance: model_fn must use params"):
         covariance(lambda p, x: x, torch.ones(2).double(), x, y, nn.MSELoss())
+    for function in (covariance, standard_errors):
+        message = (
+            r"^\w+: term 'b': criterion must be a sum of squares, or .* one that is not convex"
+        )
+        with pytest.raises(ValueError, match=message):
+            function(
+                {"a": torch_decay, "b": torch_decay},
+                torch.tensor([2.4, 1.2, 0.6]).double(),
+                {"a": x, "b": x},
+                {"a": y, "b": y},
+                {"a": nn.MSELoss(), "b": REFUSED["not convex"][0]},
+            )
     with pytest.raises(TypeError, match=r"^covariance: params must hold floating-point"):
         covariance(torch_decay, [1.0, 2.0, 3.0], x, y, nn.MSELoss())
     with pytest.raises(ValueError, match=r"^standard_errors: X and y must hold the same number"):

@@ -12,11 +12,12 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ddnewton.criteria import Criteria
-from ddnewton.criteria.noise import of_likelihood
+from ddnewton.criteria.noise import about_noise, of_likelihood
 from ddnewton.errors import BadType, public, sentence, warn
 from ddnewton.inputs.terms import about_term
 from ddnewton.quadratic.flat import check_outputs_depend
@@ -46,7 +47,7 @@ def covariance(
     params: PyTree,
     X: PyTree,
     y: PyTree,
-    criterion: Criteria,
+    criterion: Criteria = F.mse_loss,
     *,
     absolute_sigma: bool = False,
     gram: GramWays = "auto",
@@ -77,8 +78,8 @@ def covariance(
     model_fn, params, X, y
         As for `ddnewton.newton_step`; ``params`` are the fitted ones.
     criterion
-        That of the fit: squared errors, a function of ``outputs`` and ``y`` that is a sum of
-        squares, or a likelihood with Fisher information, as `ddnewton.fisher` takes it.
+        That of the fit, squared errors by default: these, a function of ``outputs`` and ``y`` that
+        is a sum of squares, or a likelihood with Fisher information, as `ddnewton.fisher` takes it.
     absolute_sigma
         As for `scipy.optimize.curve_fit`: whether the weights of squared errors are 1/σ² of the
         noise itself, ``mse(weight=1 / sigma**2)``, so that s² is 1 and not estimated. The weights
@@ -111,7 +112,7 @@ def covariance(
     >>> x = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
     >>> y = torch.tensor([0.9, 3.1, 5.1, 6.9], dtype=torch.float64)
     >>> fitted = {"slope": torch.tensor(2.0).double(), "offset": torch.tensor(1.0).double()}
-    >>> cov = covariance(line, fitted, x, y, torch.nn.MSELoss())
+    >>> cov = covariance(line, fitted, x, y)
     >>> cov["slope"]["slope"].item(), cov["slope"]["offset"].item()
     (0.004, -0.006)
     """
@@ -146,7 +147,7 @@ def standard_errors(
     params: PyTree,
     X: PyTree,
     y: PyTree,
-    criterion: Criteria,
+    criterion: Criteria = F.mse_loss,
     *,
     absolute_sigma: bool = False,
     gram: GramWays = "auto",
@@ -168,7 +169,7 @@ def standard_errors(
     >>> import torch
     >>> y = torch.tensor([[4.0], [6.0], [5.0], [5.0]])
     >>> mean = lambda p, x: p.expand(len(x), 1)
-    >>> error = standard_errors(mean, torch.tensor(5.0), y, y, torch.nn.MSELoss())
+    >>> error = standard_errors(mean, torch.tensor(5.0), y, y)
     >>> error.item(), (y.std() / 2).item()
     (0.4082, 0.4082)
     """
@@ -195,12 +196,11 @@ def _uncertainty(
 ) -> Uncertainty:
     """Return the root of the covariance of fitted parameters."""
     _check_arguments(params, absolute_sigma)
-    with quadratic_model(
-        *(model_fn, params, X, y, _likelihoods(criterion)),
-        gram=gram,
-        chunk_size=chunk_size,
-        gradient=False,
-    ) as expanded:
+    arguments = (model_fn, params, X, y, _likelihoods(criterion))
+    with (
+        about_noise(),
+        quadratic_model(*arguments, gram=gram, chunk_size=chunk_size, gradient=False) as expanded,
+    ):
         model = in_float64(expanded)
         noise = noise_of_residuals(model, absolute_sigma)
         root, undetermined = inverse_root(model.curvature_jacobians, noise.weights)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ddnewton.criteria.expand import CONVEXITY_RULE, NotConvex
 from ddnewton.criteria.monte_carlo import AnyCriterion, kind_of, undrawn
 from ddnewton.errors import BadValue, sentence
 from ddnewton.transforms import any_known
@@ -34,6 +38,18 @@ def of_likelihood(criterion: AnyCriterion) -> AnyCriterion:
     if loss.scores is not None:  # its Hessian is what the scores have as their mean square
         return loss
     raise BadValue(sentence(NOISE_RULE, kind_of(criterion), NOISE_REMEDY))
+
+
+@contextmanager
+def about_noise() -> Iterator[None]:
+    """Say of a criterion that is not convex what it is to the noise: no other curvature helps."""
+    try:
+        yield
+    except NotConvex as error:
+        term, _, _ = str(error).partition(CONVEXITY_RULE)
+        got = "one that is not convex"
+        error.args = (f"{term}{sentence(NOISE_RULE, got, NOISE_REMEDY)}",)
+        raise
 
 
 def check_squares(

@@ -72,7 +72,7 @@ def fit(
     .. code-block:: python
 
         result = fit(model_fn, params, X, y)
-        errors = standard_errors(model_fn, result.params, X, y, MSELoss())
+        errors = standard_errors(model_fn, result.params, X, y)
 
     Parameters
     ----------
@@ -165,7 +165,7 @@ def fit(
     'converged: what is left to gain is lost in the rounding of the loss'
     >>> {name: round(value.item(), 3) for name, value in result.params.items()}
     {'height': 2.983, 'rate': 0.495}
-    >>> errors = standard_errors(decay, result.params, x, y, torch.nn.MSELoss())
+    >>> errors = standard_errors(decay, result.params, x, y)
     >>> {name: round(value.item(), 3) for name, value in errors.items()}
     {'height': 0.009, 'rate': 0.002}
 
