@@ -59,18 +59,18 @@ def products(
     left: Jacobian, right: Jacobian, blocks: Sequence[Leaves]
 ) -> list[Float[Tensor, "i j"]]:
     """Return AᵀB for every block; for A = B half of it is computed, and mirrored."""
-    same = left is right
+    symmetric = left is right
     left = in_units(left)
-    right = left if same else in_units(right)
+    right = left if symmetric else in_units(right)
     pairings = [paired(left, right, block) for block in blocks]
     rows: list[list[list[Tensor]]] = [[[] for _ in left.chunks] for _ in blocks]
     for i, left_chunk in enumerate(left.chunks):
         left_factors = left.visit(left_chunk)
         for j, right_chunk in enumerate(right.chunks):
             # Of a Jacobian with itself, the lower half is the transpose of the upper one.
-            if same and j < i:
+            if symmetric and j < i:
                 continue
-            diagonal = same and i == j
+            diagonal = symmetric and i == j
             right_factors = left_factors if diagonal else right.visit(right_chunk)
             for row, pairs_of in zip(rows, pairings, strict=True):
                 shape = (*_shape(left, left_chunk), *_shape(right, right_chunk))
@@ -78,7 +78,7 @@ def products(
                 products_of_pairs = (inner(x, y, shape[1::2]) for x, y in pairs)
                 # A block that the model makes no use of has no factors, and no products.
                 row[i].append(reduce(summed, products_of_pairs) if pairs else _zeros(shape, left))
-                if same and not diagonal:
+                if symmetric and not diagonal:
                     row[j].append(row[i][-1].permute(2, 3, 0, 1))
     # Put the products of pairs of chunks side by side, and count columns as everywhere else.
     return [_counted(concatenated([concatenated(parts, 2) for parts in row], 0)) for row in rows]
@@ -146,10 +146,14 @@ def rmatmat(
             entries = from_order(entries_of, order, sum(counts)).split(counts, 1)
             zeros = vectors.new_zeros(math.prod(_shape(jacobian, chunk)), vectors.shape[1])
             column_slopes.append(sum(map(inner_products, factors, entries), start=zeros))
-        # From samples first, n·m, to columns first, m·N + n.
-        whole = torch.cat(column_slopes).unflatten(0, (-1, jacobian.columns))
-        parts.append(whole.transpose(0, 1).flatten(0, 1))
+        parts.append(columns_first(torch.cat(column_slopes), jacobian.columns))
     return torch.cat(parts)
+
+
+def columns_first(rows: Float[Tensor, "nm _"], m: int) -> Float[Tensor, "i _"]:
+    """Return rows that come samples first, n·m, in the order of columns, m·N + n."""
+    by_column: Tensor = rows.unflatten(0, (-1, m)).transpose(0, 1)
+    return by_column.flatten(0, 1)
 
 
 def scale_along(jacobian: Jacobian, block: Leaves) -> Float[Tensor, " d"] | None:
@@ -193,9 +197,9 @@ def order_of(jacobian: Jacobian, block: Leaves) -> Int[Tensor, " d"] | None:
     return block_order
 
 
-def _counted(whole: Float[Tensor, "n m n2 m2"]) -> Float[Tensor, "i j"]:
+def _counted(matrix: Float[Tensor, "n m n2 m2"]) -> Float[Tensor, "i j"]:
     """Return a matrix over columns in the order in which they are counted."""
-    return whole.permute(1, 0, 3, 2).flatten(0, 1).flatten(1, 2)
+    return matrix.permute(1, 0, 3, 2).flatten(0, 1).flatten(1, 2)
 
 
 def of_chunk(

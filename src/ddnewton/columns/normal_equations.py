@@ -26,7 +26,7 @@ from ddnewton.columns.factors import (
     in_order,
     rows_of,
 )
-from ddnewton.columns.gram import cuts_to, of_chunk, order_of, scale_along
+from ddnewton.columns.gram import columns_first, cuts_to, of_chunk, order_of, scale_along
 from ddnewton.transforms import concatenated, summed
 from ddnewton.trees import chunks
 
@@ -42,6 +42,18 @@ class NormalEquations(NamedTuple):
     gradient: Float[Tensor, " d"]
 
 
+class RowPiece(NamedTuple):
+    """The rows a_i of some samples along a block, an entry for every entry of its factors.
+
+    ``order`` is where in a row the parameters of the block are, None if they are in order.
+    """
+
+    block: int  # its number
+    rows: Float[Tensor, "nm d"]
+    weights: Float[Tensor, "k n m"]
+    order: Int[Tensor, " d"] | None
+
+
 def normal_equations(
     jacobians: Sequence[Jacobian],
     blocks: Sequence[Leaves],
@@ -52,9 +64,9 @@ def normal_equations(
     # The sums over the columns of all Jacobians.
     totals: list[NormalEquations | None] = [None for _ in blocks]
     counts = [jacobian.samples * jacobian.columns for jacobian in jacobians]
-    both = torch.stack([weights, gradient_weights]).split(counts, 1)
-    for jacobian, weights_of_both in zip(jacobians, both, strict=True):
-        for b, sums in enumerate(_of_jacobian(jacobian, blocks, weights_of_both)):
+    roots_and_z = torch.stack([weights.sqrt(), gradient_weights]).split(counts, 1)
+    for jacobian, root_and_z in zip(jacobians, roots_and_z, strict=True):
+        for b, sums in enumerate(_of_jacobian(jacobian, blocks, root_and_z)):
             totals[b] = _sum(totals[b], sums)
     equations = [total for total in totals if total is not None]
     # In other units of the parameters, S G S and S g.
@@ -72,18 +84,9 @@ def weighted_rows(
 ) -> Iterator[Float[Tensor, "_ d"]]:
     """Yield the rows √w_i a_i of a block, in the order of its parameters, some at a time."""
     counts = [jacobian.samples * jacobian.columns for jacobian in jacobians]
-    for jacobian, own_weights in zip(jacobians, weights.split(counts), strict=True):
-        cut = cuts_to(jacobian, [block])
-        for chunk in jacobian.chunks:
-            root = of_chunk(jacobian, own_weights[None], chunk)[0].sqrt()
-            factors = cut(jacobian.visit(chunk))[0]
-            order = _places(factors, order_of(jacobian, block))
-            readers = [_reader(factor, jacobian.columns) for factor in factors]
-            for samples in _at_once(factors, *root.shape):
-                # The entries of all factors side by side, then in the order of the parameters.
-                rows = root[samples].reshape(-1, 1)
-                parts = [read(samples) for read in readers] or [rows[:, :0]]
-                yield in_order(rows * concatenated(parts, 1), order)
+    for jacobian, root in zip(jacobians, weights.sqrt().split(counts), strict=True):
+        for piece in _row_pieces(jacobian, [block], root[None]):
+            yield in_order(piece.weights.reshape(-1, 1) * piece.rows, piece.order)
 
 
 def scaled_rows(
@@ -92,37 +95,45 @@ def scaled_rows(
     """Return the rows √w_i a_i of a block, all of them as columns are counted, in its units."""
     parts = []
     counts = [jacobian.samples * jacobian.columns for jacobian in jacobians]
-    for jacobian, own_weights in zip(jacobians, weights.split(counts), strict=True):
-        rows = concatenated(list(weighted_rows([jacobian], block, own_weights)))
-        # From samples first, n·m, to columns first, m·N + n.
-        parts.append(rows.unflatten(0, (-1, jacobian.columns)).transpose(0, 1).flatten(0, 1))
-    scale = scale_along(jacobians[0], block)
-    whole = concatenated(parts)
-    return whole if scale is None else scale * whole
+    for jacobian, jacobian_weights in zip(jacobians, weights.split(counts), strict=True):
+        by_sample = concatenated(list(weighted_rows([jacobian], block, jacobian_weights)))
+        parts.append(columns_first(by_sample, jacobian.columns))
+    scale, rows = scale_along(jacobians[0], block), concatenated(parts)
+    return rows if scale is None else scale * rows
 
 
 def _of_jacobian(
-    jacobian: Jacobian, blocks: Sequence[Leaves], weights: Float[Tensor, "2 i"]
+    jacobian: Jacobian, blocks: Sequence[Leaves], root_and_z: Float[Tensor, "2 i"]
 ) -> list[NormalEquations]:
-    """Return the same for the columns of one Jacobian."""
-    cut = cuts_to(jacobian, blocks)
+    """Return A diag(w) Aᵀ and A z for every block, with the columns of one Jacobian as A."""
     totals: list[NormalEquations | None] = [None for _ in blocks]
-    places: list[Int[Tensor, " d"] | None] = [None for _ in blocks]
-    for chunk in jacobian.chunks:
-        of_curvature, of_gradient = of_chunk(jacobian, weights, chunk).unbind()
-        root = of_curvature.sqrt()
-        for b, factors in enumerate(cut(jacobian.visit(chunk))):
-            places[b] = _places(factors, order_of(jacobian, blocks[b]))
-            readers = [_reader(factor, jacobian.columns) for factor in factors]
-            for samples in _at_once(factors, *root.shape):
-                # The rows a for g, and √w a for G.
-                z = of_gradient[samples].reshape(-1)
-                parts = [read(samples) for read in readers] or [z.new_empty(len(z), 0)]
-                rows = concatenated(parts, 1)
-                scaled = (root[samples].reshape(-1, 1) * rows).mT
-                totals[b] = _sum(totals[b], NormalEquations(product(scaled, scaled), z @ rows))
-    pairs = zip(totals, places, strict=True)
+    orders: list[Int[Tensor, " d"] | None] = [None for _ in blocks]
+    for piece in _row_pieces(jacobian, blocks, root_and_z):
+        # The rows √w a for G, and a for g.
+        root, z = piece.weights.unbind()
+        scaled = (root.reshape(-1, 1) * piece.rows).mT
+        sums = NormalEquations(product(scaled, scaled), z.reshape(-1) @ piece.rows)
+        totals[piece.block] = _sum(totals[piece.block], sums)
+        orders[piece.block] = piece.order
+    pairs = zip(totals, orders, strict=True)
     return [_in_order(total, order) for total, order in pairs if total is not None]
+
+
+def _row_pieces(
+    jacobian: Jacobian, blocks: Sequence[Leaves], weights: Float[Tensor, "k i"]
+) -> Iterator[RowPiece]:
+    """Yield the rows of every block with their weights, as many at a time as stay in the cache."""
+    cut = cuts_to(jacobian, blocks)
+    for chunk in jacobian.chunks:
+        chunk_weights = of_chunk(jacobian, weights, chunk)
+        for b, factors in enumerate(cut(jacobian.visit(chunk))):
+            order = _places(factors, order_of(jacobian, blocks[b]))
+            readers = [_reader(factor, jacobian.columns) for factor in factors]
+            for samples in _at_once(factors, *chunk_weights.shape[1:]):
+                # The entries of all factors side by side.
+                w = chunk_weights[:, samples]
+                parts = [read(samples) for read in readers] or [w.new_empty(w[0].numel(), 0)]
+                yield RowPiece(b, concatenated(parts, 1), w, order)
 
 
 def _at_once(factors: Sequence[Factor], n: int, m: int) -> list[slice]:
@@ -167,8 +178,8 @@ def _places(factors: Sequence[Factor], order: Int[Tensor, " d"] | None) -> Int[T
         count = entry_count(factor)
         places += _by_piece(factor, torch.arange(start, start + count, device=device))
         start += count
-    whole = torch.cat([*places, places[0].new_full((1,), start)])
-    return whole[:-1] if order is None else whole[order]
+    all_places = torch.cat([*places, places[0].new_full((1,), start)])
+    return all_places[:-1] if order is None else all_places[order]
 
 
 def _by_piece(factor: Factor, entries: Int[Tensor, " _"]) -> list[Int[Tensor, " _"]]:
