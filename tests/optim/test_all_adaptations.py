@@ -9,8 +9,20 @@ from ddnewton import directional_newton, spring, top_k, trust_region
 from ddnewton.damping import constant
 from tests.methods import ADAPTATIONS, DTYPES, FLOAT32, FLOAT64, Adaptation
 from tests.models import problem
-from tests.optim.textbook import error, far, growth, optimizer_of, updated, walled
-from tests.reference import flat
+from tests.optim.textbook import (
+    Pulls,
+    along,
+    at,
+    error,
+    far,
+    growth,
+    loss_of,
+    moved,
+    optimizer_of,
+    updated,
+    walled,
+)
+from tests.reference import directions, flat
 
 # --- Levenberg and Marquardt ----------------------------------------------------------------
 
@@ -108,7 +120,32 @@ def test_a_complement_of_its_own_does_not_stop_what_adapts():
     given = far("relu_mlp", 2.0)
     for adaptation in ADAPTATIONS.values():
         if not adaptation.adapts or not adaptation.whole_batch or adaptation.function is spring:
-            continue  # SPRING lets the loss rise: to where curvature, which bounds δ, vanishes
+            continue  # it lets the loss rise where the model does: the next test
         damping = adaptation.make()
         _, _, info = updated(given, damping, select=top_k(1), complement=1e-4, times=3)
         assert bool(info.accepted)
+
+
+def test_spring_damps_beside_a_complement_of_its_own_until_the_model_is_right():
+    """What it asks is no fall of the loss: here the model rises, and the loss as it says."""
+    given = far("tanh_mlp", 2.0)
+    reference, theta = at(given, given.params), flat(given.params)
+    g, G = reference.gradient, reference.ggn
+    kept = directions(reference, lambda evals: [len(evals) - 1])
+    gamma, none, zero = kept.gammas.mean(0), torch.zeros(1, dtype=FLOAT64), 0 * theta
+    for attempts in range(1, 10):
+        delta = 1e-3 * float(G.trace()) * 2.0 ** (attempts - 1)
+        outside = (g, 1e-4 + delta)
+        s = along(kept.vectors, gamma, kept.evals, none, theta, zero, Pulls(delta), outside)
+        predicted = -float(g @ s + s @ G @ s / 2)
+        fall = float(reference.loss) - loss_of(given, moved(given.params, s))
+        if predicted - fall <= abs(predicted) / 2:
+            break
+    options = {"select": top_k(1), "complement": 1e-4, "learning_rate": 1.0, "momentum": 0.0}
+    params, _, info = updated(given, spring(), **options)
+    assert (int(info.attempts), bool(info.accepted)) == (attempts, True)
+    assert attempts > 1
+    assert predicted < 0
+    assert error(info.damping, delta) < 1e-9
+    assert error(info.predicted_decrease, predicted) < 1e-9
+    assert error(flat(params) - theta, s) < 1e-9
