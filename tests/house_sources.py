@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 WORDS = "found each own mine theirs other others rest known chosen some few one alone"
-PRONOUNS = frozenset(f"{WORDS} together held along".split())
+PRONOUNS = frozenset(f"{WORDS} together held along both whole same this that it which".split())
 OPENINGS = ("what", "which", "how", "whether")
 LONG_FUNCTION = 12
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -61,8 +61,8 @@ def cut_to(jacobian: Jacobian, block: Leaves) -> Cut:
 
 def paired(left: Jacobian, right: Jacobian, block: Leaves) -> Pairing:
     """Return a function that pairs the factors of two Jacobians along the leaves of a block."""
-    same = list(map(list, left.pieces)) == list(map(list, right.pieces))
-    if left.order is not right.order or not same:
+    same_pieces = list(map(list, left.pieces)) == list(map(list, right.pieces))
+    if left.order is not right.order or not same_pieces:
         return _by_leaf(left, right, block)
     cut = cut_to(left, block)
 
@@ -78,7 +78,7 @@ def _by_leaf(left: Jacobian, right: Jacobian, block: Leaves) -> Pairing:
     # The leaves that both have, and those of which both have all entries in one order.
     left_places, right_places = _places(left), _places(right)
     leaves = [leaf for leaf in block if leaf in left_places and leaf in right_places]
-    whole = {
+    aligned = {
         leaf
         for leaf in leaves
         if _same_entries(left, left_places[leaf], right, right_places[leaf], leaf)
@@ -90,7 +90,7 @@ def _by_leaf(left: Jacobian, right: Jacobian, block: Leaves) -> Pairing:
         pairs = []
         # As outer products where they fit each other, else as dense columns.
         for leaf in leaves:
-            if leaf in whole:
+            if leaf in aligned:
                 x = _piece(left_factors, left, left_places[leaf][0])
                 y = _piece(right_factors, right, right_places[leaf][0])
                 fit = _fit(x, y)

@@ -102,9 +102,9 @@ def _of_single_positions(left: Outer, right: Outer) -> Float[Tensor, "n m n2 m2"
     # b as rows m·n, in the order in which columns are counted.
     b = left.b.transpose(0, 1).flatten(0, 1).flatten(1)
     b_right = b if left is right else right.b.transpose(0, 1).flatten(0, 1).flatten(1)
-    products = completed(product(b, b_right), left is right and b.shape[1] >= LONG_ROWS)
-    whole = scaled(products.unflatten(1, (-1, n2)).unflatten(0, (-1, n)), a_products[:, None])
-    return whole.permute(1, 0, 3, 2).double()
+    b_products = completed(product(b, b_right), left is right and b.shape[1] >= LONG_ROWS)
+    products = scaled(b_products.unflatten(1, (-1, n2)).unflatten(0, (-1, n)), a_products[:, None])
+    return products.permute(1, 0, 3, 2).double()
 
 
 def _columns_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
@@ -195,8 +195,8 @@ def _overlaps(
         overlaps: Tensor = by_samples.permute(3, 1, 0, 2, 4)
         return overlaps
     # Rows with a single one have the inner product 1 where that is in the same place.
-    same = (a_right[None, ..., None] == a[:, None, :, None]) & (a >= 0)[:, None, :, None]
-    return same.to(left.b.dtype)
+    same_place = (a_right[None, ..., None] == a[:, None, :, None]) & (a >= 0)[:, None, :, None]
+    return same_place.to(left.b.dtype)
 
 
 def product(left: Float[Tensor, "i d"], right: Float[Tensor, "j d"]) -> Float[Tensor, "i j"]:

@@ -67,9 +67,9 @@ def written_out(jacobian: Jacobian, factors: Sequence[Factor]) -> Jacobian:
     count, d = jacobian.samples * jacobian.columns, sum(map(entry_count, factors))
     if count * d > WRITTEN_ENTRIES or count * d * min(count, d) > WRITTEN_PRODUCTS:
         return jacobian
-    whole = torch.cat([piece for factor in factors for piece in dense_pieces(factor)], 1)
+    columns = torch.cat([piece for factor in factors for piece in dense_pieces(factor)], 1)
     pieces = [piece for of_factor in jacobian.pieces for piece in of_factor]
-    return jacobian._replace(visit=lambda _: [whole], pieces=[pieces])
+    return jacobian._replace(visit=lambda _: [columns], pieces=[pieces])
 
 
 def weighted_sums(factor: Factor, weights: Float[Tensor, "k n m"]) -> list[Float[Tensor, "k _"]]:
@@ -128,8 +128,8 @@ def dense_pieces(factor: Factor) -> list[Float[Tensor, "nm _"]]:
     """Return the same piece by piece, to be put beside those of other factors."""
     if not isinstance(factor, Outer):
         return [factor]
-    whole = formed(factor.b, rows_of(factor))
-    return [part.flatten(2).flatten(0, 1) for part in whole.split(factor.widths, -1)]
+    columns = formed(factor.b, rows_of(factor))
+    return [part.flatten(2).flatten(0, 1) for part in columns.split(factor.widths, -1)]
 
 
 def formed(

@@ -73,9 +73,9 @@ def convex(criterion: Criterion) -> Loss:
 
     # The expansions of all samples, by themselves or together.
     def expand(outputs: Float[Tensor, "n ..."], y: PyTree) -> Expansion:
-        together = joint(outputs, y)
-        if together is not None:
-            return joint_expansion(together, outputs)
+        batch_loss = joint(outputs, y)
+        if batch_loss is not None:
+            return joint_expansion(batch_loss, outputs)
         parts = over_samples(partial(_sample_expansion, criterion), outputs, y)
         return spanned(*(part.double() for part in parts))
 
@@ -176,13 +176,13 @@ def _matching_denominator(
     # A few samples first, as those that vmap refuses are slow.
     for part in (slice(0, FIRST_SAMPLES), slice(FIRST_SAMPLES, n))[: 1 + (n > FIRST_SAMPLES)]:
         try:
-            r, alone = _of_samples(criterion, outputs[part], take(y, part))
+            r, sample_values = _of_samples(criterion, outputs[part], take(y, part))
         except torch.OutOfMemoryError:
             raise
         except Exception as reason:  # noqa: BLE001 - it was never asked to take one sample
             logger.info("the criterion does not take single samples: %s", reason)
             return None
-        values = torch.cat([values, alone])
+        values = torch.cat([values, sample_values])
         r, of_batch = r.reshape(len(r), -1), gradient[part].reshape(len(r), -1)
         largest = r.abs().amax(1, keepdim=True)
         tolerance = eps**0.5 * largest + GRADIENT_ROUNDINGS * eps * largest.amax()

@@ -133,10 +133,10 @@ def joint_loss(
     if loss.joint is None:
         return None
     joint = loss.joint
-    together = loss_in_float64(lambda f: joint(f, y), precise, outputs)
-    if together is None:
+    batch_loss = loss_in_float64(lambda f: joint(f, y), precise, outputs)
+    if batch_loss is None:
         return None
-    return lambda f: loss_in_float64(together, f, f).double()
+    return lambda f: loss_in_float64(batch_loss, f, f).double()
 
 
 def weight(
@@ -175,12 +175,12 @@ def _basis_of_two(loss: Loss, f: Float[Tensor, "n ..."], y: PyTree) -> Float[Ten
     def basis(two: Float[Tensor, "2 ..."]) -> Tensor:
         # Of samples that have no losses of their own, the others stay at their outputs.
         unmoved = f[2:].to(two.dtype)
-        together = None
+        batch_loss = None
         if loss.joint is not None:
-            together = loss.joint(torch.cat([two, unmoved]), y)
-        if together is None:
+            batch_loss = loss.joint(torch.cat([two, unmoved]), y)
+        if batch_loss is None:
             return loss.expand(two, take(y, slice(0, 2))).basis
-        return joint_expansion(lambda u: together(torch.cat([u, unmoved])), two).basis
+        return joint_expansion(lambda u: batch_loss(torch.cat([u, unmoved])), two).basis
 
     return loss_in_float64(basis, f[:2], f[:2])
 

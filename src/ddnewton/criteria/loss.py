@@ -111,10 +111,10 @@ def value_and_gradient(
     Where samples have no losses of their own these are the batch's loss, and N times the sample's
     part of its gradient.
     """
-    together = loss.joint(outputs, y) if loss.joint is not None else None
-    if together is not None:
+    batch_loss = loss.joint(outputs, y) if loss.joint is not None else None
+    if batch_loss is not None:
         n = outputs.shape[0]
-        gradient, value = grad_and_value(together)(outputs)
+        gradient, value = grad_and_value(batch_loss)(outputs)
         return value.double().expand(n), n * gradient.double().reshape(n, -1)
     return sample_gradient(loss, outputs, y)
 

@@ -108,18 +108,19 @@ def _chords(residuals: Residuals, f: Float[Tensor, "n ..."]) -> Float[Tensor, "n
     """
     t = residuals.target
     distance = (f - t).abs()
-    own, apex = residuals.psi_slope(f), residuals.psi_slope(t)
+    tangent, apex = residuals.psi_slope(f), residuals.psi_slope(t)
     size = residuals.psi(t + distance.clamp(min=least_residual(t))).abs().amax()
     # The chord itself, by the width that it has after rounding; where that is 0 it is a tangent.
     rise, width = _chord(residuals, distance)
-    chord = torch.where(width == 0, own, rise / torch.where(width == 0, 1, width))
+    chord = torch.where(width == 0, tangent, rise / torch.where(width == 0, 1, width))
     # The same for residuals that are not too small: at a kink it rises by more than a smooth one.
     mean = distance.mean()
     floor = SMALLEST_RESIDUAL * torch.where(mean > 0, mean, 1)
     high_rise, high_width = _chord(residuals, torch.maximum(distance, floor))
     smooth_rise = apex * high_width * (1 + SLOPE_AGREEMENT) + KINK * size
     smooth = high_rise <= smooth_rise  # false for a nan at the kink
-    h = torch.where(smooth, torch.minimum(torch.maximum(chord, own), apex), high_rise / high_width)
+    between = torch.minimum(torch.maximum(chord, tangent), apex)
+    h = torch.where(smooth, between, high_rise / high_width)
     return h.clamp(min=0)
 
 

@@ -90,8 +90,8 @@ def _times(loss: Loss, weight: float | Tensor) -> Loss:
         return of_expansion(loss.fisher(outputs, y))
 
     def joint(outputs: Tensor, y: PyTree) -> Callable[[Tensor], Tensor] | None:
-        together = None if loss.joint is None else loss.joint(outputs, y)
-        return None if together is None else lambda f: scaled(together(f))
+        batch_loss = None if loss.joint is None else loss.joint(outputs, y)
+        return None if batch_loss is None else lambda f: scaled(batch_loss(f))
 
     return loss._replace(
         expand=lambda outputs, y: of_expansion(loss.expand(outputs, y)),

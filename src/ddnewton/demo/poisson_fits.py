@@ -91,8 +91,8 @@ def poisson_problem(seed: int) -> PoissonProblem:
         inside = torch.rand(INSIDE_COUNT, 2, dtype=torch.float64)
     # As many points on each of the four sides.
     side = torch.linspace(0, 1, EDGE_COUNT // 4 + 1, dtype=torch.float64)[:-1]
-    zero, one = torch.zeros_like(side), torch.ones_like(side)
-    sides = ((side, zero), (one, side), (1 - side, one), (zero, 1 - side))
+    zeros, ones = torch.zeros_like(side), torch.ones_like(side)
+    sides = ((side, zeros), (ones, side), (1 - side, ones), (zeros, 1 - side))
     points = {"inside": inside, "edge": torch.cat([torch.stack(xy, 1) for xy in sides])}
     net_fn, params = as_function(net)
     return PoissonProblem(
@@ -200,7 +200,7 @@ def by_torch(problem: PoissonProblem, watch: Watch, optimizer_of: Callable[..., 
         watch(unflattened(vector.detach(), problem.params))
 
 
-OTHERS: dict[str, Callable[[PoissonProblem, Watch], None]] = {
+PEERS: dict[str, Callable[[PoissonProblem, Watch], None]] = {
     "BFGS": by_bfgs,
     "L-BFGS": partial(
         by_torch,
@@ -231,7 +231,7 @@ def poisson_example(limit: float, seed: int) -> PoissonRuns:
     result = by_fit(problem, watch)
     courses = {"ddnewton.fit": course}
     report_course("ddnewton.fit", course, shown)
-    for name, method in OTHERS.items():
+    for name, method in PEERS.items():
         watch, courses[name] = observed(problem, limit)
         with suppress(StopIteration):
             method(problem, watch)

@@ -114,13 +114,13 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     # Every whole line ends in a newline; after the last one there is nothing, or a line cut off.
     file = run_file(path)
     try:
-        *whole, unfinished = file.read_bytes().split(b"\n")
+        *whole_lines, unfinished = file.read_bytes().split(b"\n")
     except OSError as error:
         rule, got = "path must name a run, a .jsonl file or its folder", f"{file}: {error.strerror}"
         raise BadValue(sentence(rule, got, "Pass what append was given.")) from error
     # Whole lines must be objects.
     lines = []
-    for number, text in enumerate(whole, 1):
+    for number, text in enumerate(whole_lines, 1):
         try:
             lines.append(_parsed(text))
         except ValueError as error:
@@ -131,7 +131,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
         try:
             lines.append(_parsed(unfinished))
         except ValueError:
-            logger.warning("%s: line %d was cut off, and is left out", file, len(whole) + 1)
+            logger.warning("%s: line %d was cut off, and is left out", file, len(whole_lines) + 1)
     return lines
 
 

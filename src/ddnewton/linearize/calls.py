@@ -66,11 +66,15 @@ def _differentiated(leaf: Tensor) -> Tensor:
 
 
 def called(
-    evaluate: Callable[[Way], Model], model_fn: ModelFn, params: PyTree, X: PyTree, whole: bool
+    evaluate: Callable[[Way], Model],
+    model_fn: ModelFn,
+    params: PyTree,
+    X: PyTree,
+    whole_batch: bool,
 ) -> Model:
     """Evaluate a model as it is or, where that fails, with autograd recording.
 
-    ``whole`` says whether it is evaluated on the whole batch at once, and not in parts.
+    ``whole_batch`` says whether it is evaluated on the whole batch at once, and not in parts.
     """
     try:
         return evaluate(on_copies)
@@ -86,7 +90,7 @@ def called(
         except Exception as again:
             # It may be no error of the model's own, but one of how it is called here.
             _check_outside_transforms(model_fn, params, X, error)
-            if not whole and _succeeds(recording(model_fn, X), params, X):
+            if not whole_batch and _succeeds(recording(model_fn, X), params, X):
                 raise _any_size(again) from again
             if (type(again), str(again)) == (type(error), str(error)):
                 raise error from None
@@ -97,7 +101,7 @@ def refusal(model: Model, error: Exception) -> Exception:
     """Return the error of a model that gave outputs, but no derivatives."""
     if isinstance(error, (BadValue, BadType)) or torch.compiler.is_compiling():
         return error
-    alone(model)
+    first_sample_outputs(model)
     _check_outside_transforms(model.function, model.params, model.X, error)
     rule = "model_fn must be differentiable by torch.func or by torch.autograd.grad"
     remedy = "Mend what the error names; a checkpoint takes use_reentrant=False."
@@ -106,7 +110,7 @@ def refusal(model: Model, error: Exception) -> Exception:
     return named
 
 
-def alone(model: Model) -> Tensor:
+def first_sample_outputs(model: Model) -> Tensor:
     """Return the outputs of the first sample alone; say so where it cannot be called on one."""
     try:
         return model.function(model.params, take(model.X, slice(0, 1))).detach()

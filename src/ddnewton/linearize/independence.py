@@ -171,8 +171,8 @@ def evaluate(
         function = real_outputs(function) if is_complex else function
         return Model(function, params, samples, torch.cat(outputs), is_complex, watch.rounding)
 
-    whole = sample_count(parts[0]) == sample_count(X)
-    return called(evaluated, unchecked, params, X, whole)
+    whole_batch = sample_count(parts[0]) == sample_count(X)
+    return called(evaluated, unchecked, params, X, whole_batch)
 
 
 class SamplesMix(BadValue):

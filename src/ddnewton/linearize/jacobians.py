@@ -131,11 +131,11 @@ def _check_pullback(
     # Compare it with the same sum of the samples' columns, all leaves of a dtype at once.
     leaves = list(zip(pullback(cotangent[None]), columns, sizes, strict=True))
     for dtype in {leaf_columns.dtype for leaf_columns in columns if leaf_columns.numel()}:
-        same = [leaf for leaf in leaves if leaf[1].dtype == dtype]
-        of_batch = torch.cat([pulled.reshape(-1) for pulled, _, _ in same])
+        of_dtype = [leaf for leaf in leaves if leaf[1].dtype == dtype]
+        of_batch = torch.cat([pulled.reshape(-1) for pulled, _, _ in of_dtype])
         check_derivatives(of_batch)
-        of_samples = torch.cat([weights.to(dtype) @ part for _, part, _ in same])
-        scale = torch.cat([size.to(dtype).expand(part.shape[1]) for _, part, size in same])
+        of_samples = torch.cat([weights.to(dtype) @ part for _, part, _ in of_dtype])
+        scale = torch.cat([size.to(dtype).expand(part.shape[1]) for _, part, size in of_dtype])
         floor, rounding = largest.to(dtype), model.rounding
         check_independent(of_batch, of_samples, scale, floor, "derivatives", rounding)
 

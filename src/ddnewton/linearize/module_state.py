@@ -188,10 +188,10 @@ def _is_same(container: Container, before: Container) -> bool:
         return True
     if isinstance(container, set):
         return container == before
-    same = all(map(is_, container, before))
+    same_objects = all(map(is_, container, before))
     if isinstance(container, dict) and isinstance(before, dict):
-        same = same and all(map(is_, container.values(), before.values()))
-    return same
+        same_objects = same_objects and all(map(is_, container.values(), before.values()))
+    return same_objects
 
 
 def _refill(container: Container, before: Container) -> None:

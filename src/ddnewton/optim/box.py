@@ -82,8 +82,8 @@ def step_inside(box: Box | None, params: PyTree, step: Float[Tensor, " d"]) -> F
 def is_free(box: Box, params: PyTree, slopes: Float[Tensor, " d"]) -> Bool[Tensor, " d"]:
     """Return a mask of the parameters that no bound holds, given the slopes along all of them."""
     theta, lower, upper = map(flattened, (params, box.lower, box.upper))
-    held = ((theta <= lower) & (slopes > 0)) | ((theta >= upper) & (slopes < 0))
-    return ~(held | (lower == upper))
+    held_at_bound = ((theta <= lower) & (slopes > 0)) | ((theta >= upper) & (slopes < 0))
+    return ~(held_at_bound | (lower == upper))
 
 
 def _like(params: PyTree, side: str, bound: Any) -> PyTree:

@@ -75,5 +75,5 @@ def history_of(info: UpdateInfo, cosine: Float[Tensor, ""], seconds: float) -> H
 
 def continued(history: History, further: History) -> History:
     """Return the history of some updates, and of those after them."""
-    whole: History = tree_map(lambda *parts: torch.cat(parts), history, further)
-    return whole
+    extended: History = tree_map(lambda *parts: torch.cat(parts), history, further)
+    return extended

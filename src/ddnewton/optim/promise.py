@@ -52,15 +52,15 @@ def quadratic_along(
 
 def _of_loss(trials: TrialSteps, vectors: Float[Tensor, "k d"]) -> Quadratic:
     """Return the quadratic model of the loss alone along vectors."""
-    model, (matrix, *others) = trials.model, trials.matrices
+    model, matrix = trials.model, trials.matrices[0]
     every_leaf = range(len(model.sizes))
     # By G and g of all parameters, where the curvature along vectors stands out from G's rounding.
-    whole = not others and list(model.leaves[0]) == list(every_leaf)
-    if whole and not (matrix.on_columns or is_batched(vectors)):
-        along = Quadratic(vectors @ matrix.gradient, vectors @ matrix.entries @ vectors.mT)
+    in_order = len(trials.matrices) == 1 and list(model.leaves[0]) == list(every_leaf)
+    if in_order and not (matrix.on_columns or is_batched(vectors)):
+        quadratic = Quadratic(vectors @ matrix.gradient, vectors @ matrix.entries @ vectors.mT)
         least = MATRIX_SHARE * matrix.trace() * vectors.square().sum(1)
-        if not any_known(along.curvatures.diagonal() < least):
-            return along
+        if not any_known(quadratic.curvatures.diagonal() < least):
+            return quadratic
     # By the slopes of all columns, whose sum of squares has more digits.
     column_slopes = rmatmat(model.jacobians, every_leaf, vectors.mT)
     weights = model.curvature_weights

@@ -147,9 +147,9 @@ def _passed_tests(
 def _is_last(control: Float[Tensor, ""], local: LocalModel, step: Step) -> Bool[Tensor, ""]:
     """Return whether the next update could be no other, or no step of it be told from none."""
     eps = torch.finfo(narrowest(tree_leaves(as_real(local.params)))).eps
-    same = (step.following == control) | (step.following.isnan() & control.isnan())
+    unchanged = (step.following == control) | (step.following.isnan() & control.isnan())
     shortest: Tensor = step.outcome.length <= eps * local.scaled_params.norm()
-    return shortest | same | step.settled
+    return shortest | unchanged | step.settled
 
 
 def _left_to_gain(local: LocalModel) -> Float[Tensor, ""]:

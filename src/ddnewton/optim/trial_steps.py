@@ -51,7 +51,7 @@ class Lengths(NamedTuple):
 
 @dataclass
 class Decompositions:
-    """What is known of the matrices of a batch by the trials so far."""
+    """The decompositions of the matrices of a batch that trials have made so far."""
 
     directions: list[BlockDirections] = field(default_factory=list)
     shifted: list[Shifted] = field(default_factory=list)
@@ -67,7 +67,7 @@ class TrialSteps(NamedTuple):
     proximal: Proximal | None
     proximal_blocks: Sequence[ProximalBlock]
     free: Bool[Tensor, " d"] | None  # the parameters that no bound holds, None for all
-    known: Decompositions
+    decompositions: Decompositions
     exact: bool  # whether δ so far is below what the matrices resolve
 
 
@@ -92,7 +92,7 @@ def trial_steps(
         proximal=proximal,
         proximal_blocks=pulls,
         free=free,
-        known=Decompositions(),
+        decompositions=Decompositions(),
         exact=exact,
     )
 
@@ -133,10 +133,12 @@ def _leafwise_step(
     ]
     # In scaled coordinates every direction is damped by 1.
     scaled, matrices = in_metrics(model, trials.matrices, metrics)
-    one = torch.ones_like(delta)
-    damped = scaled._replace(blocks=[block._replace(damping=one) for block in model.blocks])
-    outside = [None if trials.complement is None else one for _ in model.blocks]
-    fresh = trials._replace(model=scaled, matrices=matrices, known=Decompositions())
+    unit_damping = torch.ones_like(delta)
+    damped = scaled._replace(
+        blocks=[block._replace(damping=unit_damping) for block in model.blocks]
+    )
+    outside = [None if trials.complement is None else unit_damping for _ in model.blocks]
+    fresh = trials._replace(model=scaled, matrices=matrices, decompositions=Decompositions())
     # Back from there.
     pairs = zip(_vectors(fresh, damped, outside, centres), metrics, strict=True)
     vectors = [vector / metric.sqrt() for vector, metric in pairs]
@@ -174,12 +176,12 @@ def _vectors(
     centres: Sequence[Centre] | None,
 ) -> list[Float[Tensor, " _"]]:
     """Return the steps of all blocks from their centres, by eigenpairs only where these are due."""
-    matrices, known = trials.matrices, trials.known
-    if not known.directions and is_linear(damped, outside):
+    matrices, decompositions = trials.matrices, trials.decompositions
+    if not decompositions.directions and is_linear(damped, outside):
         # Factorize for each of the first few dampings, and decompose for all that follow.
         coordinates = None
-        if not known.shifted and known.factorizations < MOST_FACTORIZATIONS:
-            known.factorizations += 1
+        if not decompositions.shifted and decompositions.factorizations < MOST_FACTORIZATIONS:
+            decompositions.factorizations += 1
             options = (outside, centres, TRIAL_CONDITION)
             coordinates = without_eigenpairs(damped, matrices, *options)
         if coordinates is not None:
@@ -188,25 +190,22 @@ def _vectors(
             like = steps[0].evals
             return list(map(step_at, steps, [_scalar(b, like[0]).to(like) for b in damped.blocks]))
     # Directions, in the first trial that needs them, for all that follow.
-    if not known.directions:
+    if not decompositions.directions:
         only_kept = trials.complement is None
-        known.directions.extend(directions_of(trials.model, matrices, only_kept=only_kept))
-    coordinates = [
-        solve(
-            damped,
-            directions._replace(block=block),
-            outside[b],
-            None if centres is None else centres[b],
-        ).coordinates
-        for b, (directions, block) in enumerate(zip(known.directions, damped.blocks, strict=True))
-    ]
+        decompositions.directions.extend(directions_of(trials.model, matrices, only_kept=only_kept))
+    coordinates = []
+    pairs = zip(decompositions.directions, damped.blocks, strict=True)
+    for b, (directions, block) in enumerate(pairs):
+        centre = None if centres is None else centres[b]
+        solution = solve(damped, directions._replace(block=block), outside[b], centre)
+        coordinates.append(solution.coordinates)
     return to_parameters(damped, matrices, coordinates)
 
 
 def _shifted(trials: TrialSteps) -> list[Shifted] | None:
     """Return the decompositions of all blocks, None where one has none; made in the first call."""
-    model, known = trials.model, trials.known
-    if not known.shifted:
+    model, decompositions = trials.model, trials.decompositions
+    if not decompositions.shifted:
         # Of every block, by its rows or by its matrix.
         options = {"everywhere": trials.complement is not None, "exact": trials.exact}
         for matrix, leaves in zip(trials.matrices, model.leaves, strict=True):
@@ -214,10 +213,10 @@ def _shifted(trials: TrialSteps) -> list[Shifted] | None:
             d = sum(model.sizes[leaf] for leaf in leaves)
             of_block = shifted(matrix, model.gradient_weights, rows, d, **options)
             if of_block is None:
-                known.shifted.clear()
+                decompositions.shifted.clear()
                 return None
-            known.shifted.append(of_block)
-    return known.shifted
+            decompositions.shifted.append(of_block)
+    return decompositions.shifted
 
 
 def lengths_at(trials: TrialSteps) -> Lengths | None:
@@ -229,10 +228,10 @@ def lengths_at(trials: TrialSteps) -> Lengths | None:
     steps = _shifted(trials) if is_linear(model, [None] * len(model.blocks)) else None
     if steps is None:
         return None
-    own = [_scalar(block, steps[0].evals[0]) for block in model.blocks]
+    dampings = [_scalar(block, steps[0].evals[0]) for block in model.blocks]
 
     def lengths(deltas: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
-        pairs = zip(steps, own, strict=True)
+        pairs = zip(steps, dampings, strict=True)
         squares = [squared_lengths(of_block, deltas + damping) for of_block, damping in pairs]
         return torch.stack(squares).sum(0).sqrt()
 

@@ -163,7 +163,7 @@ def _flat_share(local: LocalModel) -> Float[Tensor, ""]:
     """Return the share of the gradient that has no curvature, nan where it is not known."""
     if not has_flat_samples(local.model):
         return torch.zeros_like(local.gradient_norm)
-    blocks, count = local.trials.known.directions, len(local.model.curvature_weights)
+    blocks, count = local.trials.decompositions.directions, len(local.model.curvature_weights)
     if not blocks or any(len(block.spectrum.evals) < count for block in blocks):
         return torch.full_like(local.gradient_norm, torch.nan)
     return flat_share(local.model, blocks, local.gradient_norm)
@@ -171,7 +171,7 @@ def _flat_share(local: LocalModel) -> Float[Tensor, ""]:
 
 def _rank_and_share(local: LocalModel) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Return the rank, and the kept directions' share of the gradient, nan where not known."""
-    blocks = local.trials.known.directions
+    blocks = local.trials.decompositions.directions
     unknown = torch.full_like(local.gradient_norm, torch.nan)
     if not blocks:
         return unknown, unknown

@@ -166,10 +166,12 @@ def _equations(
     equations = normal_equations(jacobians[:count], blocks, weights, gradient_weights[:i])
     if len(jacobians) == count:
         return equations
-    own = matmat(jacobians[count:], blocks, [gradient_weights[None, i:] for _ in blocks])
+    further_gradients = matmat(
+        jacobians[count:], blocks, [gradient_weights[None, i:] for _ in blocks]
+    )
     return [
         of_block._replace(gradient=of_block.gradient + further[0])
-        for of_block, further in zip(equations, own, strict=True)
+        for of_block, further in zip(equations, further_gradients, strict=True)
     ]
 
 

@@ -30,15 +30,15 @@ def noise_of_residuals(model: QuadraticModel, absolute_sigma: bool) -> Noise:
         rule = "the terms of a covariance must all be sums of squares, or all likelihoods"
         remedy = "Of squares with a known variance pass gaussian_nll(var=…)."
         raise BadValue(sentence(rule, model.names, remedy))
-    one = torch.ones_like(model.loss)
+    unit_variance = torch.ones_like(model.loss)
     # Likelihoods: the sum over all samples, where the loss is divided by d.
     if not all(kinds):
         counts = [_count(term) * term.curvature_weights.reshape(-1) for term in model.terms]
-        return Noise(torch.cat(counts), one)
+        return Noise(torch.cat(counts), unit_variance)
     # Squares, which have twice the curvature of the likelihood of noise 1.
     if absolute_sigma:
         halves = [_absolute(term) * term.curvature_weights.reshape(-1) for term in model.terms]
-        return Noise(torch.cat(halves), one)
+        return Noise(torch.cat(halves), unit_variance)
     # Squares whose noise is estimated, so that any factor of the loss cancels.
     residuals = torch.stack([is_curved(term.h).sum() for term in model.terms]).sum()
     spare = residuals - sum(model.sizes)

@@ -112,10 +112,10 @@ def squared_lengths(steps: Shifted, deltas: Float[Tensor, " k"]) -> Float[Tensor
 
 
 def _inverse(steps: Shifted, delta: Float[Tensor, "*k"]) -> Float[Tensor, "..."]:
-    """Return 1 / (λ + δ), 0 where neither is known to be more than nothing."""
+    """Return 1 / (λ + δ), 0 where the sum is not resolved from rounding."""
     damped = steps.evals + delta
-    known = damped > steps.rounding
-    return torch.where(known, 1 / torch.where(known, damped, 1), 0)
+    resolved = damped > steps.rounding
+    return torch.where(resolved, 1 / torch.where(resolved, damped, 1), 0)
 
 
 def _has_few_rows(

@@ -71,7 +71,7 @@ def is_linear(model: QuadraticModel, complements: Sequence[float | Tensor | None
     return all(
         block.select is None
         and not callable(block.damping)
-        and (complement is None or _same(complement, block.damping))
+        and (complement is None or _is_same_damping(complement, block.damping))
         for block, complement in zip(model.blocks, complements, strict=True)
     )
 
@@ -170,7 +170,7 @@ def info_of(
     return cast
 
 
-def _same(first: float | Tensor, second: float | Tensor) -> bool:
+def _is_same_damping(first: float | Tensor, second: float | Tensor) -> bool:
     """Return whether two dampings are known to be one."""
     if isinstance(first, Real) and isinstance(second, Real):
         return first == second

@@ -164,20 +164,21 @@ def _eigh(
         # Looked for only here: on small problems the search would take as long as the rest.
         at_hand = find_spec("scipy") and find_spec("threadpoolctl")
         if at_hand and not (matrix.is_cuda or is_batched(matrix)):
-            return _subset(matrix, range(count - leading, count))
+            return _leading(matrix, leading)
     evals, evecs = torch.linalg.eigh(matrix)
     return evals, evecs
 
 
-def _subset(
-    matrix: Float[Tensor, "i i"], which: range
+def _leading(
+    matrix: Float[Tensor, "i i"], count: int
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, "i k"]]:
+    """Return so many of the largest eigenvalues, ascending, and their eigenvectors."""
     from scipy.linalg import eigh  # noqa: PLC0415 - importing ddnewton must stay light
     from threadpoolctl import threadpool_limits  # noqa: PLC0415
 
     # SciPy's threads and torch's would wait for each other's cores.
     with ONE_THREAD, threadpool_limits(1, user_api="blas"):
-        subset = (which[0], which[-1])
+        subset = (len(matrix) - count, len(matrix) - 1)
         evals, evecs = eigh(matrix.numpy(), subset_by_index=subset, driver="evr")
     return torch.from_numpy(evals), torch.from_numpy(evecs)
 

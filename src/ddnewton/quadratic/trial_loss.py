@@ -38,14 +38,14 @@ def trial_loss(
     moved = (linearization.function(leaves, part) for part in parts)
     # Every sample's own loss, or the loss of all outputs together.
     scale = weight(loss, outputs, linearization.precise, y)
-    together = joint_loss(loss, outputs, linearization.precise, y)
-    if together is None:
+    batch_loss = joint_loss(loss, outputs, linearization.precise, y)
+    if batch_loss is None:
         at_parts = zip(moved, parts, strict=True)
         values = [losses(loss, part, take(y, indices)) for part, indices in at_parts]
         return torch.as_tensor(scale * torch.cat(values)).mean()
     changed = torch.cat(list(moved))
     if samples is None:
-        return torch.as_tensor(scale * together(changed))
+        return torch.as_tensor(scale * batch_loss(changed))
     before = term.losses.mean()
-    after = scale * together(linearization.precise.index_copy(0, samples, changed))
+    after = scale * batch_loss(linearization.precise.index_copy(0, samples, changed))
     return before + outputs.shape[0] / len(samples) * (after - before)

@@ -36,17 +36,17 @@ def compile_program(
     # obstacle that is neither is differentiated directly.
     survey = Survey(graph, leaves)
     survey.run(*leaves, *sample)
-    found = [uses_of(survey, leaf) for leaf in survey.leaves]
-    obstructed = [number for number, (_, path) in enumerate(found) if path.obstacle]
+    uses_and_paths = [uses_of(survey, leaf) for leaf in survey.leaves]
+    obstructed = [number for number, (_, path) in enumerate(uses_and_paths) if path.obstacle]
     computed = derived_weights(graph, survey, obstructed)
-    paths = {number: path for number, (_, path) in enumerate(found)} | computed.paths
+    paths = {number: path for number, (_, path) in enumerate(uses_and_paths)} | computed.paths
     derived = computed.derived
     pulled_back = {number for one in derived for number in one.leaves}
     # By weights of their own, or by weights that overlap.
     weights: list[WeightUses] = []
     sizes = [leaf.numel() for leaf in leaves]
     for number in range(len(leaves)):
-        leaf_uses = computed.uses.get(number, found[number][0])
+        leaf_uses = computed.uses.get(number, uses_and_paths[number][0])
         leaf_weights = [] if number in pulled_back else by_weight(leaf_uses)
         if has_overlap(leaf_weights):
             start = sum(sizes[:number])

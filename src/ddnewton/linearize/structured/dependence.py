@@ -110,8 +110,8 @@ def _dependence(
     if isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags:
         # Every entry of the result depends on one entry of every operand, of the same part.
         parts = [x.parts.expand(node.meta[SHAPE]) for x in of]
-        same = all(torch.equal(parts[0], x) for x in parts[1:])
-        return Dependence(parts[0], _coefficient(node, operands[0], first)) if same else None
+        same_parts = all(torch.equal(parts[0], x) for x in parts[1:])
+        return Dependence(parts[0], _coefficient(node, operands[0], first)) if same_parts else None
     if target in REDUCING:
         arguments: Any = node.args
         axes, keep = (*arguments[REDUCING[target] :], None, False)[:2]
@@ -125,10 +125,10 @@ def _coefficient(node: Node, operand: Node, of: Dependence) -> float | None:
     if of.coefficient is None or node.target not in LINEAR or node.kwargs or len(node.args) > 2:
         return None
     name, where = LINEAR[node.target], [argument is operand for argument in node.args]
-    other: Any = node.args[-1]
+    factor: Any = node.args[-1]
     if sum(where) == 1 and name in ("add", "sub", "rsub", "neg"):
         minus = name == "neg" or (name, where[0]) in (("sub", False), ("rsub", True))
         return -of.coefficient if minus else of.coefficient
-    if where[0] and isinstance(other, (int, float)):
-        return of.coefficient * other if name == "mul" else of.coefficient / other
+    if where[0] and isinstance(factor, (int, float)):
+        return of.coefficient * factor if name == "mul" else of.coefficient / factor
     return None

@@ -37,7 +37,7 @@ class Derived(NamedTuple):
     rows: Sequence[Int[Tensor, "_ _"] | None]
 
 
-class Found(NamedTuple):
+class DerivedWeights(NamedTuple):
     """The uses of leaves that had no rules, by their numbers; weights derived from others."""
 
     uses: dict[int, list[Use]]
@@ -45,12 +45,14 @@ class Found(NamedTuple):
     paths: dict[int, Path]
 
 
-def derived_weights(graph: GraphModule, survey: Survey, obstructed: Sequence[int]) -> Found:
+def derived_weights(
+    graph: GraphModule, survey: Survey, obstructed: Sequence[int]
+) -> DerivedWeights:
     """Find the weights that stand between the leaves that have no rules and the data.
 
     A leaf that has no rule where it meets data is left out, and so is one whose weights have none.
     """
-    total = Found({}, [], {})
+    total = DerivedWeights({}, [], {})
     direct = {i for i in obstructed if uses_of(survey, survey.leaves[i], True)[1].obstacle}
     for number in obstructed:
         if number not in direct and number not in total.paths:
@@ -62,7 +64,7 @@ def derived_weights(graph: GraphModule, survey: Survey, obstructed: Sequence[int
     return total
 
 
-def _component(graph: GraphModule, survey: Survey, number: int, direct: set[int]) -> Found:
+def _component(graph: GraphModule, survey: Survey, number: int, direct: set[int]) -> DerivedWeights:
     """Find the weights computed from a leaf, with all other leaves that these are made from."""
     # Leaf by leaf, the weights that data meet; weight by weight, its leaves.
     leaves, roots = [number], list[Node]()
@@ -77,7 +79,7 @@ def _component(graph: GraphModule, survey: Survey, number: int, direct: set[int]
     for root in roots:
         of_root, path = uses_of(survey, root, True)
         if path.obstacle:
-            return Found({}, [], {})
+            return DerivedWeights({}, [], {})
         start = int(survey.indices[root].min())
         uses[root] = [use._replace(indices=use.indices - start) for use in of_root]
         names |= dict.fromkeys([operation(root)] * (root not in survey.leaves))
@@ -88,7 +90,7 @@ def _component(graph: GraphModule, survey: Survey, number: int, direct: set[int]
     paths = dict.fromkeys(leaves if roots else [], Path(list(names), None))
     remaining = sorted(set(leaves) - set(simple))
     if not (roots and remaining):
-        return Found(simple, [], paths)
+        return DerivedWeights(simple, [], paths)
     # The others have the columns of all weights, one after the other, pulled back.
     starts = list(accumulate((root.meta[SHAPE].numel() for root in roots), initial=0))
     shifted = [
@@ -103,7 +105,7 @@ def _component(graph: GraphModule, survey: Survey, number: int, direct: set[int]
         for i in remaining
     ]
     computed = _computed(graph, survey, roots)
-    return Found(simple, [Derived(remaining, computed, starts[-1], shifted, rows)], paths)
+    return DerivedWeights(simple, [Derived(remaining, computed, starts[-1], shifted, rows)], paths)
 
 
 def _meets_data(survey: Survey, root: Node) -> bool:

@@ -19,7 +19,7 @@ from ddnewton.inputs.checks import (
     check_params,
 )
 from ddnewton.inputs.terms import about_term, check_keys, is_several, of_term, term_names
-from ddnewton.linearize.calls import alone, first_line
+from ddnewton.linearize.calls import first_line, first_sample_outputs
 from ddnewton.linearize.independence import SamplesMix, check_independent, evaluate
 from ddnewton.linearize.model import Model
 from ddnewton.linearize.precision import Widened, if_same_function, narrowest, pulled_back, ramp
@@ -126,7 +126,7 @@ def prepared_model(model: Model) -> Prepared:
     # Of an ensemble, its first member; and the model on the first sample alone.
     params, X, outputs = tree_map(first_member, (model.params, model.X, model.outputs))
     model = model._replace(params=params, X=X, outputs=outputs)
-    on_one_sample = model._replace(X=take(X, slice(0, 1)), outputs=alone(model))
+    on_one_sample = model._replace(X=take(X, slice(0, 1)), outputs=first_sample_outputs(model))
     # The program is made from the first sample, and must agree with the model there.
     leaves, samples = tree_leaves(params), tree_leaves(X)
     try:

@@ -55,8 +55,8 @@ def pulled_back(
             a = of_inputs[i][:, rows].unflatten(0, (n, t)).transpose(1, 2)
             factors.append(Outer(a, uses[0].b.reshape(n, m, -1, 1, t), (rows.shape[1],)))
         else:
-            whole = of_columns[i]
-            factors.append(whole if rows is None else whole[:, rows.reshape(-1)])
+            columns = of_columns[i]
+            factors.append(columns if rows is None else columns[:, rows.reshape(-1)])
     return factors
 
 

@@ -25,7 +25,7 @@ def simplified(graph: GraphModule) -> GraphModule:
     """Return a copy that computes the same, its constants beforehand and nothing twice."""
     copy = Graph()
     copies: dict[Node, Node] = {}
-    known: dict[Node, Any] = {}  # values that depend on no input
+    constants: dict[Node, Any] = {}  # values that depend on no input
     named: dict[str, Tensor] = {}  # those that the copy refers to
     equal: dict[str, Node] = {}  # operations by what they are and what they are of
 
@@ -33,19 +33,19 @@ def simplified(graph: GraphModule) -> GraphModule:
         """Return the copy of a node; of a constant one that refers to its value."""
         if node not in copies:
             name = f"constant_{len(named)}"
-            named[name], copies[node] = known[node], copy.get_attr(name)
+            named[name], copies[node] = constants[node], copy.get_attr(name)
         return copies[node]
 
     for node in graph.graph.nodes:
         # A constant that is small enough is computed now.
         if node.op == "get_attr":
-            known[node] = getattr(graph, str(node.target))
+            constants[node] = getattr(graph, str(node.target))
             continue
         pure = node.op == "call_function" and _is_pure(node.target)
-        if pure and all(source in known for source in node.all_input_nodes):
-            value = _computed(node, known)
+        if pure and all(source in constants for source in node.all_input_nodes):
+            value = _computed(node, constants)
             if _is_small(value):
-                known[node] = value
+                constants[node] = value
                 continue
         # Any other operation is copied, unless it has been.
         args, kwargs = map_arg(node.args, copied), map_arg(node.kwargs, copied)
@@ -64,11 +64,11 @@ def _is_pure(target: Any) -> bool:
     return torch.Tag.nondeterministic_seeded not in target.tags and not target._schema.is_mutable
 
 
-def _computed(node: Node, known: dict[Node, Any]) -> Any:
+def _computed(node: Node, constants: dict[Node, Any]) -> Any:
     """Return the result of an operation on constants."""
     assert callable(node.target)
-    args: Any = map_arg(node.args, known.__getitem__)
-    kwargs: Any = map_arg(node.kwargs, known.__getitem__)
+    args: Any = map_arg(node.args, constants.__getitem__)
+    kwargs: Any = map_arg(node.kwargs, constants.__getitem__)
     with untransformed(), torch.inference_mode(False), torch.no_grad():
         return node.target(*args, **kwargs)
 

@@ -168,8 +168,10 @@ def _at_site(use: Use) -> Use:
     while len(site.users) == 1:
         user = next(iter(site.users))
         total = user.target == aten.add.Tensor and not user.kwargs and user.args[0] != user.args[1]
-        same = user.meta[SHAPE] == site.meta[SHAPE] if total else user.target in RESHAPING
-        if not same:
+        keeps_cotangent = (
+            user.meta[SHAPE] == site.meta[SHAPE] if total else user.target in RESHAPING
+        )
+        if not keeps_cotangent:
             break
         site = user
     read_b = use.read_b

@@ -93,15 +93,15 @@ def _by_groups(
     if len(cotangents) <= size:
         return [piece.transpose(0, 1) for piece in _pulled(pull, cotangents)]
     n, start = cotangents.shape[1], 0
-    wholes: list[Tensor] = []
+    pullbacks: list[Tensor] = []
     for group in cotangents.split(size):
         pieces, stop = _pulled(pull, group), start + group.shape[0]
         # In place, column by column, for all of them are most of what a step takes of memory.
-        wholes = wholes or [x.new_empty(n, len(cotangents), *x.shape[2:]) for x in pieces]
-        for whole, piece in zip(wholes, pieces, strict=True):
-            whole[:, start:stop] = piece.transpose(0, 1)
+        pullbacks = pullbacks or [x.new_empty(n, len(cotangents), *x.shape[2:]) for x in pieces]
+        for pullback, piece in zip(pullbacks, pieces, strict=True):
+            pullback[:, start:stop] = piece.transpose(0, 1)
         start = stop
-    return wholes
+    return pullbacks
 
 
 def _pulled(
