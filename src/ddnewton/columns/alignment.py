@@ -74,7 +74,7 @@ def paired(left: Jacobian, right: Jacobian, block: Leaves) -> Pairing:
 
 
 def _by_leaf(left: Jacobian, right: Jacobian, block: Leaves) -> Pairing:
-    """Return the same where factors do not line up one by one."""
+    """Return a function that pairs the factors of two Jacobians leaf by leaf."""
     # The leaves that both have, and those of which both have all entries in one order.
     left_places, right_places = _places(left), _places(right)
     leaves = [leaf for leaf in block if leaf in left_places and leaf in right_places]

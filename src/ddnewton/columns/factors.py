@@ -125,7 +125,7 @@ def dense_columns(factor: Factor) -> Float[Tensor, "nm _"]:
 
 
 def dense_pieces(factor: Factor) -> list[Float[Tensor, "nm _"]]:
-    """Return the same piece by piece, to be put beside those of other factors."""
+    """Return columns as rows along every piece, to be put beside those of other factors."""
     if not isinstance(factor, Outer):
         return [factor]
     columns = formed(factor.b, rows_of(factor))

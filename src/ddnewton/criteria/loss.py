@@ -122,7 +122,7 @@ def value_and_gradient(
 def sample_gradient(
     loss: Loss, outputs: Float[Tensor, "n ..."], y: PyTree
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n c"]]:
-    """Return the same of some samples of a batch whose samples have losses of their own."""
+    """Return loss and gradient of some samples, of a batch whose samples have their own losses."""
     if loss.gradient is not None:
         return loss.gradient(outputs, y)
     expansion = loss.expand(outputs, y)

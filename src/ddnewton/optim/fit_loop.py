@@ -100,7 +100,7 @@ def watcher(callback: Callable[[Fit], object] | None, tell: Tell) -> Callable[[F
 
 
 def _out_of(limits: Limits, fit: Fit, began: float) -> str:
-    """Return which number of updates or seconds is used up, or ""."""
+    """Return the reason of a fit whose updates or seconds are used up, or ""."""
     if limits.max_updates is not None and fit.updates >= limits.max_updates:
         return f"ended after max_updates = {limits.max_updates}"
     if limits.max_seconds is not None and time.monotonic() - began >= limits.max_seconds:

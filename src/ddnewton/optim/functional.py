@@ -179,8 +179,6 @@ def directional_newton(
         chunk_size=chunk_size,
         scale=settings.scale,
     )
-
-    first = FirstState(bool(settings.momentum), isinstance(settings.scale, str))
-    return FunctionalOptimizer(
-        first, Update(settings, model_of, subsampling_grad, subsampling_ggn, Notices())
-    )
+    init = FirstState(bool(settings.momentum), isinstance(settings.scale, str))
+    update = Update(settings, model_of, subsampling_grad, subsampling_ggn, Notices())
+    return FunctionalOptimizer(init, update)

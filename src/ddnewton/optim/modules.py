@@ -33,7 +33,6 @@ COMPARED_BY_VALUE = (
 )
 """Types compared by value; everything else in a module is compared by identity."""
 
-
 UPDATES_TO_TRACE = 40
 """How many updates of a tiny problem a trace takes as long as, and saves half of each."""
 
@@ -181,7 +180,7 @@ def _fingerprint(
                 continue
             yield name
             # Of parameters and buffers the names alone: their values are passed to the trace, or
-            # compared by `traced_module`.
+            # compared by `traced_modules`.
             of_tensors = name in {"_parameters", "_buffers"}
             yield from _comparable_parts(list(value.keys()) if of_tensors else value, trained)
 

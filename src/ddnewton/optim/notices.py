@@ -59,9 +59,10 @@ def notice(
 
 def _stands_still(local: LocalModel, step: Step) -> bool:
     """Return whether a step of no length is taken where the gradient stands out from rounding."""
-    if not any_known(step.taken & (step.outcome.length == 0)):
+    still = step.taken & (step.outcome.length == 0)
+    if not any_known(still):
         return False
-    asked = step.taken & (step.outcome.length == 0) & (torch.as_tensor(step.rate) > 0).any()
-    asked = asked & (steep_weights(local.model) != 0).any()
+    moving = (torch.as_tensor(step.rate) > 0).any()
+    steep = (steep_weights(local.model) != 0).any()
     noise = local.noise * local.curvature.trace
-    return any_known(asked & (local.gradient_norm.square() > noise))
+    return any_known(still & moving & steep & (local.gradient_norm.square() > noise))

@@ -33,7 +33,6 @@ def quadratic_along(
     """Return the quadratic model along vectors, damped by δ where one is given."""
     model, proximal = trials.model, trials.proximal
     # The loss: gᵀv and vᵀG v.
-    sizes = model.sizes
     slopes, curvatures = _of_loss(trials, vectors)
     # The penalty of weight decay.
     if proximal is not None and len(proximal.params):
@@ -42,7 +41,7 @@ def quadratic_along(
         curvatures = curvatures + decayed @ vectors.mT
     # The damping, of every block by its own.
     if delta is not None:
-        parts = vectors.split(sizes, 1)
+        parts = vectors.split(model.sizes, 1)
         for block in damped_more(model, [delta] * len(model.blocks)).blocks:
             of_block = torch.cat([parts[leaf] for leaf in block.leaves], 1)
             scalar = delta if callable(block.damping) else block.damping
@@ -72,7 +71,7 @@ def _of_loss(trials: TrialSteps, vectors: Float[Tensor, "k d"]) -> Quadratic:
 
 
 def curvature_of(matrices: Sequence[GaussNewton], params: Float[Tensor, " d"]) -> Curvature:
-    """Return the size of the curvature, of the block that has most of it, and of parameters."""
+    """Return the largest trace and the largest mean eigenvalue of the blocks, and ‖θ‖."""
     traces = [matrix.trace() for matrix in matrices]
     means = [trace / len(m.diagonal()) for trace, m in zip(traces, matrices, strict=True)]
     return Curvature(torch.stack(traces).amax(), torch.stack(means).amax(), params.norm())

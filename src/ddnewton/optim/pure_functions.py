@@ -92,11 +92,11 @@ def observed_update(
     sizes = isinstance(settings.scale, str)
     check_state(state, params, momentum=bool(settings.momentum), sizes=sizes)
     # Samples that a damping is chosen on are in no step.
-    first, held_out, choice = None, None, settings.adaptation.choice
+    step_samples, held_out, choice = None, None, settings.adaptation.choice
     if choice is not None and any_known(state.updates % choice.every == 0):
-        first, held_out = first_samples(plan.model_of.args[0], X, choice.fraction)
-    grad = first if plan.subsampling_grad is None else plan.subsampling_grad
-    ggn = first if plan.subsampling_ggn is None else plan.subsampling_ggn
+        step_samples, held_out = first_samples(plan.model_of.args[0], X, choice.fraction)
+    grad = step_samples if plan.subsampling_grad is None else plan.subsampling_grad
+    ggn = step_samples if plan.subsampling_ggn is None else plan.subsampling_ggn
     # Expand the loss, search for a step, and take it.
     with plan.model_of(params, X, y, subsampling_grad=grad, subsampling_ggn=ggn) as model:
         local = local_model(model, settings, params, state, held_out)

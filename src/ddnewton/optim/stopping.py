@@ -8,10 +8,9 @@ With the loss F, its fall ΔF by a step s that was taken, and the parameters θ 
 
 the first two as in `scipy.optimize.least_squares`, lengths as in MINPACK in units of the scale, and
 the last one as in MINPACK: of squared errors it is the largest cosine between the residuals and the
-column of a parameter, which has no units. A step may
-also be short because it is damped. So none of them counts unless there is nothing more to gain: the
-undamped step must promise less than max(ftol, gtol) · F, or, for the first two, no more than twice
-what the damped one did.
+column of a parameter, which has no units. A step may also be short because it is damped. So none of
+them counts unless there is nothing more to gain: the undamped step must promise less than
+max(ftol, gtol) · F, or, for the first two, no more than twice what the damped one did.
 """
 
 from __future__ import annotations
@@ -96,16 +95,16 @@ def verdict(
     if not (passed or stuck or step.settled):
         return Verdict(cosine, "")
     # A test that is passed counts where the undamped step has as little to gain.
-    left, size = _left_to_gain(local), outcome.before.abs()
+    gain, size = _left_to_gain(local), outcome.before.abs()
     share = max(limits.ftol or 0.0, limits.gtol or 0.0)
     noise = LEFT_ROUNDINGS * local.noise
-    little = bool(left <= torch.maximum(share * size, noise))
-    undamped = bool(UNDAMPED_SHARE * left <= outcome.predicted)
+    little_gain = bool(gain <= torch.maximum(share * size, noise))
+    undamped = bool(UNDAMPED_SHARE * gain <= outcome.predicted)
     for reason, of_step in passed:
-        if little or (of_step and undamped):
+        if little_gain or (of_step and undamped):
             return Verdict(cosine, reason)
     # What is lost in rounding, and what is tried in vain, would be the same in the next update.
-    if little and (stuck or step.settled):
+    if little_gain and (stuck or step.settled):
         return Verdict(cosine, ROUNDING)
     return Verdict(cosine, STALLED if stuck else "")
 

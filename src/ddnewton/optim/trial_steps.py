@@ -187,8 +187,9 @@ def _vectors(
         if coordinates is not None:
             return to_parameters(damped, matrices, coordinates)
         if centres is None and (steps := _shifted(trials)) is not None:
-            like = steps[0].evals
-            return list(map(step_at, steps, [_scalar(b, like[0]).to(like) for b in damped.blocks]))
+            like = steps[0].evals[0]
+            deltas = [_scalar(block, like).to(like) for block in damped.blocks]
+            return list(map(step_at, steps, deltas))
     # Directions, in the first trial that needs them, for all that follow.
     if not decompositions.directions:
         only_kept = trials.complement is None

@@ -48,7 +48,7 @@ def damped_step(
     delta = torch.as_tensor(delta, dtype=weights.dtype, device=weights.device)
     if any(map(is_batched, (weights, matrix.entries, gradient_weights, delta))):
         return None
-    # A part of the gradient beyond the range of G, or a damping too small for a factorization.
+    # None for a damping too small for a factorization, and a gradient beyond the range of G.
     damped = matrix.matrix()
     if not damped.trace() <= condition * delta < math.inf:
         return None
@@ -90,7 +90,10 @@ def as_coordinates(
     solution: Float[Tensor, " side"],
     delta: Tensor,
 ) -> Float[Tensor, " j"]:
-    """Return the step of a solution: in weights of the columns, or in parameters."""
+    """Return the step that a solution of the damped system gives: weights of columns, or itself.
+
+    On the side of the parameters the solution is the step, but for its sign.
+    """
     if not matrix.on_columns:
         return -solution
     root = matrix.weights.sqrt()

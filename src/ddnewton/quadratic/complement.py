@@ -33,9 +33,9 @@ def vanishing(
 ) -> Float[Tensor, " j"]:
     """Return −s along the directions whose curvature is positive but too small to resolve, λ → 0.
 
-    All directions means these too: where a net is certain and wrong, or where two samples that
-    are almost the same have different targets, the curvature vanishes and the slope does not.
-    Zero where δ is no larger than what curvatures are known to, as in the pseudo-inverse.
+    One damping of all directions damps these as well: where a net is certain and wrong, or where
+    two samples that are almost the same have different targets, the curvature vanishes and the
+    slope does not. Zero where δ is lost in the rounding of curvatures, as in the pseudo-inverse.
     """
     part = outside_live(spectrum, torch.where(curved, gradient_weights, 0))
     delta = torch.as_tensor(delta, dtype=part.dtype, device=part.device)

@@ -126,16 +126,20 @@ def block_matrices(
     curved, sizes = jacobians[:count], jacobians[0].sizes
     lengths = [sum(sizes[leaf] for leaf in block) for block in blocks]
     on_columns = [len(weights) <= d or d == 0 for d in lengths]
-    # One visit of the model for all blocks of a side.
-    column_blocks = [block for block, yes in zip(blocks, on_columns, strict=True) if yes]
-    parameter_blocks = [block for block, yes in zip(blocks, on_columns, strict=True) if not yes]
-    tall = iter(side_by_side(jacobians, curved, column_blocks) if column_blocks else [])
+    # One visit of the model for all blocks of a side: AᵀA₁ of one, G and g of the other.
+    sided_blocks = list(zip(blocks, on_columns, strict=True))
+    column_blocks = [block for block, is_on_columns in sided_blocks if is_on_columns]
+    parameter_blocks = [block for block, is_on_columns in sided_blocks if not is_on_columns]
+    products = iter(side_by_side(jacobians, curved, column_blocks) if column_blocks else [])
     equations = iter(
         _equations(jacobians, count, parameter_blocks, weights, gradient_weights)
         if parameter_blocks
         else []
     )
-    sides = [(next(tall), gradient_weights) if yes else next(equations) for yes in on_columns]
+    sides = [
+        (next(products), gradient_weights) if is_on_columns else next(equations)
+        for is_on_columns in on_columns
+    ]
     for matrix, _ in sides:
         # What is not finite in a column shows in its square: no need to look at every product.
         check_derivatives(matrix.diagonal())
@@ -143,14 +147,14 @@ def block_matrices(
             check_derivatives(matrix[matrix.shape[1] :])
     return [
         GaussNewton(
-            on_columns=yes,
+            on_columns=is_on_columns,
             columns=columns_of(jacobians, block),
             weights=weights,
             gradient_weights=gradient_weights,
             entries=matrix,
             gradient=gradient,
         )
-        for yes, block, (matrix, gradient) in zip(on_columns, blocks, sides, strict=True)
+        for (block, is_on_columns), (matrix, gradient) in zip(sided_blocks, sides, strict=True)
     ]
 
 
@@ -166,12 +170,10 @@ def _equations(
     equations = normal_equations(jacobians[:count], blocks, weights, gradient_weights[:i])
     if len(jacobians) == count:
         return equations
-    further_gradients = matmat(
-        jacobians[count:], blocks, [gradient_weights[None, i:] for _ in blocks]
-    )
+    sums = matmat(jacobians[count:], blocks, [gradient_weights[None, i:] for _ in blocks])
     return [
-        of_block._replace(gradient=of_block.gradient + further[0])
-        for of_block, further in zip(equations, further_gradients, strict=True)
+        of_block._replace(gradient=of_block.gradient + block_sum[0])
+        for of_block, block_sum in zip(equations, sums, strict=True)
     ]
 
 

@@ -39,11 +39,11 @@ def inverse_root(jacobians: Sequence[Jacobian], weights: Float[Tensor, " i"]) ->
     factor = _triangle(jacobians, weights)
     lengths = torch.linalg.vector_norm(factor, dim=0)
     units = torch.where(lengths > 0, lengths, 1)
-    _, sizes, directions = torch.linalg.svd(factor / units, full_matrices=False)
+    _, singular_values, directions = torch.linalg.svd(factor / units, full_matrices=False)
     # What is rounding beside the largest is as good as zero, as for `scipy.optimize.curve_fit`.
     eps = max(jacobian.eps for jacobian in jacobians)
-    live = sizes > eps * max(len(weights), len(units)) * sizes.amax()
-    inverse = torch.where(live, 1 / torch.where(live, sizes, 1), 0)
+    live = singular_values > eps * max(len(weights), len(units)) * singular_values.amax()
+    inverse = torch.where(live, 1 / torch.where(live, singular_values, 1), 0)
     # A parameter along which a direction without curvature has a part is not determined.
     stray = torch.where(live[:, None], 0, directions).square().sum(0)
     return InverseRoot(

@@ -56,15 +56,15 @@ def keep(spectrum: Spectrum, select: Select | None, dtype: torch.dtype) -> Direc
             select(spectrum.evals.to(dtype, copy=True)), spectrum.evals
         )
     # Their places among the last r; where there is none, any place will do: it is not live.
-    thin = (indices - (count - r)).clamp(min=0)
-    live = spectrum.live[thin] & wanted & (indices >= count - r)
-    # The live directions that nobody asked for.
-    taken = (thin[:, None] == torch.arange(r, device=thin.device)) & live[:, None]
+    places = (indices - (count - r)).clamp(min=0)
+    live = spectrum.live[places] & wanted & (indices >= count - r)
+    # Which directions of the spectrum are kept: the live ones among the others are left out.
+    taken = (places[:, None] == torch.arange(r, device=places.device)) & live[:, None]
     return Directions(
         evals=spectrum.evals[indices],
-        evecs=torch.where(indices >= count - r, spectrum.evecs[:, thin], 0),
-        column_slopes=torch.where(live, spectrum.column_slopes[:, thin], 0),
-        vectors=torch.where(live, spectrum.vectors[:, thin], 0),
+        evecs=torch.where(indices >= count - r, spectrum.evecs[:, places], 0),
+        column_slopes=torch.where(live, spectrum.column_slopes[:, places], 0),
+        vectors=torch.where(live, spectrum.vectors[:, places], 0),
         live=live,
         left_out=spectrum.live & ~taken.any(0),
     )

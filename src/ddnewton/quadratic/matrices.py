@@ -41,12 +41,12 @@ def gauss_newton_matrices(
 
 def in_float64(model: QuadraticModel) -> QuadraticModel:
     """Return the same model expanded in float64, where it is not so already and can be."""
-    parts = [term.linearization for term in model.terms]
-    if all(part.in_float64 is None for part in parts):
+    if all(term.linearization.in_float64 is None for term in model.terms):
         return model
-    parts = [part if part.in_float64 is None else part.in_float64() for part in parts]
+    parts = [term.linearization for term in model.terms]
+    linearizations = [part if part.in_float64 is None else part.in_float64() for part in parts]
     objectives = [term.objective for term in model.terms]
-    return expanded(parts, objectives, model.blocks, model.scaling)
+    return expanded(linearizations, objectives, model.blocks, model.scaling)
 
 
 def _scaled_by_columns(

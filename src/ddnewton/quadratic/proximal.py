@@ -9,7 +9,7 @@ so that damping by δ + w pulls it to c = (δ μ s' − w θ) / (δ + w). In gen
 
     gᵀs + ½ sᵀG s + ½ Σ_k δ_k (e_kᵀ(s − c))²,    s = c − Σ_k (γ_k + λ_k c_k) / (λ_k + δ_k) e_k:
 
-c, and a step of a gradient that is further by G c = A₁ (h / N ∘ A₁ᵀc).
+so that s − c is the step without a centre for the gradient g + G c, G c = A₁ (h / N ∘ A₁ᵀc).
 """
 
 from __future__ import annotations

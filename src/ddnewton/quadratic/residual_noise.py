@@ -33,11 +33,13 @@ def noise_of_residuals(model: QuadraticModel, absolute_sigma: bool) -> Noise:
     unit_variance = torch.ones_like(model.loss)
     # Likelihoods: the sum over all samples, where the loss is divided by d.
     if not all(kinds):
-        counts = [_count(term) * term.curvature_weights.reshape(-1) for term in model.terms]
+        counts = [_denominator(term) * term.curvature_weights.reshape(-1) for term in model.terms]
         return Noise(torch.cat(counts), unit_variance)
     # Squares, which have twice the curvature of the likelihood of noise 1.
     if absolute_sigma:
-        halves = [_absolute(term) * term.curvature_weights.reshape(-1) for term in model.terms]
+        halves = [
+            _information_factor(term) * term.curvature_weights.reshape(-1) for term in model.terms
+        ]
         return Noise(torch.cat(halves), unit_variance)
     # Squares whose noise is estimated, so that any factor of the loss cancels.
     residuals = torch.stack([is_curved(term.h).sum() for term in model.terms]).sum()
@@ -54,18 +56,18 @@ def _is_of_squares(term: Term) -> bool:
     return term.objective.loss.squares is not False
 
 
-def _count(term: Term) -> float | Tensor:
-    """Return by what the sum over all samples is divided in the loss."""
+def _denominator(term: Term) -> float | Tensor:
+    """Return the number d by which the loss divides the sum over all samples."""
     objective, linearization = term.objective, term.linearization
     scale = weight(objective.loss, linearization.outputs, linearization.precise, objective.y)
     return len(term.losses) / scale
 
 
-def _absolute(term: Term) -> float | Tensor:
+def _information_factor(term: Term) -> float | Tensor:
     """Return the factor that turns the curvature of squares into their information."""
     if term.objective.loss.squares is None:
         rule = "absolute_sigma needs a criterion that says what its weights are"
         remedy = "Pass ddnewton.criteria.mse(weight=1 / sigma**2)."
         got = f"the function {term.objective.criterion_name}"
         raise BadValue(sentence(rule, got, remedy))
-    return _count(term) / 2
+    return _denominator(term) / 2

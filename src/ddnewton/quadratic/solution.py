@@ -149,7 +149,7 @@ def info_of(
 ) -> NewtonInfo:
     """Return the record of the step of one block."""
     kept, (gammas, lambdas) = directions.kept, directions.derivatives
-    gamma, curvature, length = gammas.mean(0), lambdas.mean(0), solution.coefficients
+    gamma, curvature, coefficients = gammas.mean(0), lambdas.mean(0), solution.coefficients
     square = gradient.square().sum()
     inside = torch.where(kept.live, gamma, 0).square().sum()
     info = NewtonInfo(
@@ -158,8 +158,8 @@ def info_of(
         gammas=gammas,
         lambdas=lambdas,
         dampings=solution.dampings,
-        coefficients=length,
-        predicted_decrease=-length * (gamma + curvature * length / 2),
+        coefficients=coefficients,
+        predicted_decrease=-coefficients * (gamma + curvature * coefficients / 2),
         gradient_norm=square.sqrt(),
         gradient_share=torch.where(square > 0, inside / square, 1).clamp(max=1),
         rank=directions.spectrum.live.sum(),

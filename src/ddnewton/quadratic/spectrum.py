@@ -200,9 +200,9 @@ def _judge(
 
     Columns are wrong by eps of their size, so an eigenvalue that ought to vanish comes out as
     eps² times the mean square of its columns, Σ_i u_i² K_ii; where their products are summed in
-    float32, as the eps of those sums times that. On a net that is certain of most
-    samples columns differ by orders of magnitude, and a small eigenvalue made of small columns is
-    as good as a large one; a tolerance relative to λ_max alone would lose the step.
+    float32, as the eps of those sums times that. On a net that is certain of most samples columns
+    differ by orders of magnitude, and a small eigenvalue made of small columns is as good as a
+    large one; a tolerance relative to λ_max alone would lose the step.
     """
     column, total = COLUMN_ROUNDINGS * columns.eps, COLUMN_ROUNDINGS * columns.sums
     of_columns: Tensor = (column**2 + total) * (evecs.square().mT @ diagonal)

@@ -95,7 +95,7 @@ class GradientWeights(NamedTuple):
 
 def expansion_of(linearization: Linearization, objective: Objective) -> Expansion:
     """Expand a term around the outputs."""
-    _, _, loss, y, _, _ = objective
+    loss, y = objective.loss, objective.y
     return expand_batch(loss, linearization.outputs, linearization.precise, y)
 
 
