@@ -164,12 +164,12 @@ def _eigh(
         # Looked for only here: on small problems the search would take as long as the rest.
         at_hand = find_spec("scipy") and find_spec("threadpoolctl")
         if at_hand and not (matrix.is_cuda or is_batched(matrix)):
-            return _leading(matrix, leading)
+            return _subset(matrix, leading)
     evals, evecs = torch.linalg.eigh(matrix)
     return evals, evecs
 
 
-def _leading(
+def _subset(
     matrix: Float[Tensor, "i i"], count: int
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, "i k"]]:
     """Return so many of the largest eigenvalues, ascending, and their eigenvectors."""
