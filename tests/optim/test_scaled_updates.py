@@ -110,7 +110,8 @@ def test_sizes_are_the_largest_so_far(damping):
         zero = torch.zeros_like(theta)
         pulls = Pulls(float(info.damping))
         step = spring_step(reference.gradient, reference.ggn, theta, zero, pulls, scale)
-        if float(info.loss) > 1e-12:
+        # Steps of a radius may be arcs: their own test has these.
+        if float(info.loss) > 1e-12 and not damping.by_length:
             assert error(flat(params) - theta, step) < 1e-6
 
 

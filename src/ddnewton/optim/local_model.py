@@ -15,7 +15,7 @@ from ddnewton.optim.box import Box, clipped_to
 from ddnewton.optim.trial_steps import TrialSteps
 from ddnewton.quadratic.proximal import Proximal
 from ddnewton.quadratic.quadratic_model import QuadraticModel
-from ddnewton.quadratic.trial_loss import trial_loss
+from ddnewton.quadratic.trial_loss import trial_of
 from ddnewton.trees import (
     along_block,
     as_real,
@@ -61,15 +61,22 @@ class BlockSizes(NamedTuple):
     curvatures: Float[Tensor, " p"]
 
 
-def loss_at(
+class TrialPoint(NamedTuple):
+    """Where a step leads: the loss there, with its penalty, and the outputs of every term."""
+
+    loss: Float[Tensor, ""]
+    outputs: Sequence[Float[Tensor, "_ ..."]]
+
+
+def point_at(
     local: LocalModel,
     decay: float | Tensor,
     vector: Float[Tensor, " d"],
     samples: Sequence[Int[Tensor, " _"] | None],
-) -> Float[Tensor, ""]:
-    """Return the loss of some samples of every term, with its penalty, after a step.
+) -> TrialPoint:
+    """Return the loss and the outputs of some samples of every term after a step.
 
-    It is taken at the parameters as their dtype has them.
+    They are taken at the parameters as their dtype has them.
     """
     # As `added`, leaf by leaf; a complex one is pairs of reals.
     leaves = tree_leaves(as_real(local.params))
@@ -81,8 +88,10 @@ def loss_at(
         moved = [leaf.clamp(lower, upper) for leaf, lower, upper in sides]
     # The losses of all terms there, and the penalty.
     of_terms = zip(local.model.terms, samples, strict=True)
-    losses = [trial_loss(term, moved, indices) for term, indices in of_terms]
-    return _penalised(torch.as_tensor(sum(losses)), decay, in_model_units(moved, local.scale))
+    trials = [trial_of(term, moved, indices) for term, indices in of_terms]
+    loss = torch.as_tensor(sum(trial.loss for trial in trials))
+    penalised = _penalised(loss, decay, in_model_units(moved, local.scale))
+    return TrialPoint(penalised, [trial.outputs for trial in trials])
 
 
 def _penalised(

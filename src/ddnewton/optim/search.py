@@ -10,30 +10,29 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ddnewton.optim.adaptation import Outcome
+from ddnewton.optim.arc import (
+    Arc,
+    arc_of,
+    first_share,
+    is_whole,
+    promise_at,
+    vector_at,
+    with_end,
+)
 from ddnewton.optim.box import step_inside
-from ddnewton.optim.local_model import LocalModel, in_params_units, loss_at
+from ddnewton.optim.control import first_control, step_of_control
+from ddnewton.optim.local_model import LocalModel, TrialPoint, in_params_units, point_at
 from ddnewton.optim.promise import quadratic_along
 from ddnewton.optim.settings import Settings
-from ddnewton.optim.trial_steps import TrialSteps, lengths_at, trial_step
-from ddnewton.optim.trust_radius import damping_of_length, least_damping
-from ddnewton.quadratic.leafwise import is_leafwise
 from ddnewton.transforms import any_known, is_batched
 from ddnewton.trees import tree_map
 
 MOST_ATTEMPTS = 20
 """How many steps are tried before the parameters are left where they are."""
 
-FIRST_DAMPING = 1e-3
-"""The damping, relative to the trace, whose step is the first radius where parameters are zero."""
-
-
-EXACT_SHARE = 1e-15
-"""How much smaller the least damping of a radius is, where curvatures are known to the square of
-the rounding."""
-
-LEAST_METRIC = 1e-10
-"""The least damping of a radius, relative to the trace, where weight decay differs inside a block:
-leaves with and without it are compared in coordinates scaled by the root of their damping."""
+ARC_ATTEMPTS, SHARES_TRIED, SHORTER = 5, 4, 0.85
+"""How many steps that are not taken are tried again as arcs, in how many shares of these besides
+all of it, and how much shorter one share is than the one before."""
 
 
 class Step(NamedTuple):
@@ -52,7 +51,7 @@ class Step(NamedTuple):
 def search(local: LocalModel, settings: Settings, control: Float[Tensor, ""]) -> Step:
     """Return the first step that is taken, or that leaves nothing to gain, or the last one."""
     momentum: float | Literal["exact"] = settings.momentum
-    step = _tried(local, settings, _first_control(local, settings, control), momentum, 0)
+    step = _tried(local, settings, first_control(local, settings, control), momentum, 0)
     for attempt in range(1, MOST_ATTEMPTS):
         # Every member of an ensemble has its step once none of them is left to search.
         ended = step.taken | step.settled
@@ -73,32 +72,6 @@ def _inside(local: LocalModel, vector: Float[Tensor, " d"]) -> Float[Tensor, " d
     return step if local.scale is None else step / local.scale
 
 
-def _first_control(
-    local: LocalModel, settings: Settings, control: Float[Tensor, ""]
-) -> Float[Tensor, ""]:
-    """Return the control of this batch: the first one, the one so far, or one from the grid."""
-    adaptation = settings.adaptation
-    # Where there is none yet, the first; for a radius of zero that of a damped step.
-    first = adaptation.start(local.curvature)
-    if adaptation.by_length and any_known(control.isnan() & ~(first > 0)):
-        delta = FIRST_DAMPING * local.curvature.trace
-        length = trial_step(local.trials, delta, 0.0).norm()
-        first = torch.where(first > 0, first, torch.where(length > 0, length, torch.nan))
-    control = torch.where(control.isnan(), first, control)
-    if local.held_out is None or adaptation.choice is None:
-        return control
-    # The loss of the samples held out, after the step of every multiple in the grid: the largest
-    # multiple first, so that it is the choice where several, or none, are best.
-    multiples = sorted(adaptation.choice.grid, reverse=True)
-    controls = torch.stack([control * 0 + multiple for multiple in multiples])
-    dampings = [adaptation.damping(multiple, local.curvature) for multiple in controls]
-    steps = (trial_step(local.trials, damping, 0.0) for damping in dampings)
-    losses = torch.stack([loss_at(local, 0.0, step, local.held_out) for step in steps])
-    # Half the way to the best, in the logarithm.
-    best = losses.nan_to_num(nan=torch.inf).argmin(0, keepdim=True)
-    return (control * controls.gather(0, best)[0]).sqrt()
-
-
 def _tried(
     local: LocalModel,
     settings: Settings,
@@ -107,34 +80,18 @@ def _tried(
     attempt: int,
 ) -> Step:
     """Try the step that a control leads to."""
-    # The damping of the control, raised until the step is no longer than it may be.
-    delta = settings.adaptation.damping(control, local.curvature)
-    radius = torch.full_like(delta, settings.trust_radius or torch.inf)
-    if settings.adaptation.by_length:
-        if is_leafwise(local.trials.proximal_blocks):
-            delta = torch.maximum(delta, LEAST_METRIC * local.curvature.trace)
-        elif local.trials.exact:
-            delta = delta * EXACT_SHARE
-        radius = torch.minimum(radius, control.nan_to_num(nan=torch.inf))
-    if any_known(radius.isfinite()):
-        delta = _within_radius(local, settings, radius, delta, momentum)
-    # The step; a part of it that no damping shortens, a step before with momentum, is cut.
-    vector, rate = _direction(local, settings, delta, momentum)
-    rate = rate * (radius / (rate * vector).norm()).nan_to_num(nan=1.0).clamp(max=1)
-    moved = _inside(local, rate * vector)
-    # The loss before and after, of the samples of the gradient.
-    samples = [term.objective.samples.slopes for term in local.model.terms]
-    decay = 0.0 if local.proximal is None else local.proximal.decay
-    before, after = local.loss, loss_at(local, decay, rate * vector, samples)
+    delta, vector, rate = step_of_control(local, settings, control, momentum)
+    moved, point = _inside(local, rate * vector), _after(local, rate * vector)
     # The decrease that the quadratic model promises, −(gᵀs + ½ sᵀG s).
     slopes, curvatures = quadratic_along(local.trials, moved[None])
     predicted = -(slopes[0] + curvatures[0, 0] / 2)
-    settled = (predicted.abs() <= local.noise) & ((before - after).abs() <= local.noise)
+    decrease = local.loss - point.loss
+    settled = (predicted.abs() <= local.noise) & (decrease.abs() <= local.noise)
     outcome = Outcome(
-        before=before,
-        after=after,
+        before=local.loss,
+        after=point.loss,
         predicted=predicted,
-        ratio=torch.where(settled, 1, (before - after) / predicted),
+        ratio=torch.where(settled, 1, decrease / predicted),
         length=moved.norm().nan_to_num(nan=torch.inf),
         attempts=torch.full_like(local.updates, attempt),
         curvature=local.curvature,
@@ -142,67 +99,72 @@ def _tried(
     # The adaptation's verdict; a step that changes nothing says nothing of the control.
     taken, following = settings.adaptation.judge(control, outcome)
     following = torch.where(settled & ~taken, control, following)
-    return Step(vector, rate, delta, outcome, taken, settled, following, outcome.attempts + 1)
+    step = Step(vector, rate, delta, outcome, taken, settled, following, outcome.attempts + 1)
+    # Where it is not taken its outputs tell how the model bends along it.
+    may_bend = settings.adaptation.by_length and settings.trust_radius is None
+    if not (may_bend and attempt < ARC_ATTEMPTS and any_known(~(taken | settled))):
+        return step
+    arc = arc_of(local.trials, delta, moved, point.outputs)
+    return step if arc is None else _on_arc(local, settings, control, step, arc)
 
 
-def _direction(
+def _after(local: LocalModel, vector: Float[Tensor, " d"]) -> TrialPoint:
+    """Return where a step leads the samples of the gradient."""
+    samples = [term.objective.samples.slopes for term in local.model.terms]
+    return point_at(local, 0.0 if local.proximal is None else local.proximal.decay, vector, samples)
+
+
+def _on_arc(
+    local: LocalModel, settings: Settings, control: Float[Tensor, ""], step: Step, arc: Arc
+) -> Step:
+    """Try an arc in place of a step that is not taken: all of it, then ever shorter shares."""
+    # All of it, where that is short enough; the outputs there tell of its third power.
+    whole = is_whole(arc)
+    if any_known(whole):
+        further, point = _at_share(local, settings, control, step, arc, torch.ones_like(control))
+        step = _better(step, further, whole)
+        ended = with_end(local.trials, arc, point.outputs)
+        arc = tree_map(partial(torch.where, whole), ended, arc)
+    # Shares of it, from a little beyond where the loss is predicted to fall.
+    share = first_share(local.trials, arc)
+    for _ in range(SHARES_TRIED):
+        if not any_known(share.isfinite() & ~(step.taken | step.settled)):
+            break
+        further, _ = _at_share(local, settings, control, step, arc, share)
+        step = _better(step, further, share.isfinite())
+        share = SHORTER * share
+    return step
+
+
+def _at_share(
     local: LocalModel,
     settings: Settings,
-    delta: Float[Tensor, ""],
-    momentum: float | Literal["exact"],
-) -> tuple[Float[Tensor, " d"], Float[Tensor, "..."]]:
-    """Return a direction, and how far to go along it."""
-    vector = trial_step(local.trials, delta, 0.0 if momentum == "exact" else momentum)
-    if momentum == "exact" and local.proximal is not None:
-        both = torch.cat([vector[None], local.proximal.previous])
-        vector = _minimizer(local.trials, both, delta) @ both
-    if settings.learning_rate == "exact":
-        return vector, _minimizer(local.trials, vector[None], delta)[0]
-    return vector, _rate(local, settings)
+    control: Float[Tensor, ""],
+    step: Step,
+    arc: Arc,
+    share: Float[Tensor, ""],
+) -> tuple[Step, TrialPoint]:
+    """Try a share of an arc; the radius follows that of the step that it begins as."""
+    vector, predicted = vector_at(arc, share), promise_at(local.trials, arc, share)
+    point = _after(local, vector)
+    outcome = step.outcome._replace(
+        after=point.loss,
+        predicted=predicted,
+        ratio=(local.loss - point.loss) / predicted,
+        length=share * step.outcome.length,
+    )
+    taken, following = settings.adaptation.judge(control, outcome)
+    outcome = outcome._replace(length=_inside(local, vector).norm())
+    one = torch.ones_like(step.rate)
+    further = step._replace(
+        vector=vector, rate=one, outcome=outcome, taken=taken, following=following
+    )
+    return further, point
 
 
-def _rate(local: LocalModel, settings: Settings) -> Float[Tensor, "..."]:
-    """Return the learning rate, which is not the exact one."""
-    rate = settings.learning_rate
-    number = rate(local.updates) if callable(rate) else rate
-    return torch.as_tensor(number, dtype=torch.float64, device=local.gradient_norm.device)
-
-
-def _minimizer(
-    trials: TrialSteps, vectors: Float[Tensor, "k d"], delta: Float[Tensor, ""]
-) -> Float[Tensor, " k"]:
-    """Return the multiples of vectors whose sum makes the damped quadratic model lowest."""
-    slopes, damped = quadratic_along(trials, vectors, delta)
-    sizes = damped.diagonal().sqrt()
-    sizes = torch.where(sizes > 0, sizes, 1)  # a vector of zeros stays one
-    scaled = damped / sizes / sizes[:, None]
-    inverse = torch.linalg.pinv(scaled, rtol=1e-12, hermitian=True)
-    multiples: Tensor = -(inverse @ (slopes / sizes)) / sizes
-    return multiples
-
-
-def _within_radius(
-    local: LocalModel,
-    settings: Settings,
-    radius: Float[Tensor, ""],
-    least: Float[Tensor, ""],
-    momentum: float | Literal["exact"],
-) -> Float[Tensor, ""]:
-    """Return the least damping, from ``least`` upwards, with a step no longer than the radius."""
-
-    def length(delta: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        vector, rate = _direction(local, settings, delta, momentum)
-        norm: Tensor = (rate * vector).norm()
-        return norm
-
-    guess, enough = least, torch.maximum(local.gradient_norm / radius, least)
-    # From the spectrum alone where nothing else decides on the length of a step.
-    if settings.learning_rate != "exact":
-        rate, lengths = _rate(local, settings), lengths_at(local.trials)
-        if lengths is not None and rate.numel() == 1:
-            least = torch.maximum(least, lengths.least)
-            enough = torch.maximum(enough, least)
-            return damping_of_length(lengths.of_dampings, least, enough, radius / rate.reshape(()))
-    if settings.adaptation.by_length:  # which mostly needs more than the least
-        guess = torch.maximum(torch.where(local.damping.isnan(), enough, local.damping), least)
-    return least_damping(length, guess, least, enough, radius)
+def _better(step: Step, further: Step, usable: Bool[Tensor, ""]) -> Step:
+    """Return a further step where it is taken and the first is not, and else with its control."""
+    open_ = usable & ~(step.taken | step.settled)
+    step = step._replace(following=torch.where(open_, further.following, step.following))
+    better: Step = tree_map(partial(torch.where, open_ & further.taken), further, step)
+    return better

@@ -30,7 +30,7 @@ from ddnewton.quadratic.proximal import (
     proximal_blocks,
 )
 from ddnewton.quadratic.quadratic_model import QuadraticModel, to_parameters
-from ddnewton.quadratic.shifted import Shifted, shifted, squared_lengths, step_at
+from ddnewton.quadratic.shifted import Shifted, of_gradient, shifted, squared_lengths, step_at
 from ddnewton.quadratic.solution import damped_more, is_linear, solve, without_eigenpairs
 from ddnewton.trees import joined
 
@@ -187,9 +187,7 @@ def _vectors(
         if coordinates is not None:
             return to_parameters(damped, matrices, coordinates)
         if centres is None and (steps := _shifted(trials)) is not None:
-            like = steps[0].evals[0]
-            deltas = [_scalar(block, like).to(like) for block in damped.blocks]
-            return list(map(step_at, steps, deltas))
+            return _steps_at(steps, damped)
     # Directions, in the first trial that needs them, for all that follow.
     if not decompositions.directions:
         only_kept = trials.complement is None
@@ -218,6 +216,26 @@ def _shifted(trials: TrialSteps) -> list[Shifted] | None:
                 return None
             decompositions.shifted.append(of_block)
     return decompositions.shifted
+
+
+def _steps_at(steps: Sequence[Shifted], damped: QuadraticModel) -> list[Float[Tensor, " _"]]:
+    """Return the steps of all blocks, each for its damping."""
+    like = steps[0].evals[0]
+    return list(map(step_at, steps, [_scalar(block, like).to(like) for block in damped.blocks]))
+
+
+def further_step(
+    trials: TrialSteps, delta: Tensor, weights: Float[Tensor, " i"]
+) -> Float[Tensor, " d"] | None:
+    """Return the step of another gradient A₁ u, by the weights u of the columns of the curvature.
+
+    It is None where no decomposition is at hand that serves any gradient.
+    """
+    if not trials.decompositions.shifted or len(weights) != len(trials.model.gradient_weights):
+        return None
+    steps = [of_gradient(of_block, weights) for of_block in trials.decompositions.shifted]
+    damped = damped_more(trials.model, [delta] * len(steps))
+    return _from_centres(trials, _steps_at(steps, damped), None)
 
 
 def lengths_at(trials: TrialSteps) -> Lengths | None:

@@ -44,6 +44,7 @@ class Shifted(NamedTuple):
 
     Eigenvalues λ and eigenvectors of K or G, the rounding that λ are known to, and c = Eᵀg. Of rows
     the eigenvectors are those of G, and λ and c are as many as the smaller side is long.
+    ``project`` returns c of a gradient in the range of G, by the weights of its columns.
     """
 
     matrix: GaussNewton
@@ -51,6 +52,7 @@ class Shifted(NamedTuple):
     evals: Float[Tensor, " side"]
     vectors: Float[Tensor, "_ side"]
     rounding: Float[Tensor, ""]
+    project: Callable[[Float[Tensor, " a"]], Float[Tensor, " side"]]
     coefficients: Float[Tensor, " side"]
     in_parameters: bool  # whether the vectors are, or weights of columns
 
@@ -71,22 +73,28 @@ def shifted(
     """
     if torch.compiler.is_compiling():
         return None
-    right = right_side(matrix, gradient_weights, everywhere=everywhere)
-    if right is None:
+    if is_beyond(matrix, gradient_weights) and not everywhere:
         return None
     # By the rows where they are few, or else by their products.
     if _has_few_rows(matrix, gradient_weights, d, exact=exact):
         return _of_rows(matrix, gradient_weights, rows())
     evals, vectors = torch.linalg.eigh(matrix.matrix())
     rounding = torch.finfo(evals.dtype).eps * len(evals) * evals[-1].abs()
-    coefficients = vectors.mT @ right
+
+    def project(weights: Float[Tensor, " a"]) -> Float[Tensor, " side"]:
+        right = right_side(matrix, weights, everywhere=True)
+        assert right is not None
+        coefficients: Tensor = vectors.mT @ right
+        return coefficients
+
     return Shifted(
         matrix=matrix,
         gradient_weights=gradient_weights,
         evals=evals.clamp(min=0),
         vectors=vectors,
         rounding=rounding,
-        coefficients=coefficients,
+        project=project,
+        coefficients=project(gradient_weights),
         in_parameters=not matrix.on_columns,
     )
 
@@ -98,6 +106,12 @@ def step_at(steps: Shifted, delta: Float[Tensor, ""]) -> Float[Tensor, " d"]:
         return -solution
     coordinates = as_coordinates(steps.matrix, steps.gradient_weights, solution, delta)
     return steps.matrix.to_parameters(coordinates[None])[0]
+
+
+def of_gradient(steps: Shifted, gradient_weights: Float[Tensor, " a"]) -> Shifted:
+    """Return the steps of another gradient in the range of G, by the weights of its columns."""
+    coefficients = steps.project(gradient_weights)
+    return steps._replace(gradient_weights=gradient_weights, coefficients=coefficients)
 
 
 def squared_lengths(steps: Shifted, deltas: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
@@ -137,15 +151,21 @@ def _of_rows(
     left, values, right = torch.linalg.svd(rows, full_matrices=False)
     curved = matrix.weights > 0
     root = torch.where(curved, matrix.weights, 1).sqrt()
-    coefficients = values * (left.mT @ torch.where(curved, gradient_weights / root, 0))
     # What is left of a singular value that vanishes is rounding, and no damping hides it.
     rounding = (torch.finfo(values.dtype).eps * max(rows.shape) * values[0]).square()
+    resolved = values.square() > rounding
+
+    def project(weights: Float[Tensor, " i"]) -> Float[Tensor, " side"]:
+        coefficients = values * (left.mT @ torch.where(curved, weights / root, 0))
+        return torch.where(resolved, coefficients, 0)
+
     return Shifted(
         matrix=matrix,
         gradient_weights=gradient_weights,
         evals=values.square(),
         vectors=right.mT,
         rounding=rounding,
-        coefficients=torch.where(values.square() > rounding, coefficients, 0),
+        project=project,
+        coefficients=project(gradient_weights),
         in_parameters=True,
     )

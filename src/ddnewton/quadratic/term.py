@@ -59,7 +59,8 @@ class Term(NamedTuple):
     objective: Objective
     linearization: Linearization
     losses: Float[Tensor, " n"]
-    z: Float[Tensor, "m n2"]  # of the samples that give the directions
+    basis: Float[Tensor, "n2 c m"]  # L, of the samples that give the directions
+    z: Float[Tensor, "m n2"]
     h: Float[Tensor, "m n2"]
     gradient_weights: Float[Tensor, "m n2"]  # z / N, 0 for samples not of the gradient
     further_weights: Float[Tensor, " _"]  # 1 / N, of the gradient's own columns
@@ -125,6 +126,7 @@ def term_of(linearization: Linearization, objective: Objective, expansion: Expan
         objective=objective,
         linearization=linearization,
         losses=expansion.value,
+        basis=of_directions.basis,
         z=z,
         h=of_directions.h.T,
         gradient_weights=gradient.of_curvature,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -13,9 +14,14 @@ from ddnewton.quadratic.term import Term
 from ddnewton.trees import chunks, take
 
 
-def trial_loss(
-    term: Term, leaves: Sequence[Tensor], samples: Int[Tensor, " s"] | None
-) -> Float[Tensor, ""]:
+class Trial(NamedTuple):
+    """The mean loss of some samples of a term at other parameters, and their outputs there."""
+
+    loss: Float[Tensor, ""]
+    outputs: Float[Tensor, "s ..."]
+
+
+def trial_of(term: Term, leaves: Sequence[Tensor], samples: Int[Tensor, " s"] | None) -> Trial:
     r"""Return the mean loss of some samples of a term, None for all, at other parameters.
 
     Where samples have no losses of their own, it is the batch's loss L with the samples that are
@@ -35,17 +41,17 @@ def trial_loss(
     parts: Sequence[Tensor | slice] = (
         slices if samples is None else [samples[part] for part in slices]
     )
-    moved = (linearization.function(leaves, part) for part in parts)
+    moved = [linearization.function(leaves, part) for part in parts]
+    changed = torch.cat(moved)
     # Every sample's own loss, or the loss of all outputs together.
     scale = weight(loss, outputs, linearization.precise, y)
     batch_loss = joint_loss(loss, outputs, linearization.precise, y)
     if batch_loss is None:
         at_parts = zip(moved, parts, strict=True)
         values = [losses(loss, part, take(y, indices)) for part, indices in at_parts]
-        return torch.as_tensor(scale * torch.cat(values)).mean()
-    changed = torch.cat(list(moved))
+        return Trial(torch.as_tensor(scale * torch.cat(values)).mean(), changed)
     if samples is None:
-        return torch.as_tensor(scale * batch_loss(changed))
+        return Trial(torch.as_tensor(scale * batch_loss(changed)), changed)
     before = term.losses.mean()
     after = scale * batch_loss(linearization.precise.index_copy(0, samples, changed))
-    return before + outputs.shape[0] / len(samples) * (after - before)
+    return Trial(before + outputs.shape[0] / len(samples) * (after - before), changed)

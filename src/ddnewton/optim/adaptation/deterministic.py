@@ -35,22 +35,32 @@ def trust_region(
     shrink: float = 0.85,
     rule: float | Tensor | DampingRule = 0.0,
 ) -> Adaptation:
-    r"""Return damping for losses without noise, by a radius that no step may exceed.
+    r"""Return damping for losses without noise, by a radius that no damped step may exceed.
 
     δ is the smallest for which ‖s / scale‖ is no longer than the radius. The loss never rises: a
-    step is taken where it falls. If not, the radius becomes ``shrink`` times the step's length, and
-    another one is tried, from the same decomposition; from the eleventh on half of it. After a step
-    that is taken the radius is ``grow`` times its length. So steps are about as long as they can be
-    while the loss falls, however small the share of the predicted decrease: in the curved valleys
-    of regressions and of physics-informed nets longer steps get there in fewer. The first radius is
-    ``start`` times the length of the parameters, ‖θ / scale‖, or where they are zero, the length of
-    a step damped by 1e-3 of the trace. The scale that goes with it is "jac".
+    step is taken where it falls. If not, its outputs tell how the model bends along it,
+    ρ = f(θ + s) − f(θ) − J s, and the arc
+
+    .. math:: t s + t^2 c, \qquad c = -(G + \delta I)^{-1} J^\top H \rho / N,
+
+    with the Hessians H of the loss in the outputs, is tried: all of it, then four shares t from a
+    little beyond where the outputs so far predict that the loss falls. If none is taken the radius
+    becomes ``shrink`` times the length of the last t s, and another step is tried, from the same
+    decomposition; from the eleventh on half of it. After a step that is taken the radius is
+    ``grow`` times the length of s, or t s. So steps are about as long as they can be while the loss
+    falls, however small the share of the predicted decrease: in the curved valleys of regressions
+    and of physics-informed nets longer steps get there in fewer. The first radius is ``start``
+    times the length of the parameters, ‖θ / scale‖, or where they are zero, the length of a step
+    damped by 1e-3 of the trace. The scale that goes with it is "jac".
+
+    Arcs go with least squares and any other loss on all samples; with momentum, weight decay,
+    directions that are selected, sub-samples or a ``trust_radius`` steps are straight.
 
     Source: Moré, "The Levenberg-Marquardt algorithm: implementation and theory", in *Numerical
     Analysis*, Lecture Notes in Mathematics 630, 1978 (δ of a radius, and the scale by the largest
     sizes of the columns so far); Transtrum, Sethna, "Improvements to the Levenberg-Marquardt
     algorithm for nonlinear least-squares minimization", 2012, arXiv 1201.5885 (delayed
-    gratification: damp fast down, slowly up).
+    gratification: damp fast down, slowly up; geodesic acceleration, which 2c is to leading order).
 
     Examples
     --------
