@@ -34,5 +34,5 @@ def test_certified_answers(name, start):
 
 def test_they_take_few_updates():
     updates = [fitted(name, start).updates for name in MODELS for start in (0, 1)]
-    assert statistics.median(updates) <= 15
-    assert max(updates) < 300
+    assert statistics.median(updates) <= 10
+    assert max(updates) < 200

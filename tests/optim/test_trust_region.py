@@ -8,7 +8,7 @@ import torch
 from hypothesis import Phase, settings
 from hypothesis import given as drawn
 
-from ddnewton import Group, top_k, trust_region
+from ddnewton import Group, fit, top_k, trust_region
 from ddnewton.damping import relative
 from tests.methods import ADAPTATIONS, SMALL_AND_LARGE
 from tests.optim.textbook import (
@@ -98,8 +98,24 @@ def test_the_longest_arc_with_which_the_loss_falls(name, factors):
             if share < 0.95 and second.norm() < step.norm():
                 bent = scale * (step + second)
                 assert loss_of(given, moved(start, bent)) > float(info.loss) * (1 - 1e-3)
+        # What is promised is that of t s.
+        predicted = -(share * g @ step + share**2 * step @ G @ step / 2)
+        assert error(info.predicted_decrease, predicted) < 1e-7
+        assert error(info.ratio, (info.loss - info.loss_after) / predicted) < 1e-7
         assert float(info.loss_after) < float(info.loss)
         radius = float(state.control)
+
+
+def test_valleys_take_few_updates():
+    """Rosenbrock's, as residuals."""
+
+    def valley(p, x):
+        return torch.stack([10 * (p[1] - p[0] ** 2), 1 - p[0]])[x]
+
+    x, start = torch.arange(2), torch.tensor([-1.2, 1.0]).double()
+    result = fit(valley, start, x, torch.zeros(2).double())
+    assert error(result.params, torch.ones(2).double()) < 1e-9
+    assert result.updates <= 5
 
 
 def second_step(given, params, scale, step, delta):

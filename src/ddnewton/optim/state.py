@@ -38,7 +38,7 @@ class UpdateInfo(NamedTuple):
     loss_after: Float[Tensor, ""]
     """On the same samples; both with the penalty of weight decay."""
     predicted_decrease: Float[Tensor, ""]
-    """Of the quadratic model, along the step that was taken."""
+    """Of the quadratic model, along the step that was taken; of an arc t s + t² c, along t s."""
     ratio: Float[Tensor, ""]
     """Actual over predicted decrease."""
     damping: Float[Tensor, ""]
@@ -54,7 +54,7 @@ class UpdateInfo(NamedTuple):
     rank: Float[Tensor, ""]
     """Number of eigenvalues above the rank tolerance, of all groups; nan likewise."""
     attempts: Int[Tensor, ""]
-    """How many steps were tried."""
+    """How many dampings were tried."""
     accepted: Bool[Tensor, ""]
     """Whether one was taken; if not, the parameters are what they were."""
     flat_share: Float[Tensor, ""]
