@@ -90,20 +90,25 @@ def test_the_longest_arc_with_which_the_loss_falls(name, factors):
         if error(taken, step) < 1e-7:
             assert error(share, 1.0) < 1e-9
         else:
-            # The arc t s + t² c, where neither s nor s + c lowers the loss.
             start = moved(params, theta - flat(params))
-            second = second_step(given, start, scale, step, delta)
-            assert error(taken, share * step + share**2 * second) < 1e-7
-            assert loss_of(given, moved(start, scale * step)) > float(info.loss) * (1 - 1e-3)
-            if share < 0.95 and second.norm() < step.norm():
-                bent = scale * (step + second)
-                assert loss_of(given, moved(start, bent)) > float(info.loss) * (1 - 1e-3)
+            check_arc(given, start, scale, (step, delta, share), (taken, info))
         # What is promised is that of t s.
         predicted = -(share * g @ step + share**2 * step @ G @ step / 2)
         assert error(info.predicted_decrease, predicted) < 1e-7
         assert error(info.ratio, (info.loss - info.loss_after) / predicted) < 1e-7
         assert float(info.loss_after) < float(info.loss)
         radius = float(state.control)
+
+
+def check_arc(given, start, scale, arc, update):
+    """The arc t s + t² c was taken, where neither s nor s + c lowers the loss."""
+    (step, delta, share), (taken, info) = arc, update
+    second = second_step(given, start, scale, step, delta)
+    assert error(taken, share * step + share**2 * second) < 1e-7
+    least = float(info.loss) * (1 - 1e-3)
+    assert loss_of(given, moved(start, scale * step)) > least
+    if share < 0.95 and second.norm() < step.norm():
+        assert loss_of(given, moved(start, scale * (step + second))) > least
 
 
 def test_valleys_take_few_updates():
