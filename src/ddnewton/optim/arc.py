@@ -31,6 +31,9 @@ from ddnewton.quadratic.term import Term
 SHARES, SHORTEST_ARC, LONGEST_ARC = 120, 0.05, 0.9
 """How many shares of an arc are looked at, and the least and the largest that are tried."""
 
+MOST_BENT = 0.5
+"""How long t² c may be beside t s: from there on the model bends more than it goes."""
+
 HOPE = 1.5
 """How much longer than the share up to which the loss is predicted to fall the first one is."""
 
@@ -79,8 +82,8 @@ def with_end(trials: TrialSteps, arc: Arc, outputs: Sequence[Float[Tensor, "n ..
 
 
 def is_whole(arc: Arc) -> Bool[Tensor, ""]:
-    """Return whether an arc may be walked to its end: c is no longer than s."""
-    shorter: Tensor = arc.second.norm() <= arc.step.norm()
+    """Return whether an arc may be walked to its end."""
+    shorter: Tensor = arc.second.norm() <= MOST_BENT * arc.step.norm()
     return shorter
 
 
@@ -100,7 +103,7 @@ def promise_at(trials: TrialSteps, arc: Arc, share: Float[Tensor, ""]) -> Float[
 def first_share(trials: TrialSteps, arc: Arc) -> Float[Tensor, ""]:
     """Return the share of an arc to try first, a little beyond where its loss is predicted to fall.
 
-    No longer than where t² c is as long as t s; nan where the outputs are not finite.
+    It is nan where the outputs are not finite.
     """
     model = trials.model
     # The quadratic model of the loss in the outputs along the arc, a polynomial of t.
@@ -110,8 +113,10 @@ def first_share(trials: TrialSteps, arc: Arc) -> Float[Tensor, ""]:
     powers = torch.stack([shares, shares.square(), shares**3], 1)
     change = powers @ slopes + ((powers @ curvatures) * powers).sum(1) / 2
     longest = torch.where(change < 0, shares, shares[0]).amax()
-    # Where the second step is as long as the first.
-    usable = arc.step.norm() / arc.second.norm().clamp(min=torch.finfo(slopes.dtype).tiny)
+    # Where the arc bends too much.
+    usable = (
+        MOST_BENT * arc.step.norm() / arc.second.norm().clamp(min=torch.finfo(slopes.dtype).tiny)
+    )
     return torch.minimum(HOPE * longest, usable).clamp(SHORTEST_ARC, LONGEST_ARC)
 
 

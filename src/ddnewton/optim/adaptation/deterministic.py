@@ -53,6 +53,9 @@ def trust_region(
     times the length of the parameters, ‖θ / scale‖, or where they are zero, the length of a step
     damped by 1e-3 of the trace. The scale that goes with it is "jac".
 
+    A first step as long as the parameters throws a constant that the residuals hardly know of, such
+    as one of an equation beside an untrained net, far away: take ``start=0.1``, or bounds, there.
+
     Arcs go with least squares and any other loss on all samples; with momentum, weight decay,
     directions that are selected, sub-samples or a ``trust_radius`` steps are straight.
 
