@@ -50,7 +50,7 @@ def arc_of(
     trials: TrialSteps,
     delta: Float[Tensor, ""],
     step: Float[Tensor, " d"],
-    outputs: Sequence[Float[Tensor, "n ..."]],
+    outputs: Sequence[Float[Tensor, "_ ..."]],
 ) -> Arc | None:
     """Return the arc that begins along a step, from the outputs of all terms where that leads.
 
@@ -74,7 +74,7 @@ def arc_of(
     return Arc(step, second, columns)
 
 
-def with_end(trials: TrialSteps, arc: Arc, outputs: Sequence[Float[Tensor, "n ..."]]) -> Arc:
+def with_end(trials: TrialSteps, arc: Arc, outputs: Sequence[Float[Tensor, "_ ..."]]) -> Arc:
     """Return an arc with the third power of t, what outputs at its end have beyond the others."""
     first, second, _ = arc.columns.unbind(1)
     third = _changes(trials, outputs) - first - second
@@ -126,7 +126,7 @@ def _along_step(trials: TrialSteps, step: Float[Tensor, " d"]) -> Float[Tensor, 
     return rmatmat(model.curvature_jacobians, range(len(model.sizes)), step[:, None])[:, 0]
 
 
-def _changes(trials: TrialSteps, outputs: Sequence[Float[Tensor, "n ..."]]) -> Float[Tensor, " i"]:
+def _changes(trials: TrialSteps, outputs: Sequence[Float[Tensor, "_ ..."]]) -> Float[Tensor, " i"]:
     """Return Lᵀ(f′ − f) along every column."""
     pairs = zip(trials.model.terms, outputs, strict=True)
     return torch.cat([_of_term(term, moved) for term, moved in pairs])
