@@ -54,11 +54,12 @@ def arc_of(
 ) -> Arc | None:
     """Return the arc that begins along a step, from the outputs of all terms where that leads.
 
-    It is None where no decomposition is at hand, something else than the gradient makes the step,
-    or directions or gradient are of some samples.
+    It is None where no decomposition is at hand, which is where something else than the gradient
+    makes the step, where there is a complement, and where directions or gradient are of some
+    samples.
     """
     model = trials.model
-    if trials.proximal is not None or trials.complement is not None:
+    if not trials.decompositions.shifted or trials.complement is not None:
         return None
     samples = [term.objective.samples for term in model.terms]
     if any(part is not None for s in samples for part in (s.slopes, s.directions)):
@@ -68,8 +69,6 @@ def arc_of(
     bent = _changes(trials, outputs) - linear
     # The step of the gradient Jᵀ H ρ.
     second = further_step(trials, delta, model.curvature_weights * bent)
-    if second is None:
-        return None
     columns = torch.stack([linear, bent + _along_step(trials, second), torch.zeros_like(bent)], 1)
     return Arc(step, second, columns)
 

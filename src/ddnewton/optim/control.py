@@ -19,7 +19,6 @@ from ddnewton.transforms import any_known
 FIRST_DAMPING = 1e-3
 """The damping, relative to the trace, whose step is the first radius where parameters are zero."""
 
-
 EXACT_SHARE = 1e-15
 """How much smaller the least damping of a radius is, where curvatures are known to the square of
 the rounding."""
@@ -96,8 +95,8 @@ def _direction(
     """Return a direction, and how far to go along it."""
     vector = trial_step(local.trials, delta, 0.0 if momentum == "exact" else momentum)
     if momentum == "exact" and local.proximal is not None:
-        both = torch.cat([vector[None], local.proximal.previous])
-        vector = _minimizer(local.trials, both, delta) @ both
+        vectors = torch.cat([vector[None], local.proximal.previous])
+        vector = _minimizer(local.trials, vectors, delta) @ vectors
     if settings.learning_rate == "exact":
         return vector, _minimizer(local.trials, vector[None], delta)[0]
     return vector, _rate(local, settings)

@@ -54,7 +54,7 @@ def search(local: LocalModel, settings: Settings, control: Float[Tensor, ""]) ->
     step = _tried(local, settings, first_control(local, settings, control), momentum, 0)
     for attempt in range(1, MOST_ATTEMPTS):
         # Every member of an ensemble has its step once none of them is left to search.
-        ended = step.taken | step.settled
+        ended = ~_is_open(step)
         if not any_known(~ended):
             break
         # A step before is not shortened by damping: leave it out from the second trial on.
@@ -102,7 +102,7 @@ def _tried(
     step = Step(vector, rate, delta, outcome, taken, settled, following, outcome.attempts + 1)
     # Where it is not taken its outputs tell how the model bends along it.
     may_bend = settings.adaptation.by_length and settings.trust_radius is None
-    if not (may_bend and attempt < ARC_ATTEMPTS and any_known(~(taken | settled))):
+    if not (may_bend and attempt < ARC_ATTEMPTS and any_known(_is_open(step))):
         return step
     arc = arc_of(local.trials, delta, moved, point.outputs)
     return step if arc is None else _on_arc(local, settings, control, step, arc)
@@ -119,16 +119,18 @@ def _on_arc(
 ) -> Step:
     """Try an arc in place of a step that is not taken: all of it, then ever shorter shares."""
     # All of it, where that is short enough; the outputs there tell of its third power.
-    whole = is_whole(arc)
-    if any_known(whole):
+    walkable = is_whole(arc)
+    if any_known(walkable):
         further, point = _at_share(local, settings, control, step, arc, torch.ones_like(control))
-        step = _better(step, further, whole)
+        step = _better(step, further, walkable)
+        if not any_known(_is_open(step)):
+            return step
         ended = with_end(local.trials, arc, point.outputs)
-        arc = tree_map(partial(torch.where, whole), ended, arc)
+        arc = tree_map(partial(torch.where, walkable), ended, arc)
     # Shares of it, from a little beyond where the loss is predicted to fall.
     share = first_share(local.trials, arc)
     for _ in range(SHARES_TRIED):
-        if not any_known(share.isfinite() & ~(step.taken | step.settled)):
+        if not any_known(share.isfinite() & _is_open(step)):
             break
         further, _ = _at_share(local, settings, control, step, arc, share)
         step = _better(step, further, share.isfinite())
@@ -155,16 +157,24 @@ def _at_share(
     )
     taken, following = settings.adaptation.judge(control, outcome)
     outcome = outcome._replace(length=_inside(local, vector).norm())
-    one = torch.ones_like(step.rate)
     further = step._replace(
-        vector=vector, rate=one, outcome=outcome, taken=taken, following=following
+        vector=vector,
+        rate=torch.ones_like(step.rate),
+        outcome=outcome,
+        taken=taken,
+        following=following,
     )
     return further, point
 
 
+def _is_open(step: Step) -> Bool[Tensor, ""]:
+    """Return whether there is more to try: the step is not taken, and has something to gain."""
+    return ~(step.taken | step.settled)
+
+
 def _better(step: Step, further: Step, usable: Bool[Tensor, ""]) -> Step:
     """Return a further step where it is taken and the first is not, and else with its control."""
-    open_ = usable & ~(step.taken | step.settled)
-    step = step._replace(following=torch.where(open_, further.following, step.following))
-    better: Step = tree_map(partial(torch.where, open_ & further.taken), further, step)
+    replaceable = usable & _is_open(step)
+    step = step._replace(following=torch.where(replaceable, further.following, step.following))
+    better: Step = tree_map(partial(torch.where, replaceable & further.taken), further, step)
     return better

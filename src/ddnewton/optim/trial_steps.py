@@ -226,13 +226,11 @@ def _steps_at(steps: Sequence[Shifted], damped: QuadraticModel) -> list[Float[Te
 
 def further_step(
     trials: TrialSteps, delta: Tensor, weights: Float[Tensor, " i"]
-) -> Float[Tensor, " d"] | None:
+) -> Float[Tensor, " d"]:
     """Return the step of another gradient A₁ u, by the weights u of the columns of the curvature.
 
-    It is None where no decomposition is at hand that serves any gradient.
+    The matrices must have been decomposed by a trial before it.
     """
-    if not trials.decompositions.shifted or len(weights) != len(trials.model.gradient_weights):
-        return None
     steps = [of_gradient(of_block, weights) for of_block in trials.decompositions.shifted]
     damped = damped_more(trials.model, [delta] * len(steps))
     return _from_centres(trials, _steps_at(steps, damped), None)

@@ -73,10 +73,11 @@ def shifted(
     """
     if torch.compiler.is_compiling():
         return None
-    if is_beyond(matrix, gradient_weights) and not everywhere:
+    beyond = is_beyond(matrix, gradient_weights)
+    if beyond and not everywhere:
         return None
     # By the rows where they are few, or else by their products.
-    if _has_few_rows(matrix, gradient_weights, d, exact=exact):
+    if not beyond and _has_few_rows(matrix, d, exact=exact):
         return _of_rows(matrix, gradient_weights, rows())
     evals, vectors = torch.linalg.eigh(matrix.matrix())
     rounding = torch.finfo(evals.dtype).eps * len(evals) * evals[-1].abs()
@@ -132,11 +133,9 @@ def _inverse(steps: Shifted, delta: Float[Tensor, "*k"]) -> Float[Tensor, "..."]
     return torch.where(resolved, 1 / torch.where(resolved, damped, 1), 0)
 
 
-def _has_few_rows(
-    matrix: GaussNewton, gradient_weights: Float[Tensor, " a"], d: int, *, exact: bool
-) -> bool:
-    """Return whether rows make the gradient, and are so few that they are decomposed themselves."""
-    if is_beyond(matrix, gradient_weights) or matrix.columns.eps > LEAST_ROWS_EPS:
+def _has_few_rows(matrix: GaussNewton, d: int, *, exact: bool) -> bool:
+    """Return whether rows are so few, and so precise, that they are decomposed themselves."""
+    if matrix.columns.eps > LEAST_ROWS_EPS:
         return False
     i = len(matrix.weights)
     if i * d <= FEW_ENTRIES and min(i, d) <= SHORT_SIDE:
