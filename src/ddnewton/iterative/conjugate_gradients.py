@@ -1,0 +1,231 @@
+"""(G + δI) x = b by conjugate gradients, with a bound on what the step gives away.
+
+The bound (`energy_bounds`) needs the residual that the iteration carries along to be the true one,
+or nearly. How far it is from it is estimated from the products; where that is not small beside it,
+one more product finds the true residual, and where the bound is then too large, the iteration goes
+on from there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ddnewton.iterative.energy_bounds import NODE, next_ratio, share, total_bound
+from ddnewton.iterative.products import FLOAT64_ROUNDING, Product, checked_curvature, finite
+
+REPLACEMENTS = 4
+"""How often the residual that was carried along is replaced by the true one, at most."""
+
+NEGLIGIBLE_DRIFT = 1e-2
+"""Beside the residual: up to here it is not computed anew."""
+
+
+class Solution(NamedTuple):
+    """An approximate solution x of (G + δI) x = b, and how good it is.
+
+    ``lost`` is an upper bound of ‖x − x*‖²_A / ‖x*‖²_A, ``residual`` is ‖b − A x‖ / ‖b‖, and
+    ``products`` counts those with G. Where b has no curvature at all, bᵀG b = 0, ``curved`` is
+    false.
+    """
+
+    x: Float[Tensor, " side"]
+    lost: float
+    residual: float
+    products: int
+    converged: bool
+    curved: bool
+
+
+class System(NamedTuple):
+    """A linear system: v ↦ G v, b, δ, v ↦ P⁻¹v with A ≥ δP, and the rounding of a product."""
+
+    product: Product
+    right: Float[Tensor, " side"]
+    delta: float
+    preconditioner: Product | None
+    rounding: float
+
+
+class Iterate(NamedTuple):
+    """Where the iteration is.
+
+    ``drift`` estimates ‖b − A x − r‖ from above; ``norm`` is the largest ‖G p‖ / ‖p‖ so far.
+    """
+
+    x: Float[Tensor, " side"]
+    r: Float[Tensor, " side"]
+    energy: float  # D(x)
+    bound: float  # of ‖r‖²_{A⁻¹}
+    drift: float
+    norm: float
+    products: int
+    curved: bool
+
+
+def conjugate_gradients(
+    product: Product,
+    right: Float[Tensor, " side"],
+    delta: float,
+    *,
+    tol: float,
+    limit: int,
+    preconditioner: Product | None = None,
+    rounding: float = 0.0,
+    start: Float[Tensor, " side"] | None = None,
+) -> Solution:
+    r"""Solve (G + δI) x = b until x gives away at most the share ``tol`` of the energy.
+
+    ``preconditioner`` is v ↦ P⁻¹v, symmetric and with A ≥ δP; ``rounding`` is that of a product
+    relative to ‖G‖ ‖v‖. At most ``limit`` products are made. For δ = 0 nothing bounds the error:
+    b must be in the range of G, and ``tol`` is that of the relative residual.
+
+    Source: Hestenes, Stiefel, "Methods of conjugate gradients for solving linear systems", 1952.
+
+    Raises
+    ------
+    NotFinite
+        A product has nan or inf.
+    BadValue
+        A product shows a negative curvature.
+
+    >>> G = torch.diag(torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64))
+    >>> b = torch.tensor([5.0, 4.0, 1.0], dtype=torch.float64)
+    >>> conjugate_gradients(lambda v: G @ v, b, 1.0, tol=1e-12, limit=10).x
+    tensor([1., 2., 1.], dtype=torch.float64)
+    """
+    system = System(product, right, delta, preconditioner, max(rounding, FLOAT64_ROUNDING))
+    size = float(torch.linalg.vector_norm(right))
+    if size == 0:
+        return Solution(torch.zeros_like(right), 0.0, 0.0, 0, converged=True, curved=True)
+    state, before = begin(system, start), math.inf
+    for _ in range(1 + REPLACEMENTS):
+        # Iterate, and add to the bound what rounding made of the residual.
+        state = descend(system, state, tol, limit)
+        state, total = checked(system, state, limit)
+        lost, residual = share(total, state.energy), float(state.r.norm()) / size
+        remains = lost if delta > 0 else residual
+        # Where the bound is still too large, go on from the true residual, as long as that helps.
+        if remains <= tol or state.products >= limit or not remains < before / 2:
+            break
+        before = remains
+    return Solution(state.x, lost, residual, state.products, remains <= tol, state.curved)
+
+
+def begin(system: System, start: Float[Tensor, " side"] | None) -> Iterate:
+    """Return the iterate to begin with: zero, or the best multiple of ``start``."""
+    zero = torch.zeros_like(system.right)
+    first = Iterate(zero, system.right, 0.0, math.inf, 0.0, 0.0, 0, curved=True)
+    if start is None or not (size := float(start.norm())):
+        return first
+    # The energy of t·start is largest, and positive, for t = bᵀstart / startᵀA start.
+    image = finite(system.product(start))
+    damped = image + system.delta * start
+    curvature, slope = float(start @ damped), float(start @ system.right)
+    t = slope / curvature if curvature > 0 else 0.0
+    norm = float(image.norm()) / size
+    return Iterate(
+        t * start,
+        system.right - t * damped,
+        t * slope,
+        math.inf,
+        abs(t) * size * system.rounding * (norm + system.delta),
+        norm,
+        1,
+        curved=True,
+    )
+
+
+def descend(system: System, state: Iterate, tol: float, limit: int) -> Iterate:
+    """Return the iterate after as many iterations as the share ``tol`` takes, or rounding allows.
+
+    It begins with the residual of ``state``, whatever made that.
+    """
+    delta, rounding = system.delta, system.rounding
+    x, r, energy, _, drift, norm, products, curved = state
+    z, rz = preconditioned(system, r)
+    p, node = z, NODE * delta
+    ratio = 1 / node if node else math.inf
+    bound, goal = ratio * rz, tol * float(system.right.norm())
+    while (
+        products < limit and rz > 0 and not finished(system, r, bound, drift, energy, (tol, goal))
+    ):
+        # The step length α = rᵀz / pᵀA p.
+        image = finite(system.product(p))
+        products += 1
+        measured = torch.stack((p @ image, p @ p, image @ image)).tolist()
+        curvature, length, norm = checked_curvature(measured, norm, rounding)
+        if products == 1:
+            curved = curvature > rounding * norm * length
+        damped = curvature + delta * length
+        if damped <= 0:
+            break
+        alpha = rz / damped
+        x = x + alpha * p
+        r = r - alpha * (image + delta * p)
+        drift += alpha * rounding * (norm + delta) * math.sqrt(length)
+        # What was gained, what may be left, the next direction.
+        energy += alpha * rz
+        z, new = preconditioned(system, r)
+        beta = new / rz
+        ratio = next_ratio(ratio, alpha, beta, node)
+        p, rz = z + beta * p, new
+        bound = min(bound, ratio * rz)
+    return Iterate(x, r, energy, bound, drift, norm, products, curved)
+
+
+def preconditioned(
+    system: System, r: Float[Tensor, " side"]
+) -> tuple[Float[Tensor, " side"], float]:
+    """Return z = P⁻¹r and rᵀz."""
+    z = r if system.preconditioner is None else system.preconditioner(r)
+    return z, float(r @ z)
+
+
+def finished(
+    system: System,
+    r: Float[Tensor, " side"],
+    bound: float,
+    drift: float,
+    energy: float,
+    goals: tuple[float, float],
+) -> bool:
+    """Tell whether the iteration is where it should be, or where it gets no better by itself."""
+    tol, residual_goal = goals
+    if system.delta == 0:
+        return float(r.norm()) <= max(residual_goal, drift / 10)
+    far, slack = math.sqrt(bound), drift / math.sqrt(system.delta)
+    return share((far + slack) ** 2, energy) <= tol or far <= slack / 10
+
+
+def checked(system: System, state: Iterate, limit: int) -> tuple[Iterate, float]:
+    """Return the iterate with its true residual, and the bound of e² that this allows.
+
+    Where the residual that was carried along is as good as true, and where no product is left, the
+    bound rests on the estimated drift.
+    """
+    root, size = math.sqrt(system.delta), float(state.r.norm())
+    allowed = NEGLIGIBLE_DRIFT * min(size, root * math.sqrt(state.bound) if root else size)
+    if state.drift <= allowed or state.products >= limit:
+        return state, total_bound(state.bound, state.drift, size, root)
+    # One more product: b − A x, and how far the carried one is from it.
+    image = finite(system.product(state.x))
+    r = system.right - image - system.delta * state.x
+    length = float(state.x.norm())
+    norm = max(state.norm, float(image.norm()) / length) if length else state.norm
+    drift = system.rounding * (norm + system.delta) * length
+    apart = float((r - state.r).norm()) + drift
+    energy = float(state.x @ (system.right + r)) - length * drift
+    total = total_bound(state.bound, apart, size, root)
+    # Against it, what the true residual says alone.
+    size = float(r.norm())
+    if root:
+        total = min(total, ((size + drift) / root) ** 2)
+    elif size <= 2 * drift:
+        total = 0.0
+    products = state.products + 1
+    return state._replace(r=r, energy=energy, drift=drift, norm=norm, products=products), total
