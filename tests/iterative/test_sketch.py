@@ -74,7 +74,7 @@ def test_the_sketch_of_a_matrix_of_low_rank_is_the_matrix():
 
 def test_the_sketch_of_nothing_is_nothing():
     made = sketch(torch.zeros_like, 30, 5, seeded())
-    assert not made.evals.any()
+    assert made.evals.max() < 1e-300
     v = torch.randn(30, dtype=FLOAT64)
     assert error(preconditioner(made, 1e-3)(v), v) < 1e-12
 

@@ -30,7 +30,7 @@ class Solution(NamedTuple):
 
     ``lost`` is an upper bound of ‖x − x*‖²_A / ‖x*‖²_A, ``residual`` is ‖b − A x‖ / ‖b‖, and
     ``products`` counts those with G. Where b has no curvature at all, bᵀG b = 0, ``curved`` is
-    false.
+    false. ``norm`` is the largest ‖G p‖ / ‖p‖ of a product: ‖G‖, or less.
     """
 
     x: Float[Tensor, " side"]
@@ -39,6 +39,7 @@ class Solution(NamedTuple):
     products: int
     converged: bool
     curved: bool
+    norm: float
 
 
 class System(NamedTuple):
@@ -54,15 +55,15 @@ class System(NamedTuple):
 class Iterate(NamedTuple):
     """Where the iteration is.
 
-    ``drift`` estimates ‖b − A x − r‖ from above; ``norm`` is the largest ‖G p‖ / ‖p‖ so far.
+    Rounding has made ‖b − A x − r‖ as large as it makes A v, with ‖v‖ = ``path``.
     """
 
     x: Float[Tensor, " side"]
     r: Float[Tensor, " side"]
     energy: float  # D(x)
     bound: float  # of ‖r‖²_{A⁻¹}
-    drift: float
-    norm: float
+    path: float
+    norm: float  # the largest ‖G p‖ / ‖p‖
     products: int
     curved: bool
 
@@ -77,12 +78,14 @@ def conjugate_gradients(
     preconditioner: Product | None = None,
     rounding: float = 0.0,
     start: Float[Tensor, " side"] | None = None,
+    norm: float = 0.0,
 ) -> Solution:
     r"""Solve (G + δI) x = b until x gives away at most the share ``tol`` of the energy.
 
     ``preconditioner`` is v ↦ P⁻¹v, symmetric and with A ≥ δP; ``rounding`` is that of a product
-    relative to ‖G‖ ‖v‖. At most ``limit`` products are made. For δ = 0 nothing bounds the error:
-    b must be in the range of G, and ``tol`` is that of the relative residual.
+    relative to ‖G‖ ‖v‖, and ``norm`` what is known of ‖G‖ before, or less. At most ``limit``
+    products are made. For δ = 0 nothing bounds the error: b must be in the range of G, and ``tol``
+    is that of the relative residual.
 
     Source: Hestenes, Stiefel, "Methods of conjugate gradients for solving linear systems", 1952.
 
@@ -101,8 +104,8 @@ def conjugate_gradients(
     system = System(product, right, delta, preconditioner, max(rounding, FLOAT64_ROUNDING))
     size = float(torch.linalg.vector_norm(right))
     if size == 0:
-        return Solution(torch.zeros_like(right), 0.0, 0.0, 0, converged=True, curved=True)
-    state, before = begin(system, start), math.inf
+        return Solution(torch.zeros_like(right), 0.0, 0.0, 0, True, curved=True, norm=norm)
+    state, before = begin(system, start, norm), math.inf
     for _ in range(1 + REPLACEMENTS):
         # Iterate, and add to the bound what rounding made of the residual.
         state = descend(system, state, tol, limit)
@@ -113,13 +116,14 @@ def conjugate_gradients(
         if remains <= tol or state.products >= limit or not remains < before / 2:
             break
         before = remains
-    return Solution(state.x, lost, residual, state.products, remains <= tol, state.curved)
+    converged = remains <= tol
+    return Solution(state.x, lost, residual, state.products, converged, state.curved, state.norm)
 
 
-def begin(system: System, start: Float[Tensor, " side"] | None) -> Iterate:
+def begin(system: System, start: Float[Tensor, " side"] | None, norm: float) -> Iterate:
     """Return the iterate to begin with: zero, or the best multiple of ``start``."""
     zero = torch.zeros_like(system.right)
-    first = Iterate(zero, system.right, 0.0, math.inf, 0.0, 0.0, 0, curved=True)
+    first = Iterate(zero, system.right, 0.0, math.inf, 0.0, norm, 0, curved=True)
     if start is None or not (size := float(start.norm())):
         return first
     # The energy of t·start is largest, and positive, for t = bᵀstart / startᵀA start.
@@ -127,17 +131,8 @@ def begin(system: System, start: Float[Tensor, " side"] | None) -> Iterate:
     damped = image + system.delta * start
     curvature, slope = float(start @ damped), float(start @ system.right)
     t = slope / curvature if curvature > 0 else 0.0
-    norm = float(image.norm()) / size
-    return Iterate(
-        t * start,
-        system.right - t * damped,
-        t * slope,
-        math.inf,
-        abs(t) * size * system.rounding * (norm + system.delta),
-        norm,
-        1,
-        curved=True,
-    )
+    norm, r = max(norm, float(image.norm()) / size), system.right - t * damped
+    return Iterate(t * start, r, t * slope, math.inf, abs(t) * size, norm, 1, curved=True)
 
 
 def descend(system: System, state: Iterate, tol: float, limit: int) -> Iterate:
@@ -146,14 +141,15 @@ def descend(system: System, state: Iterate, tol: float, limit: int) -> Iterate:
     It begins with the residual of ``state``, whatever made that.
     """
     delta, rounding = system.delta, system.rounding
-    x, r, energy, _, drift, norm, products, curved = state
+    x, r, energy, _, path, norm, products, curved = state
     z, rz = preconditioned(system, r)
     p, node = z, NODE * delta
     ratio = 1 / node if node else math.inf
     bound, goal = ratio * rz, tol * float(system.right.norm())
-    while (
-        products < limit and rz > 0 and not finished(system, r, bound, drift, energy, (tol, goal))
-    ):
+    while products < limit and rz > 0:
+        drift = rounding * (norm + delta) * path
+        if finished(system, r, bound, drift, energy, (tol, goal)):
+            break
         # The step length α = rᵀz / pᵀA p.
         image = finite(system.product(p))
         products += 1
@@ -167,7 +163,7 @@ def descend(system: System, state: Iterate, tol: float, limit: int) -> Iterate:
         alpha = rz / damped
         x = x + alpha * p
         r = r - alpha * (image + delta * p)
-        drift += alpha * rounding * (norm + delta) * math.sqrt(length)
+        path += alpha * math.sqrt(length)
         # What was gained, what may be left, the next direction.
         energy += alpha * rz
         z, new = preconditioned(system, r)
@@ -175,7 +171,7 @@ def descend(system: System, state: Iterate, tol: float, limit: int) -> Iterate:
         ratio = next_ratio(ratio, alpha, beta, node)
         p, rz = z + beta * p, new
         bound = min(bound, ratio * rz)
-    return Iterate(x, r, energy, bound, drift, norm, products, curved)
+    return Iterate(x, r, energy, bound, path, norm, products, curved)
 
 
 def preconditioned(
@@ -209,9 +205,10 @@ def checked(system: System, state: Iterate, limit: int) -> tuple[Iterate, float]
     bound rests on the estimated drift.
     """
     root, size = math.sqrt(system.delta), float(state.r.norm())
+    drift = system.rounding * (state.norm + system.delta) * state.path
     allowed = NEGLIGIBLE_DRIFT * min(size, root * math.sqrt(state.bound) if root else size)
-    if state.drift <= allowed or state.products >= limit:
-        return state, total_bound(state.bound, state.drift, size, root)
+    if drift <= allowed or state.products >= limit:
+        return state, total_bound(state.bound, drift, size, root)
     # One more product: b − A x, and how far the carried one is from it.
     image = finite(system.product(state.x))
     r = system.right - image - system.delta * state.x
@@ -228,4 +225,4 @@ def checked(system: System, state: Iterate, limit: int) -> tuple[Iterate, float]
     elif size <= 2 * drift:
         total = 0.0
     products = state.products + 1
-    return state._replace(r=r, energy=energy, drift=drift, norm=norm, products=products), total
+    return state._replace(r=r, energy=energy, path=length, norm=norm, products=products), total

@@ -60,8 +60,8 @@ def refined(
     """
     size, root = float(torch.linalg.vector_norm(right)), math.sqrt(delta)
     nothing = float(size > 0)
-    best = Solution(torch.zeros_like(right), nothing, nothing, 0, size == 0, curved=True)
-    r, norm = right, 0.0
+    zero = torch.zeros_like(right)
+    best, r = Solution(zero, nothing, nothing, 0, size == 0, curved=True, norm=0.0), right
     for _ in range(CORRECTIONS):
         if best.converged or best.products + 2 > limit:
             break
@@ -74,13 +74,14 @@ def refined(
             limit=limit - best.products - 1,
             preconditioner=preconditioner,
             rounding=rounding,
+            norm=best.norm,
         )
         x = best.x + correction.x
         image = finite(precise_product(x))
         before, r = r, right - image - delta * x
         # Bounds of e², from the correction and from the residual; and the rounding of both.
         length = float(x.norm())
-        norm = max(norm, float(image.norm()) / length) if length else norm
+        norm = max(correction.norm, float(image.norm()) / length if length else 0.0)
         bound = relative_bound(correction, before, r)
         if root:
             bound = min(bound, float(r @ r) / delta)
@@ -94,7 +95,7 @@ def refined(
         if not remains < former:
             # Nothing more is to be had: the better one stays.
             return best._replace(products=products, curved=curved)
-        best = Solution(x, lost, residual, products, remains <= tol, curved)
+        best = Solution(x, lost, residual, products, remains <= tol, curved, norm)
     return best
 
 

@@ -95,11 +95,11 @@ def sketch(
         factor, failed = torch.linalg.cholesky_ex(core + shift * identity, upper=True)
     root = torch.linalg.solve_triangular(factor, Y.add_(omega, alpha=shift), upper=True, left=False)
     del omega, Y
-    # Its singular values and left singular vectors, by way of a triangular matrix.
+    # Its left singular vectors and squared singular values, by way of a triangular matrix.
     frame, triangle = torch.linalg.qr(root)
-    rotation, values, _ = torch.linalg.svd(triangle)
-    evals = (values.square() - shift).clamp(min=0)
-    return Sketch((frame @ rotation).to(dtype), evals, shift, rank)
+    squares, rotation = torch.linalg.eigh(triangle @ triangle.mT)
+    evals = (squares.flip(0) - shift).clamp(min=0)
+    return Sketch((frame @ rotation.flip(1)).to(dtype), evals, shift, rank)
 
 
 def largest_rank(memory: float, side: int) -> int:

@@ -61,6 +61,7 @@ def solve(
     # With a sketch at once, or without one for a hundred products.
     precondition = None if approximation is None else preconditioner(approximation, delta)
     alone = approximation is None and delta > 0
+    norm = 0.0 if approximation is None else float(approximation.evals[0])
     first = conjugate_gradients(
         product,
         right,
@@ -70,6 +71,7 @@ def solve(
         preconditioner=precondition,
         rounding=rounding,
         start=start,
+        norm=norm,
     )
     if first.converged or first.products >= limit or not alone:
         return first, approximation
@@ -85,6 +87,7 @@ def solve(
         preconditioner=preconditioner(made, delta) if made else None,
         rounding=rounding,
         start=first.x,
+        norm=first.norm,
     )
     return second._replace(products=spent + second.products, curved=first.curved), made
 
