@@ -143,7 +143,7 @@ def descend(system: System, state: Iterate, tol: float, limit: int) -> Iterate:
     delta, rounding = system.delta, system.rounding
     x, r, energy, _, path, norm, products, curved = state
     z, rz = preconditioned(system, r)
-    p, node = z, NODE * delta
+    x, r, p, node = x.clone(), r.clone(), z.clone(), NODE * delta
     ratio = 1 / node if node else math.inf
     bound, goal = ratio * rz, tol * float(system.right.norm())
     while products < limit and rz > 0:
@@ -161,15 +161,15 @@ def descend(system: System, state: Iterate, tol: float, limit: int) -> Iterate:
         if damped <= 0:
             break
         alpha = rz / damped
-        x = x + alpha * p
-        r = r - alpha * (image + delta * p)
+        x.add_(p, alpha=alpha)
+        r.sub_(image, alpha=alpha).sub_(p, alpha=alpha * delta)
         path += alpha * math.sqrt(length)
         # What was gained, what may be left, the next direction.
         energy += alpha * rz
         z, new = preconditioned(system, r)
         beta = new / rz
         ratio = next_ratio(ratio, alpha, beta, node)
-        p, rz = z + beta * p, new
+        p, rz = p.mul_(beta).add_(z), new
         bound = min(bound, ratio * rz)
     return Iterate(x, r, energy, bound, path, norm, products, curved)
 
