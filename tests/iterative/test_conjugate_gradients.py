@@ -53,6 +53,13 @@ problems = st.tuples(
     st.integers(0, 1000),
 )
 """Spectrum, power, side and seed."""
+in_range = problems.filter(lambda problem: problem[1] != "anywhere")
+
+
+def least_squared(evals, evecs, b):
+    """Return bᵀG⁺b."""
+    coordinates = evecs.T @ b
+    return float((coordinates.square() / torch.where(evals > 0, evals, math.inf)).sum())
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(FLOAT64, 0.0), (torch.float32, FLOAT32_ROUNDING)])
@@ -68,6 +75,44 @@ def test_never_less_is_told_than_is_lost(dtype, rounding, problem, exponent):
         assert solution.lost >= true * (1 - 1e-6) - REFERENCE
         assert solution.products <= limit
         assert solution.converged == (solution.lost <= 1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(FLOAT64, 0.0), (torch.float32, FLOAT32_ROUNDING)])
+@given(problem=in_range, exponent=st.floats(-6, 1), excess=st.floats(0, 2))
+def test_nor_with_what_is_known_of_a_gradient(dtype, rounding, problem, exponent, excess):
+    G, evals, evecs, b = matrix_and_right(*problem)
+    product, _ = counted(G, dtype)
+    delta, squared = 10**exponent, least_squared(evals, evecs, b) * 10**excess * (1 + 1e-9)
+    for limit in (*range(1, 12), 20, 50, 150):
+        solution, without = (
+            conjugate_gradients(
+                product, b, delta, tol=1e-10, limit=limit, rounding=rounding, squared=size
+            )
+            for size in (squared, math.inf)
+        )
+        true = true_loss(G, b, delta, solution.x)
+        assert solution.lost >= true * (1 - 1e-6) - REFERENCE
+        assert solution.products <= without.products
+
+
+@pytest.mark.parametrize("power", ["gradient", "range"])
+@pytest.mark.parametrize("spectrum", ["geometric", "steep", "deficient", "quadratic", "uniform"])
+def test_of_a_gradient_within_three_times_the_truth_is_told(spectrum, power):
+    ratios = []
+    G, evals, evecs, b = matrix_and_right(spectrum, power, 200)
+    product, _ = counted(G)
+    squared = least_squared(evals, evecs, b)
+    for delta in DELTAS[1:]:
+        for limit in (*range(1, 40), 60, 100, 150):
+            solution = conjugate_gradients(
+                product, b, delta, tol=1e-6, limit=limit, squared=squared
+            )
+            true = true_loss(G, b, delta, solution.x)
+            ratios += [solution.lost / true] * (1e-6 < true < 0.1)
+            if solution.converged:
+                break
+    assert statistics.median(ratios) < 2
+    assert max(ratios) < 3
 
 
 @pytest.mark.parametrize("power", ["anywhere", "gradient"])

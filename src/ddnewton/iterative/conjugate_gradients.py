@@ -15,7 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.iterative.energy_bounds import NODE, next_ratio, share, total_bound
+from ddnewton.iterative.energy_bounds import (
+    first_bound,
+    next_bound,
+    range_bound,
+    share,
+    total_bound,
+)
 from ddnewton.iterative.products import FLOAT64_ROUNDING, Product, checked_curvature, finite
 
 REPLACEMENTS = 4
@@ -50,6 +56,7 @@ class System(NamedTuple):
     delta: float
     preconditioner: Product | None
     rounding: float
+    squared: float  # bᵀG⁺b, or more
 
 
 class Iterate(NamedTuple):
@@ -79,13 +86,15 @@ def conjugate_gradients(
     rounding: float = 0.0,
     start: Float[Tensor, " side"] | None = None,
     norm: float = 0.0,
+    squared: float = math.inf,
 ) -> Solution:
     r"""Solve (G + δI) x = b until x gives away at most the share ``tol`` of the energy.
 
     ``preconditioner`` is v ↦ P⁻¹v, symmetric and with A ≥ δP; ``rounding`` is that of a product
-    relative to ‖G‖ ‖v‖, and ``norm`` what is known of ‖G‖ before, or less. At most ``limit``
-    products are made. For δ = 0 nothing bounds the error: b must be in the range of G, and ``tol``
-    is that of the relative residual.
+    relative to ‖G‖ ‖v‖, and ``norm`` what is known of ‖G‖ before, or less. ``squared`` is bᵀG⁺b or
+    more, for a b in the range of G: it makes the bound tighter. At most ``limit`` products are
+    made. For δ = 0 nothing bounds the error: b must be in the range of G, and ``tol`` is that of
+    the relative residual.
 
     Source: Hestenes, Stiefel, "Methods of conjugate gradients for solving linear systems", 1952.
 
@@ -101,7 +110,8 @@ def conjugate_gradients(
     >>> conjugate_gradients(lambda v: G @ v, b, 1.0, tol=1e-12, limit=10).x
     tensor([1., 2., 1.], dtype=torch.float64)
     """
-    system = System(product, right, delta, preconditioner, max(rounding, FLOAT64_ROUNDING))
+    rounding = max(rounding, FLOAT64_ROUNDING)
+    system = System(product, right, delta, preconditioner, rounding, squared)
     size = float(torch.linalg.vector_norm(right))
     if size == 0:
         return Solution(torch.zeros_like(right), 0.0, 0.0, 0, True, curved=True, norm=norm)
@@ -141,14 +151,16 @@ def descend(system: System, state: Iterate, tol: float, limit: int) -> Iterate:
     It begins with the residual of ``state``, whatever made that.
     """
     delta, rounding = system.delta, system.rounding
-    x, r, energy, _, path, norm, products, curved = state
+    x, r, energy, bound, path, norm, products, curved = state
     z, rz = preconditioned(system, r)
-    x, r, p, node = x.clone(), r.clone(), z.clone(), NODE * delta
-    ratio = 1 / node if node else math.inf
-    bound, goal = ratio * rz, tol * float(system.right.norm())
+    x, r, p, size = x.clone(), r.clone(), z.clone(), float(system.right.norm())
+    # From zero and without a preconditioner, what is known of b counts as well.
+    plain = products == 0 and system.preconditioner is None
+    within = range_bound(system.squared, size, delta) if plain else None
+    error = first_bound(rz, delta, bound, within)
     while products < limit and rz > 0:
         drift = rounding * (norm + delta) * path
-        if finished(system, r, bound, drift, energy, (tol, goal)):
+        if finished(system, r, error.squared, drift, energy, (tol, tol * size)):
             break
         # The step length α = rᵀz / pᵀA p.
         image = finite(system.product(p))
@@ -167,11 +179,10 @@ def descend(system: System, state: Iterate, tol: float, limit: int) -> Iterate:
         # What was gained, what may be left, the next direction.
         energy += alpha * rz
         z, new = preconditioned(system, r)
-        beta = new / rz
-        ratio = next_ratio(ratio, alpha, beta, node)
-        p, rz = p.mul_(beta).add_(z), new
-        bound = min(bound, ratio * rz)
-    return Iterate(x, r, energy, bound, path, norm, products, curved)
+        lengths = alpha, new / rz
+        p, rz = p.mul_(lengths[1]).add_(z), new
+        error = next_bound(error, lengths, rz, energy, delta, rounding * (1 + norm / (delta or 1)))
+    return Iterate(x, r, energy, error.squared, path, norm, products, curved)
 
 
 def preconditioned(
@@ -224,5 +235,6 @@ def checked(system: System, state: Iterate, limit: int) -> tuple[Iterate, float]
         total = min(total, ((size + drift) / root) ** 2)
     elif size <= 2 * drift:
         total = 0.0
-    products = state.products + 1
-    return state._replace(r=r, energy=energy, path=length, norm=norm, products=products), total
+    bound = total_bound(total, drift, size, root)
+    after = Iterate(state.x, r, energy, bound, length, norm, state.products + 1, state.curved)
+    return after, total

@@ -7,6 +7,8 @@ enough, the sketch is made, and the iteration goes on from where it is.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -37,13 +39,14 @@ def solve(
     memory: float | None = None,
     approximation: Sketch | None = None,
     start: Float[Tensor, " side"] | None = None,
+    squared: float = math.inf,
 ) -> tuple[Solution, Sketch | None]:
     """Return the solution of (G + δI) x = b, and the sketch of G that was used.
 
     With a sketch, of an earlier call or a G nearby, it is used from the beginning; that of a G that
     is another one bounds nothing. Otherwise one is made, with the random numbers of ``generator``,
     after a hundred products, if there is ``memory`` for it, in bytes. Its products are counted with
-    the others. ``tol``, ``limit``, ``rounding`` and ``start`` are those of `conjugate_gradients`.
+    the others. The other arguments are those of `conjugate_gradients`.
 
     Raises
     ------
@@ -72,6 +75,7 @@ def solve(
         rounding=rounding,
         start=start,
         norm=norm,
+        squared=squared,
     )
     if first.converged or first.products >= limit or not alone:
         return first, approximation
