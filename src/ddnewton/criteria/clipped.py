@@ -8,6 +8,7 @@ from torch import Tensor
 from ddnewton.criteria.eigenvectors import hessians_of, in_eigenvectors
 from ddnewton.criteria.loss import Expansion, Loss, slopes_of
 from ddnewton.criteria.monte_carlo import AnyCriterion, undrawn
+from ddnewton.criteria.root import Root, changed_root
 from ddnewton.errors import public
 from ddnewton.records import pickled_as_call
 from ddnewton.transforms import any_known
@@ -69,7 +70,12 @@ def clipped(criterion: AnyCriterion) -> Loss:
             expansion = in_eigenvectors(expansion.value, slopes_of(expansion), H)
         return expansion._replace(h=expansion.h.clamp(min=0))
 
-    return loss._replace(expand=expand)
+    return loss._replace(expand=expand, root=changed_root(loss.root, _if_never_negative))
+
+
+def _if_never_negative(root: Root, outputs: Tensor, y: PyTree) -> Root | None:
+    """Return a root; None for products with a Hessian of which nothing can be left out."""
+    return root if root.times is not None else None
 
 
 def _orthonormal(basis: Tensor) -> bool:

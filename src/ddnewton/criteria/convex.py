@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, jacrev
 
 from ddnewton.criteria.hessian_blocks import HESSIAN_ROUNDINGS, joint_expansion
+from ddnewton.criteria.hessian_products import joint_root, samples_root, too_many_outputs
 from ddnewton.criteria.loss import Expansion, Loss, spanned
+from ddnewton.criteria.root import Root
 from ddnewton.errors import BadType, BadValue, NotFinite, sentence
 from ddnewton.linearize.independence import Watch
 from ddnewton.linearize.module_state import restoring
@@ -45,7 +47,9 @@ def convex(criterion: Criterion) -> Loss:
     left at their outputs, and its change counted as often as their number goes into N.
 
     An eigenvalue within the rounding error of its Hessian counts as zero; closed forms have no such
-    error. What `torch.compile` compiles cannot choose by values, and takes every criterion in the
+    error. Where the Hessians of all samples would have more than 2²⁴ entries, products with them
+    are to be had all the same, of the criterion's gradient along a vector: `Loss.root`. What
+    `torch.compile` compiles cannot choose by values, and takes every criterion in the
     second way.
 
     Raises
@@ -100,7 +104,31 @@ def convex(criterion: Criterion) -> Loss:
         return lambda f: in_dtype_of(f, criterion)(f, y)
 
     check = partial(_check, criterion)
-    return Loss(expand, denominator, check, gradient=gradient, joint=joint, squares=None)
+    return Loss(
+        expand,
+        denominator,
+        check,
+        gradient=gradient,
+        joint=joint,
+        squares=None,
+        root=lambda outputs, y: _root(criterion, outputs, y, of_samples, gradient),
+    )
+
+
+def _root(
+    criterion: Criterion,
+    outputs: Float[Tensor, "n ..."],
+    y: PyTree,
+    of_samples: Callable[[Tensor, PyTree], float | None],
+    gradient: Callable[[Tensor, PyTree], tuple[Tensor, Tensor]],
+) -> Root | None:
+    """Return products with the Hessians where they are too large to be made, and else None."""
+    if not too_many_outputs(outputs):
+        return None
+    function, d = in_dtype_of(outputs, criterion), of_samples(outputs, y)
+    if d is None:
+        return joint_root(lambda f: function(f, y), outputs)
+    return samples_root(function, outputs, y, *gradient(outputs, y), summed=d == 1)
 
 
 def _of_flat_outputs(

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.criteria.loss import Expansion, Loss, Uniform, spanned
+from ddnewton.criteria.root import Root, diagonal_root
 from ddnewton.types import PyTree
 
 
@@ -47,10 +48,14 @@ def elementwise(
         values, z, _ = (part.reshape(f.shape[0], -1) for part in terms(f.double(), y))
         return values.sum(1), z  # ∇ℓ = L z, and L = I
 
-    def fisher(f: Float[Tensor, "n ..."], y: PyTree) -> Expansion:
+    def root(f: Float[Tensor, "n ..."], y: PyTree) -> Root:
+        values, z, h = (part.reshape(f.shape[0], -1) for part in terms(f.double(), y))
+        return diagonal_root(values.sum(1), z, h)
+
+    def of_information(f: Float[Tensor, "n ..."], y: PyTree) -> tuple[Tensor, Tensor, Tensor]:
         assert information is not None
         value, z = gradient(f, y)
-        return diagonal(value, z, information(f.double(), y).reshape(z.shape))
+        return value, z, information(f.double(), y).reshape(z.shape)
 
     def scores(
         f: Float[Tensor, "n ..."], y: PyTree, count: int, uniform: Uniform
@@ -64,7 +69,9 @@ def elementwise(
         check,
         scores=scores if score else None,
         gradient=gradient,
-        fisher=fisher if information else None,
+        fisher=(lambda f, y: diagonal(*of_information(f, y))) if information else None,
+        root=root,
+        fisher_root=(lambda f, y: diagonal_root(*of_information(f, y))) if information else None,
     )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ddnewton.criteria.loss import Expansion, Loss, spanned, value_and_gradient
 from ddnewton.criteria.monte_carlo import AnyCriterion, undrawn
+from ddnewton.criteria.root import Root, column_root
 from ddnewton.errors import public
 from ddnewton.records import pickled_as_call
 from ddnewton.types import PyTree
@@ -61,6 +62,16 @@ def empirical_fisher(criterion: AnyCriterion) -> Loss:
         ones = torch.ones_like(r[:, :1])
         return spanned(value, r[:, :, None], ones, ones)
 
+    def root(outputs: Float[Tensor, "n ..."], y: PyTree) -> Root:
+        return column_root(*value_and_gradient(loss, outputs, y))
+
     return loss._replace(
-        expand=expand, scores=None, fisher=None, columns=lambda outputs: 1, squares=False
+        expand=expand,
+        scores=None,
+        fisher=None,
+        columns=lambda outputs: 1,
+        squares=False,
+        root=root,
+        fisher_root=None,
+        position_scores=None,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,8 @@ from ddnewton.linearize.precision import loss_in_float64
 from ddnewton.transforms import any_known, any_not_finite, first_member, unwrapped
 from ddnewton.trees import take, tree_map
 from ddnewton.types import Criterion, PyTree
+
+T = TypeVar("T")
 
 COMPLEX_RULE = "criterion must be a function of complex outputs, as model_fn returns them"
 COMPLEX_REMEDY = (
@@ -86,9 +89,16 @@ def expand_batch(
     They are taken at the ``precise`` outputs in float64, or at ``outputs`` if the loss refuses.
     """
     loss.check(outputs, y)
+    return checked_expansion(loss, outputs, precise, y)
+
+
+def checked_expansion(
+    loss: Loss, outputs: Float[Tensor, "n ..."], precise: Float[Tensor, "n ..."], y: PyTree
+) -> Expansion:
+    """Return the expansions of a batch that fits the loss, as `expand_batch` scales them."""
     _check_basis_fits(loss, outputs, precise, y)
-    expansion, denominator = _differentiated(loss, outputs, precise, y)
-    _check_expansion(expansion)
+    expansion, denominator = differentiated(lambda f: loss.expand(f, y), loss, outputs, precise, y)
+    check_finite(*(part for part in expansion if part.numel()))
     _check_convex(loss, outputs, y, expansion.h)
     # ℓ, ∇ℓ and ∇²ℓ all scale, and L stays; an eigenvalue h below zero is rounding by now.
     scale = outputs.shape[0] / denominator
@@ -101,14 +111,16 @@ def expand_batch(
     )
 
 
-def _differentiated(
-    loss: Loss, outputs: Float[Tensor, "n ..."], precise: Float[Tensor, "n ..."], y: PyTree
-) -> tuple[Expansion, float | Tensor]:
-    """Return the expansions as they are and what divides them, of a criterion that was called."""
+def differentiated(
+    derivatives: Callable[[Tensor], T],
+    loss: Loss,
+    outputs: Float[Tensor, "n ..."],
+    precise: Float[Tensor, "n ..."],
+    y: PyTree,
+) -> tuple[T, float | Tensor]:
+    """Return derivatives as they are and what divides them, of a criterion that was called."""
     try:
-        return loss_in_float64(
-            lambda f: (loss.expand(f, y), loss.denominator(f, y)), precise, outputs
-        )
+        return loss_in_float64(lambda f: (derivatives(f), loss.denominator(f, y)), precise, outputs)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:
@@ -185,9 +197,9 @@ def _basis_of_two(loss: Loss, f: Float[Tensor, "n ..."], y: PyTree) -> Float[Ten
     return loss_in_float64(basis, f[:2], f[:2])
 
 
-def _check_expansion(expansion: Expansion) -> None:
+def check_finite(*parts: Tensor) -> None:
     """Require a finite loss with finite derivatives."""
-    if any_not_finite(*(part for part in expansion if part.numel())):
+    if any_not_finite(*parts):
         got = "nan or inf in the loss or its derivatives"
         raise NotFinite(sentence("the loss must be finite", got, "Check the outputs and y."))
 
@@ -198,5 +210,10 @@ def _check_convex(
     """Require Hessians without eigenvalues h below zero, beyond the rounding of the largest."""
     if any_known(h < 0) and any_known(h < -CONVEXITY_TOLERANCE * unwrapped(h).abs().amax()):
         got = f"a Hessian eigenvalue of {unwrapped(h).min().item():.3g}"
-        remedy = ROBUST_REMEDY if is_robust(loss, outputs, y) else CONVEXITY_REMEDY
-        raise NotConvex(sentence(CONVEXITY_RULE, got, remedy))
+        raise not_convex(loss, outputs, y, got)
+
+
+def not_convex(loss: Loss, outputs: Float[Tensor, "n ..."], y: PyTree, got: str) -> NotConvex:
+    """Return the error of a loss with negative curvature."""
+    remedy = ROBUST_REMEDY if is_robust(loss, outputs, y) else CONVEXITY_REMEDY
+    return NotConvex(sentence(CONVEXITY_RULE, got, remedy))

@@ -59,7 +59,7 @@ def fisher(criterion: AnyCriterion) -> Loss:
     """
     loss = undrawn(criterion, "Pass the loss itself: nothing is drawn here.")
     if loss.fisher is not None:
-        return loss._replace(expand=loss.fisher)
+        return loss._replace(expand=loss.fisher, root=loss.fisher_root)
     if loss.scores is not None:
         return loss  # its Hessian is what the scores have as their mean square
     remedy = (

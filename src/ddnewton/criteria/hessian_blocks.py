@@ -65,7 +65,7 @@ def joint_expansion(loss: Callable[[Tensor], Tensor], outputs: Float[Tensor, "n 
         Where samples interact in the loss.
     """
     n, c = outputs.shape[0], outputs[0].numel()
-    derivatives = _derivatives(loss, outputs)
+    derivatives = derivatives_of(loss, outputs)
     size = torch.maximum(_size(derivatives.slopes), _size_at_origin(loss, outputs))
     axes, H = _blocks(derivatives, outputs, size)
     value = derivatives.value.double().expand(n)
@@ -88,7 +88,9 @@ def joint_expansion(loss: Callable[[Tensor], Tensor], outputs: Float[Tensor, "n 
     return spanned(value, basis.double(), z.double().flatten(1), h.double().flatten(1))
 
 
-def _derivatives(loss: Callable[[Tensor], Tensor], outputs: Float[Tensor, "n ..."]) -> Derivatives:
+def derivatives_of(
+    loss: Callable[[Tensor], Tensor], outputs: Float[Tensor, "n ..."]
+) -> Derivatives:
     """Differentiate a loss, and its gradient once more by reverse mode: ∇²L is symmetric."""
     n = outputs.shape[0]
     gradient, pullback, value = linear_map(grad_and_value(loss), outputs)
@@ -124,10 +126,10 @@ def _blocks(
             rounding = eps**0.5 * largest + rounding.amax()
         within = ~(distance > rounding)  # nan is left for the check of the whole expansion
         if torch.compiler.is_compiling():  # but raises when it runs
-            torch._assert_async(within.all(), _interaction())
+            torch._assert_async(within.all(), interaction_message())
         if not any_known(~within):
             return Blocks(axes, H)
-    raise BadValue(_interaction())
+    raise BadValue(interaction_message())
 
 
 def _interacting_axes(ndim: int) -> list[Sequence[int]]:
@@ -181,7 +183,7 @@ def _size_at_origin(
     """
     n, origin = outputs.shape[0], torch.zeros_like(outputs)
     try:
-        image = _derivatives(loss, origin).product(ramp(origin)[None])[0]
+        image = derivatives_of(loss, origin).product(ramp(origin)[None])[0]
     except torch.OutOfMemoryError:
         raise
     except Exception as reason:  # noqa: BLE001 - the user's loss may refuse a 0
@@ -190,7 +192,7 @@ def _size_at_origin(
     return _size(image.nan_to_num(0, 0, 0)).clamp(max=n)
 
 
-def _interaction() -> str:
+def interaction_message() -> str:
     """Return the message for a loss in which samples interact."""
     rule = "criterion must have a Hessian without entries between samples"
     remedy = (

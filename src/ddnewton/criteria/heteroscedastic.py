@@ -12,12 +12,12 @@ from ddnewton.criteria.convex import convex
 from ddnewton.criteria.elementwise import diagonal, normal_quantile
 from ddnewton.criteria.loss import (
     SMALLEST_CURVATURE,
-    Expansion,
     Loss,
     Reduction,
     Uniform,
     check_reduction,
 )
+from ddnewton.criteria.root import diagonal_root
 from ddnewton.criteria.target_checks import check_real
 from ddnewton.errors import BadValue, public, sentence
 from ddnewton.records import pickled_as_call
@@ -90,11 +90,11 @@ def heteroscedastic_nll(reduction: Reduction = "mean", *, full: bool = False) ->
         z = torch.stack([residual * precision, (1 - residual.square() * precision) / 2], -1)
         return values.flatten(1).sum(1) if values.ndim > 1 else values, z.flatten(1)
 
-    def fisher(f: Float[Tensor, "n ... 2"], y: PyTree) -> Expansion:
+    def of_information(f: Float[Tensor, "n ... 2"], y: PyTree) -> tuple[Tensor, Tensor, Tensor]:
         value, z = gradient(f, y)
         _, precision, _ = terms(f, y)
         h = torch.stack([precision.clamp(min=SMALLEST_CURVATURE), 0 * precision + 0.5], -1)
-        return diagonal(value, z, h.flatten(1))
+        return value, z, h.flatten(1)
 
     def scores(
         f: Float[Tensor, "n ... 2"], y: PyTree, count: int, uniform: Uniform
@@ -120,4 +120,13 @@ def heteroscedastic_nll(reduction: Reduction = "mean", *, full: bool = False) ->
 
     # The Hessian is that of the sum over a sample's targets, by torch.func.
     hessian = convex(lambda f, y: terms(f, y)[2].sum())
-    return Loss(hessian.expand, denominator, check, scores, gradient, fisher=fisher)
+    return Loss(
+        hessian.expand,
+        denominator,
+        check,
+        scores,
+        gradient,
+        fisher=lambda f, y: diagonal(*of_information(f, y)),
+        root=hessian.root,
+        fisher_root=lambda f, y: diagonal_root(*of_information(f, y)),
+    )

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad_and_value
 
+from ddnewton.criteria.root import PositionScores, RootOf
 from ddnewton.errors import BadValue, sentence
 from ddnewton.records import Call, reduced
 from ddnewton.types import PyTree
@@ -54,13 +55,20 @@ class Loss(NamedTuple):
     ``denominator(outputs, y)`` is what the reduction divides Σ_n ℓ_n by; ``check(outputs, y)``
     raises where a batch does not fit the loss. ``scores(outputs, y, count, uniform)`` returns
     columns s [n c m], gradients of the loss at ``count`` targets drawn from the model's likelihood,
-    with its Fisher information as their mean square E[s sᵀ]; it is None for a loss without a
-    likelihood that can be drawn from. ``gradient(outputs, y)`` returns values [n] and gradients
+    with its Fisher information as their mean square E[s sᵀ]: ``count`` of them, or as many for each
+    of several positions, one position after the other. It is None for a loss without a likelihood
+    that can be drawn from. ``gradient(outputs, y)`` returns values [n] and gradients
     [n c] without the Hessian; it is None where they are taken from the expansion.
     ``fisher(outputs, y)`` is ``expand`` with the Fisher information for the Hessian; it is None
     where the two are the same, as they are for a loss with ``scores``, or where there is none.
     ``columns(outputs)`` is the largest m that a sample's L may have, which is asked for before L is
     made; it is None for as many as outputs.
+
+    ``root(outputs, y)`` returns the `Root` of the same losses, not yet averaged either: products
+    with their Hessian that need no L. It is None, or returns None, where the expansion is as good.
+    ``fisher_root`` is the same for ``fisher``, and ``position_scores`` for the ``scores`` of a loss
+    that sums over positions of its own. Whoever replaces ``expand``, ``fisher`` or ``scores`` of a
+    record replaces these as well, by None if by nothing else.
 
     The samples of some losses have no values of their own, as where a mean divides by what all of
     them have in y. For such a batch ``joint(outputs, y)`` returns the batch's loss as a function of
@@ -80,10 +88,34 @@ class Loss(NamedTuple):
     fisher: Callable[[Tensor, PyTree], Expansion] | None = None
     columns: Callable[[Tensor], int] | None = None
     squares: bool | None = False
+    root: RootOf | None = None
+    fisher_root: RootOf | None = None
+    position_scores: Callable[[Tensor, PyTree, int, Uniform], PositionScores] | None = None
     made_by: Call | None = None  # by which it is pickled
 
     def __reduce__(self) -> tuple[Any, ...]:
         return reduced(self)
+
+
+PRODUCTS_OF = {"root": "expand", "fisher_root": "fisher", "position_scores": "scores"}
+"""Which functions of a record are another's by products."""
+
+
+def without_stale_products(loss: Loss) -> Loss:
+    """Return a record without the products of functions that `_replace` put others in place of."""
+    if loss.made_by is None:
+        return loss
+    made = Loss(*loss.made_by.fields)
+
+    def is_as_made(name: str) -> bool:
+        return getattr(loss, name) is getattr(made, name)
+
+    stale: dict[str, Any] = {
+        products: None
+        for products, function in PRODUCTS_OF.items()
+        if is_as_made(products) and not is_as_made(function)
+    }
+    return loss._replace(**stale) if stale else loss
 
 
 def spanned(

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.criteria.elementwise import diagonal
-from ddnewton.criteria.loss import Expansion, Loss, value_and_gradient
+from ddnewton.criteria.loss import Loss, value_and_gradient
 from ddnewton.criteria.monte_carlo import AnyCriterion, undrawn
 from ddnewton.criteria.residuals import (
     SLOPE_AGREEMENT,
@@ -16,6 +16,7 @@ from ddnewton.criteria.residuals import (
     least_residual,
     residuals_of,
 )
+from ddnewton.criteria.root import diagonal_root
 from ddnewton.errors import public
 from ddnewton.linearize.precision import loss_in_float64
 from ddnewton.records import pickled_as_call
@@ -88,16 +89,24 @@ def majorized(criterion: AnyCriterion) -> Loss:
     """
     loss = undrawn(criterion, "Pass the loss itself: its residuals say what the curvature is.")
 
-    def expand(outputs: Float[Tensor, "n ..."], y: PyTree) -> Expansion:
+    def of_chords(outputs: Float[Tensor, "n ..."], y: PyTree) -> tuple[Tensor, Tensor, Tensor]:
         value, psi = value_and_gradient(loss, outputs, y)
         h = _chords(residuals_of(loss, outputs, y), outputs)
-        return diagonal(value.double(), psi.double(), h.reshape(psi.shape).double())
+        return value.double(), psi.double(), h.reshape(psi.shape).double()
 
     def check(outputs: Float[Tensor, "n ..."], y: PyTree) -> None:
         loss.check(outputs, y)
         loss_in_float64(lambda f: check_residuals(loss, f, y), outputs, outputs)
 
-    return loss._replace(expand=expand, check=check, scores=None, fisher=None)
+    return loss._replace(
+        expand=lambda outputs, y: diagonal(*of_chords(outputs, y)),
+        check=check,
+        scores=None,
+        fisher=None,
+        root=lambda outputs, y: diagonal_root(*of_chords(outputs, y)),
+        fisher_root=None,
+        position_scores=None,
+    )
 
 
 def _chords(residuals: Residuals, f: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:

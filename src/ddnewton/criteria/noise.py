@@ -34,7 +34,7 @@ def of_likelihood(criterion: AnyCriterion) -> AnyCriterion:
     if loss.squares is not False:
         return criterion
     if loss.fisher is not None:
-        return loss._replace(expand=loss.fisher)
+        return loss._replace(expand=loss.fisher, root=loss.fisher_root)
     if loss.scores is not None:  # its Hessian is what the scores have as their mean square
         return loss
     raise BadValue(sentence(NOISE_RULE, kind_of(criterion), NOISE_REMEDY))

@@ -15,13 +15,13 @@ from torch import Tensor
 from ddnewton.criteria.convex import convex
 from ddnewton.criteria.elementwise import broadcast_to_outputs, diagonal
 from ddnewton.criteria.loss import (
-    Expansion,
     Loss,
     Reduction,
     check_reduction,
     value_and_gradient,
 )
 from ddnewton.criteria.option_checks import check_denominator, check_weight, check_weight_shape
+from ddnewton.criteria.root import diagonal_root
 from ddnewton.criteria.softmax import class_labels, class_weighted, classes_last
 from ddnewton.criteria.target_checks import check_classes
 from ddnewton.errors import BadType, BadValue, sentence
@@ -66,15 +66,15 @@ def nll(
         values = -(t * classes_last(f).masked_fill(t == 0, 0)).sum((1, 2))
         return values, -t.mT.flatten(1)
 
-    def expand(f: Float[Tensor, "n ..."], y: PyTree) -> Expansion:
+    def flat(f: Float[Tensor, "n ..."], y: PyTree) -> tuple[Tensor, Tensor, Tensor]:
         value, z = gradient(f, y)
-        return diagonal(value, z, h=0 * z)
+        return value, z, 0 * z
 
-    def fisher(f: Float[Tensor, "n ..."], y: PyTree) -> Expansion:
+    def of_information(f: Float[Tensor, "n ..."], y: PyTree) -> tuple[Tensor, Tensor, Tensor]:
         _check_log_probabilities(f)
         value, z = gradient(f, y)
         h = classes_last(f).exp() * targets(f, y).sum(2, keepdim=True)
-        return diagonal(value, z, h.mT.flatten(1))
+        return value, z, h.mT.flatten(1)
 
     def denominator(outputs: Float[Tensor, "n ..."], y: PyTree) -> float | Tensor:
         return 1.0 if reduction == "sum" else targets(outputs, y).sum()
@@ -87,7 +87,15 @@ def nll(
         check_weight_shape(weight, outputs.shape[1:2], "one entry a class")
         check_denominator(denominator(outputs, y))
 
-    return Loss(expand, denominator, check, gradient=gradient, fisher=fisher)
+    return Loss(
+        expand=lambda f, y: diagonal(*flat(f, y)),
+        denominator=denominator,
+        check=check,
+        gradient=gradient,
+        fisher=lambda f, y: diagonal(*of_information(f, y)),
+        root=lambda f, y: diagonal_root(*flat(f, y)),
+        fisher_root=lambda f, y: diagonal_root(*of_information(f, y)),
+    )
 
 
 @pickled_as_call
@@ -106,14 +114,17 @@ def bce(reduction: Reduction = "mean", *, weight: Tensor | None = None) -> Loss:
     check_reduction(reduction)
     loss = convex(partial(F.binary_cross_entropy, reduction=reduction, weight=weight))
 
-    def fisher(p: Float[Tensor, "n ..."], y: PyTree) -> Expansion:
+    def of_information(p: Float[Tensor, "n ..."], y: PyTree) -> tuple[Tensor, Tensor, Tensor]:
         value, z = value_and_gradient(loss, p, y)
         h = broadcast_to_outputs(weight, p) / (p * (1 - p)).clamp(min=SMALLEST_PROBABILITY)
         # The loss of a sample is the mean over its outputs where the reduction is a mean.
         share = z.shape[1] if reduction == "mean" else 1
-        return diagonal(value, z, h.reshape(z.shape).double() / share)
+        return value, z, h.reshape(z.shape).double() / share
 
-    return loss._replace(fisher=fisher)
+    return loss._replace(
+        fisher=lambda p, y: diagonal(*of_information(p, y)),
+        fisher_root=lambda p, y: diagonal_root(*of_information(p, y)),
+    )
 
 
 def _check_log_probabilities(f: Float[Tensor, "n ..."]) -> None:

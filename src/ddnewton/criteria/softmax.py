@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
@@ -24,6 +23,14 @@ from ddnewton.criteria.option_checks import (
     check_number,
     check_weight,
     check_weight_shape,
+)
+from ddnewton.criteria.root import PositionScores
+from ddnewton.criteria.softmax_products import (
+    leave_one_out_sums,
+    outputs_of,
+    score_columns,
+    softmax_root,
+    softmax_scores,
 )
 from ddnewton.criteria.target_checks import check_classes
 from ddnewton.records import pickled_as_call
@@ -98,19 +105,14 @@ def cross_entropy(
         log_p, t = classes_last(f).log_softmax(2), targets(f, y)
         # p_c Σt − t_c = p_c Σ_{i≠c} t_i − t_c Σ_{i≠c} p_i, as Σp = 1: p_c t_c, which would cancel
         # on a net that is certain, is left out of both products.
-        gradients = log_p.exp() * _leave_one_out_sums(t) - t * _leave_one_out_sums(log_p.exp())
-        return -(t * log_p).sum((1, 2)), gradients.mT.flatten(1)
+        gradients = log_p.exp() * leave_one_out_sums(t) - t * leave_one_out_sums(log_p.exp())
+        return -(t * log_p).sum((1, 2)), outputs_of(gradients)
 
-    def scores(
+    def position_scores(
         f: Float[Tensor, "n ..."], y: Num[Tensor, "n ..."], count: int, uniform: Uniform
-    ) -> Float[Tensor, "n c m"]:
-        p, t = classes_last(f).softmax(2), targets(f, y)
-        drawn = _draw_classes(p, uniform((*p.shape[:2], count)))
-        # p − e, the gradient at a drawn class: there it is p − 1, minus the sum of all other p.
-        p_not_drawn = torch.where(drawn, 0, p[..., None])
-        columns = p_not_drawn - drawn * p_not_drawn.sum(2, keepdim=True)
-        # E[(p − e)(p − e)ᵀ] = diag(p) − ppᵀ, which the Hessian has Σt times.
-        return _block_diagonal(t.sum(2)[..., None, None].sqrt() * columns)
+    ) -> PositionScores:
+        # E[(p − e)(p − e)ᵀ] = diag(p) − ppᵀ over drawn classes, which the Hessian has Σt times.
+        return softmax_scores(classes_last(f), targets(f, y).sum(2), count, uniform)
 
     def denominator(outputs: Float[Tensor, "n ..."], y: PyTree) -> float | Tensor:
         if reduction == "sum":
@@ -126,7 +128,15 @@ def cross_entropy(
         check_weight_shape(weight, outputs.shape[1:2], "one entry a class")
         check_denominator(denominator(outputs, y))
 
-    return Loss(expand, denominator, check, scores, gradient)
+    return Loss(
+        expand,
+        denominator,
+        check,
+        scores=lambda *drawn: _block_diagonal(score_columns(*position_scores(*drawn).parts)),
+        gradient=gradient,
+        root=lambda f, y: softmax_root(*gradient(f, y), classes_last(f), targets(f, y).sum(2)),
+        position_scores=position_scores,
+    )
 
 
 def classes_last(f: Float[Tensor, "n ..."]) -> Float[Tensor, "n t c"]:
@@ -172,16 +182,6 @@ def _position_expansions(
     return -(t * log_p).sum(1), basis, z, h
 
 
-def _draw_classes(p: Float[Tensor, "n t c"], u: Float[Tensor, "n t m"]) -> Bool[Tensor, "n t c m"]:
-    """Draw classes with probabilities p at uniform numbers u; true where a class is drawn."""
-    # The index drawn is how many entries of the distribution function u passes. It is scaled by the
-    # last of them, which rounding may have made other than 1.
-    cdf = p.cumsum(2)
-    index = (cdf[..., None] <= (cdf[..., -1:] * u)[:, :, None]).sum(2, keepdim=True)
-    classes = torch.arange(p.shape[2], device=p.device)
-    return index.clamp(max=p.shape[2] - 1) == classes[:, None]
-
-
 def _block_diagonal(columns: Float[Tensor, "n t c m"]) -> Float[Tensor, "n c*t t*m"]:
     """Return the columns of all positions as one matrix, zero at the outputs of other positions.
 
@@ -192,12 +192,6 @@ def _block_diagonal(columns: Float[Tensor, "n t c m"]) -> Float[Tensor, "n c*t t
         return columns[:, 0]
     identity = torch.eye(t, dtype=columns.dtype, device=columns.device)[:, :, None]
     return (columns.movedim(1, 2)[:, :, :, None] * identity).reshape(n, c * t, t * m)
-
-
-def _leave_one_out_sums(x: Float[Tensor, "n t c"]) -> Float[Tensor, "n t c"]:
-    """Return Σ_{i≠c} x_i for every class c, without subtracting x_c from the sum of all."""
-    before, after = x[..., :-1].cumsum(2), x[..., 1:].flip(2).cumsum(2).flip(2)
-    return F.pad(before, (1, 0)) + F.pad(after, (0, 1))
 
 
 def _tail_sums(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ddnewton.criteria.convex import convex
 from ddnewton.criteria.gaussian import with_gaussian_fisher
 from ddnewton.criteria.likelihoods import bce_with_logits, gaussian_nll, poisson_nll
-from ddnewton.criteria.loss import Loss, check_reduction
+from ddnewton.criteria.loss import Loss, check_reduction, without_stale_products
 from ddnewton.criteria.probabilities import bce, nll
 from ddnewton.criteria.regression import huber, mse, smooth_l1
 from ddnewton.criteria.softmax import cross_entropy
@@ -70,7 +70,7 @@ def record_of(criterion: Criterion | Loss) -> Loss:
     check of the record.
     """
     if isinstance(criterion, Loss):
-        return criterion
+        return without_stale_products(criterion)
     if not callable(criterion) or isinstance(criterion, type):
         raise BadType(_no_loss(criterion))
     check_holds_no_parameters(criterion)

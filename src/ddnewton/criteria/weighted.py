@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddnewton.criteria.loss import Expansion, Loss, Uniform, sample_gradient
 from ddnewton.criteria.monte_carlo import AnyCriterion, MonteCarlo
+from ddnewton.criteria.root import PositionScores, Root, changed_root, scaled_root, scaled_scores
 from ddnewton.criteria.torch_losses import record_of
 from ddnewton.errors import BadType, BadValue, public, sentence
 from ddnewton.records import pickled_as_call
@@ -80,10 +81,20 @@ def _times(loss: Loss, weight: float | Tensor) -> Loss:
         value, r = sample_gradient(loss, outputs, y)
         return scaled(value), scaled(r)
 
+    def weight_at(outputs: Tensor) -> Tensor:
+        return torch.as_tensor(weight, dtype=torch.float64, device=outputs.device)
+
     def scores(outputs: Tensor, y: PyTree, count: int, uniform: Uniform) -> Tensor:
         assert loss.scores is not None
-        root = torch.as_tensor(weight, dtype=torch.float64, device=outputs.device).sqrt()
-        return root * loss.scores(outputs, y, count, uniform)
+        return weight_at(outputs).sqrt() * loss.scores(outputs, y, count, uniform)
+
+    def position_scores(outputs: Tensor, y: PyTree, count: int, uniform: Uniform) -> PositionScores:
+        assert loss.position_scores is not None
+        by_products = loss.position_scores(outputs, y, count, uniform)
+        return scaled_scores(by_products, weight_at(outputs).sqrt())
+
+    def weighted_root(root: Root, outputs: Tensor, y: PyTree) -> Root:
+        return scaled_root(root, weight_at(outputs))
 
     def fisher(outputs: Tensor, y: PyTree) -> Expansion:
         assert loss.fisher is not None
@@ -99,6 +110,9 @@ def _times(loss: Loss, weight: float | Tensor) -> Loss:
         scores=scores if loss.scores else None,
         fisher=fisher if loss.fisher else None,
         joint=joint if loss.joint else None,
+        root=changed_root(loss.root, weighted_root),
+        fisher_root=changed_root(loss.fisher_root, weighted_root),
+        position_scores=position_scores if loss.position_scores else None,
     )
 
 

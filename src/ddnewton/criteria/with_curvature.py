@@ -11,6 +11,13 @@ from torch import Tensor
 
 from ddnewton.criteria.loss import Expansion, Loss, Uniform, sample_gradient, value_and_gradient
 from ddnewton.criteria.monte_carlo import AnyCriterion, MonteCarlo, undrawn
+from ddnewton.criteria.root import (
+    PositionScores,
+    Root,
+    changed_root,
+    scaled_scores,
+    with_gradient,
+)
 from ddnewton.criteria.torch_losses import record_of
 from ddnewton.errors import public
 from ddnewton.records import pickled_as_call
@@ -95,6 +102,15 @@ def _with_metric(loss: Loss, metric: Loss) -> Loss:
         assert metric.scores is not None
         return ratio(outputs, y).sqrt() * metric.scores(outputs, y, count, uniform)
 
+    def position_scores(outputs: Tensor, y: PyTree, count: int, uniform: Uniform) -> PositionScores:
+        assert metric.position_scores is not None
+        by_products = metric.position_scores(outputs, y, count, uniform)
+        return scaled_scores(by_products, ratio(outputs, y).sqrt())
+
+    def root_with_slopes(root: Root, outputs: Tensor, y: PyTree) -> Root:
+        value, r = value_and_gradient(loss, outputs, y)
+        return with_gradient(root, value.double(), r.double(), ratio(outputs, y))
+
     def check(outputs: Tensor, y: PyTree) -> None:
         loss.check(outputs, y)
         metric.check(outputs, y)
@@ -107,4 +123,7 @@ def _with_metric(loss: Loss, metric: Loss) -> Loss:
         gradient=partial(sample_gradient, loss),
         fisher=with_slopes(metric.fisher) if metric.fisher else None,
         joint=loss.joint,
+        root=changed_root(metric.root, root_with_slopes),
+        fisher_root=changed_root(metric.fisher_root, root_with_slopes),
+        position_scores=position_scores if metric.position_scores else None,
     )
