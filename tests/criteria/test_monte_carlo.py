@@ -1,6 +1,7 @@
 """Curvature from drawn targets and from gradients: unbiased, repeatable, refused where wrong."""
 
 import copy
+import pickle
 from functools import partial
 
 import pytest
@@ -75,13 +76,16 @@ def exact(criterion, f, y):
     return torch.einsum("ncm,nm->nc", L, z), torch.einsum("ncm,nm,nbm->ncb", L, h, L)
 
 
+@pytest.mark.parametrize("per", ["position", "sequence"])
 @EVERY
-def test_the_mean_of_many_draws_is_the_hessian(name):
+def test_the_mean_of_many_draws_is_the_hessian(name, per):
     """In its own standard errors, which the draws have as well."""
     criterion, y, _, positions = LIKELIHOODS[name]
+    positions = positions if per == "position" else 1
     f = outputs_for(name)
-    expansion = expand_batch(as_loss(monte_carlo(criterion, DRAWS, source())), f, f, y)
-    assert expansion.basis.shape[2] == DRAWS * positions
+    loss = as_loss(monte_carlo(criterion, DRAWS, source(), per=per))
+    expansion = expand_batch(loss, f, f, y)
+    assert expansion.basis.shape[2] == loss.columns(f) == DRAWS * positions
     columns = expansion.basis * (DRAWS * expansion.h)[:, None].sqrt()
     columns = columns.reshape(*columns.shape[:2], positions, DRAWS)
     squares = torch.einsum("nctd,nbtd->dncb", columns, columns)
@@ -168,6 +172,32 @@ def test_tokens_cost_a_column_each():
     f, y = torch.randn(2, 500, 40), torch.randint(500, (2, 40))
     expansion = as_loss(monte_carlo(nn.CrossEntropyLoss(), 1, source())).expand(f, y)
     assert expansion.basis.shape == (2, 500 * 40, 40)
+
+
+def test_a_sequence_costs_a_column():
+    """It is the sum of its tokens' columns, at the same targets."""
+    f, y = torch.randn(2, 500, 40), torch.randint(500, (2, 40))
+    columns = {
+        per: as_loss(monte_carlo(nn.CrossEntropyLoss(), 3, source(), per=per)).expand(f, y).basis
+        for per in ("position", "sequence")
+    }
+    assert columns["sequence"].shape == (2, 500 * 40, 3)
+    together = columns["position"].reshape(2, 500 * 40, 40, 3).sum(2)
+    torch.testing.assert_close(columns["sequence"], together)
+    # A user's loss may have no other form than the columns of its positions.
+    loss = cross_entropy()._replace(position_scores=None)
+    plain = as_loss(monte_carlo(loss, 3, source(), per="sequence"))
+    torch.testing.assert_close(plain.expand(f, y).basis, together)
+    assert plain.columns(f) == 3
+
+
+def test_copies_of_a_criterion_draw_the_same_columns():
+    f, y = torch.randn(2, 5, 4), torch.randint(5, (2, 4))
+    criterion = monte_carlo(nn.CrossEntropyLoss(), 2, source(), per="sequence")
+    for copied in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        assert copied.per == "sequence"
+        first, second = (as_loss(one).expand(f, y) for one in (copied, copy.deepcopy(criterion)))
+        assert torch.equal(first.basis, second.basis)
 
 
 @pytest.mark.parametrize("rate", [0.0, 1e-300, 1e-3, 0.7, 5.0, 30.0, 1e3, 1e6, 1e10])
@@ -264,6 +294,7 @@ REFUSALS = {
     "samples float": ({"samples": 1.5}, TypeError, "samples must be an integer; got float"),
     "generator int": ({"generator": 0}, TypeError, r"must be a torch.Generator; got int\. Pass"),
     "generator None": ({"generator": None}, TypeError, "must be a torch.Generator; got NoneType"),
+    "per": ({"per": "token"}, ValueError, 'per must be "position" or "sequence"; got \'token\''),
     "no loss": ({"criterion": "mse"}, TypeError, "^monte_carlo: criterion must be a loss function"),
     "a class": ({"criterion": nn.MSELoss}, TypeError, "criterion must be a loss function"),
     "none": ({"criterion": nn.MSELoss(reduction="none")}, ValueError, "reduction='none'"),
