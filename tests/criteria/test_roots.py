@@ -168,6 +168,9 @@ def test_products_are_those_of_the_expansion(name):
     assert_close(S @ S.mT, H)
     assert_close(matrix_of(root.transposed, n, c), S.mT)
     assert_close(matrix_of(root.product, n, c), H)
+    # And of several vectors at once.
+    units = torch.eye(c, dtype=FLOAT64)[:, None].expand(c, n, c)
+    assert_close(vmap(root.product)(units).movedim(0, 2), H)
 
 
 @EVERY

@@ -1,5 +1,6 @@
 """Losses as records of functions: in closed form for torch's, by torch.func for any convex one."""
 
+from ddnewton.criteria.batch_root import root_of_batch
 from ddnewton.criteria.clipped import clipped
 from ddnewton.criteria.convex import convex
 from ddnewton.criteria.empirical import empirical_fisher
@@ -16,6 +17,7 @@ from ddnewton.criteria.monte_carlo import (
     monte_carlo,
 )
 from ddnewton.criteria.regression import huber, mse, smooth_l1
+from ddnewton.criteria.root import PositionScores, Root
 from ddnewton.criteria.softmax import cross_entropy
 from ddnewton.criteria.weighted import weighted
 from ddnewton.criteria.with_curvature import with_curvature
@@ -26,6 +28,8 @@ __all__ = [
     "Expansion",
     "Loss",
     "MonteCarlo",
+    "PositionScores",
+    "Root",
     "as_loss",
     "bce_with_logits",
     "clipped",
@@ -43,6 +47,7 @@ __all__ = [
     "monte_carlo",
     "mse",
     "poisson_nll",
+    "root_of_batch",
     "slopes_of",
     "smooth_l1",
     "spanned",
