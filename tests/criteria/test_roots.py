@@ -216,6 +216,7 @@ PRODUCTS = {
     "another's": (curved(HUBER, valid), LOGITS, REALS.double()),
     "of another": (curved(valid, log_cosh), LOGITS, REALS.double()),
     "tokens": (lambda f, y: F.cross_entropy(f, y, ignore_index=1), PIXELS, PIXEL_CLASSES),
+    "fits of pairs": (heteroscedastic_nll(), PAIRS, PAIRS[..., 0]),
     "one sample": (log_cosh, LOGITS[:1], REALS[:1].double()),
     "probabilities": (nn.BCELoss(), LOGITS.sigmoid(), UNIT_INTERVAL.double()),
     "float32 alone": (

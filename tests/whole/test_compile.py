@@ -41,7 +41,9 @@ print("compiled")
 CRITERIA_SCRIPT = """
 import torch
 from ddnewton import newton_step, prepare
-from ddnewton.criteria import majorized, weighted, with_curvature
+from ddnewton.criteria import (
+    clipped, heteroscedastic_nll, majorized, weighted, with_curvature
+)
 
 def mean(outputs, y):
     return (outputs - y).square().mean()
@@ -58,17 +60,20 @@ params, X, y = torch.randn(3, 2, generator=generator), *torch.randn(2, 6, 3, gen
 y = y[:, :2]
 prepared = prepare(lambda w, x: torch.tanh(x @ w), params, X)
 
-def compiled(criterion):
+def compiled(criterion, y):
     torch.compiler.reset()
     step = lambda params, X, y: newton_step(prepared, params, X, y, criterion, 0.1)
     return torch.compile(step, fullgraph=True, backend="aot_eager")(params, X, y)
 
 huber = majorized(lambda outputs, y: torch.nn.functional.huber_loss(outputs, y))
-for criterion in (with_curvature(weighted(over_valid, 3.0), mean), huber):
-    truth = newton_step(prepared, params, X, y, criterion, 0.1)
-    torch.testing.assert_close(compiled(criterion), truth, rtol=1e-6, atol=1e-9)
+pairs = clipped(heteroscedastic_nll())
+for criterion, targets in (
+    (with_curvature(weighted(over_valid, 3.0), mean), y), (huber, y), (pairs, y[:, 0])
+):
+    truth = newton_step(prepared, params, X, targets, criterion, 0.1)
+    torch.testing.assert_close(compiled(criterion, targets), truth, rtol=1e-6, atol=1e-9)
 try:
-    compiled(of_the_mean)
+    compiled(of_the_mean, y)
 except RuntimeError as error:
     assert "samples interact" in str(error)
     print("compiled")

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, jacrev
 
 from ddnewton.criteria.hessian_blocks import HESSIAN_ROUNDINGS, joint_expansion
-from ddnewton.criteria.hessian_products import joint_root, samples_root, too_many_outputs
+from ddnewton.criteria.hessian_products import criterion_root
 from ddnewton.criteria.loss import Expansion, Loss, spanned
-from ddnewton.criteria.root import Root
 from ddnewton.errors import BadType, BadValue, NotFinite, sentence
 from ddnewton.linearize.independence import Watch
 from ddnewton.linearize.module_state import restoring
@@ -80,8 +79,7 @@ def convex(criterion: Criterion) -> Loss:
         batch_loss = joint(outputs, y)
         if batch_loss is not None:
             return joint_expansion(batch_loss, outputs)
-        parts = over_samples(partial(_sample_expansion, criterion), outputs, y)
-        return spanned(*(part.double() for part in parts))
+        return sample_expansions(criterion, outputs, y)
 
     def gradient(outputs: Float[Tensor, "n ..."], y: PyTree) -> tuple[Tensor, Tensor]:
         parts = over_samples(partial(_sample_gradient, criterion), outputs, y)
@@ -111,24 +109,16 @@ def convex(criterion: Criterion) -> Loss:
         gradient=gradient,
         joint=joint,
         squares=None,
-        root=lambda outputs, y: _root(criterion, outputs, y, of_samples, gradient),
+        root=lambda outputs, y: criterion_root(criterion, outputs, y, of_samples, gradient),
     )
 
 
-def _root(
-    criterion: Criterion,
-    outputs: Float[Tensor, "n ..."],
-    y: PyTree,
-    of_samples: Callable[[Tensor, PyTree], float | None],
-    gradient: Callable[[Tensor, PyTree], tuple[Tensor, Tensor]],
-) -> Root | None:
-    """Return products with the Hessians where they are too large to be made, and else None."""
-    if not too_many_outputs(outputs):
-        return None
-    function, d = in_dtype_of(outputs, criterion), of_samples(outputs, y)
-    if d is None:
-        return joint_root(lambda f: function(f, y), outputs)
-    return samples_root(function, outputs, y, *gradient(outputs, y), summed=d == 1)
+def sample_expansions(
+    criterion: Criterion, outputs: Float[Tensor, "n ..."], y: PyTree
+) -> Expansion:
+    """Return the expansions of samples whose losses a criterion has, of batches of one."""
+    parts = over_samples(partial(_sample_expansion, criterion), outputs, y)
+    return spanned(*(part.double() for part in parts))
 
 
 def _of_flat_outputs(

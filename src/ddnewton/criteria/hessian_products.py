@@ -22,13 +22,32 @@ from ddnewton.criteria.hessian_blocks import (
 )
 from ddnewton.criteria.root import Root, Rows
 from ddnewton.errors import BadValue
-from ddnewton.linearize.precision import ramp
+from ddnewton.linearize.precision import in_dtype_of, ramp
 from ddnewton.transforms import any_known
 from ddnewton.trees import take
 from ddnewton.types import Criterion, PyTree
 
 DENSE_ENTRIES = 2**24
 """Up to how many entries the Hessians of all samples are decomposed, and give a root."""
+
+
+def criterion_root(
+    criterion: Criterion,
+    outputs: Float[Tensor, "n ..."],
+    y: PyTree,
+    of_samples: Callable[[Tensor, PyTree], float | None],
+    gradient: Callable[[Tensor, PyTree], tuple[Tensor, Tensor]],
+) -> Root | None:
+    """Return products with Hessians that are too large to be made, and else None.
+
+    ``of_samples`` says what divides the sum of the samples' losses; None where they have none.
+    """
+    if not too_many_outputs(outputs):
+        return None
+    function, d = in_dtype_of(outputs, criterion), of_samples(outputs, y)
+    if d is None:
+        return joint_root(lambda f: function(f, y), outputs)
+    return samples_root(function, outputs, y, *gradient(outputs, y), summed=d == 1)
 
 
 def too_many_outputs(outputs: Float[Tensor, "n ..."]) -> bool:

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.criteria.convex import convex
+from ddnewton.criteria.convex import sample_expansions
 from ddnewton.criteria.elementwise import diagonal, normal_quantile
+from ddnewton.criteria.hessian_products import criterion_root
 from ddnewton.criteria.loss import (
     SMALLEST_CURVATURE,
     Loss,
@@ -108,25 +109,29 @@ def heteroscedastic_nll(reduction: Reduction = "mean", *, full: bool = False) ->
     def denominator(outputs: Tensor, y: PyTree) -> float:
         return outputs.numel() / 2 if reduction == "mean" else 1.0
 
-    def check(outputs: Tensor, y: PyTree) -> None:
-        if outputs.ndim < 2 or outputs.shape[-1] != 2:
-            rule = "outputs must hold a mean and a log-variance on the last axis, [N, …, 2]"
-            remedy = "Let the model return torch.stack([mean, log_variance], -1)."
-            raise BadValue(sentence(rule, f"outputs: {list(outputs.shape)}", remedy))
-        target = y
-        if isinstance(y, Tensor) and y.shape == (*outputs.shape[:-1], 1):
-            target = y[..., 0]
-        check_real(outputs[..., 0], target)
-
     # The Hessian is that of the sum over a sample's targets, by torch.func.
-    hessian = convex(lambda f, y: terms(f, y)[2].sum())
+    def total(f: Float[Tensor, "n ... 2"], y: PyTree) -> Tensor:
+        return terms(f, y)[2].sum()
+
     return Loss(
-        hessian.expand,
+        lambda f, y: sample_expansions(total, f, y),
         denominator,
-        check,
+        _check,
         scores,
         gradient,
         fisher=lambda f, y: diagonal(*of_information(f, y)),
-        root=hessian.root,
+        root=lambda f, y: criterion_root(total, f, y, lambda f, y: 1.0, gradient),
         fisher_root=lambda f, y: diagonal_root(*of_information(f, y)),
     )
+
+
+def _check(outputs: Tensor, y: PyTree) -> None:
+    """Require pairs of a mean and a log-variance, and a target for each."""
+    if outputs.ndim < 2 or outputs.shape[-1] != 2:
+        rule = "outputs must hold a mean and a log-variance on the last axis, [N, …, 2]"
+        remedy = "Let the model return torch.stack([mean, log_variance], -1)."
+        raise BadValue(sentence(rule, f"outputs: {list(outputs.shape)}", remedy))
+    target = y
+    if isinstance(y, Tensor) and y.shape == (*outputs.shape[:-1], 1):
+        target = y[..., 0]
+    check_real(outputs[..., 0], target)
