@@ -17,11 +17,14 @@ from ddnewton.criteria import Criteria
 from ddnewton.errors import public
 from ddnewton.inputs.groups import Group, grouped
 from ddnewton.inputs.terms import TermIndices
+from ddnewton.quadratic.arguments import arguments_of, leaves_of
 from ddnewton.quadratic.derivatives import Derivatives
-from ddnewton.quadratic.directions import directions_of, orthonormal
+from ddnewton.quadratic.eigenpairs import derivatives_along, eigenpairs
 from ddnewton.quadratic.flat import check_outputs_depend
-from ddnewton.quadratic.matrices import gauss_newton_matrices, gram_matrices, matrices_of
-from ddnewton.quadratic.quadratic_model import quadratic_model, to_parameters
+from ddnewton.quadratic.matrices import gram_matrices, matrices_of
+from ddnewton.quadratic.matrix_free.leading_directions import free_derivatives, free_eigenpairs
+from ddnewton.quadratic.matrix_free.ways import either_way, refuse_free
+from ddnewton.quadratic.quadratic_model import quadratic_model
 from ddnewton.quadratic.spectrum import eigenvalues
 from ddnewton.trees import unflatten
 from ddnewton.types import AnyModelFn, GramWays, PyTree, Select
@@ -64,14 +67,16 @@ def ggn_eigvalsh(
     >>> ggn_eigvalsh(line, zero, x, 3 * x + 1, torch.nn.MSELoss())
     tensor([0.0000, 0.5585, 4.7749])
     """
-    with quadratic_model(
+    arguments = arguments_of(
         *(model_fn, params, X, y, criterion),
         groups=groups,
         subsampling_ggn=subsampling_ggn,
         gram=gram,
         chunk_size=chunk_size,
         gradient=False,
-    ) as model:
+    )
+    refuse_free(arguments, "all eigenvalues", "Pass select=top_k(k) to ggn_eigh, for leading ones.")
+    with quadratic_model(arguments) as model:
         matrices = matrices_of(model)
         check_outputs_depend(model, matrices)
         evals = [eigenvalues(matrix).to(model.dtype) for matrix in matrices]
@@ -91,6 +96,7 @@ def ggn_eigh(
     groups: Sequence[Group] | None = None,
     subsampling_ggn: TermIndices | None = None,
     gram: GramWays = "auto",
+    tol: float = 1e-2,
     chunk_size: int | None = None,
 ) -> tuple[Float[Tensor, " k"], PyTree] | Any:
     r"""Return eigenvalues of the generalized Gauss-Newton matrix, and their eigenvectors.
@@ -119,24 +125,22 @@ def ggn_eigh(
     >>> evals, {name: e.abs() for name, e in evecs.items()}
     (tensor([4.7749]), {'slope': tensor([[0.8112]]), 'offset': tensor([[0.5847]])})
     """
-    with quadratic_model(
+    arguments = arguments_of(
         *(model_fn, params, X, y, criterion),
         select=select,
         groups=groups,
         subsampling_ggn=subsampling_ggn,
         gram=gram,
+        tol=tol,
         chunk_size=chunk_size,
         gradient=False,
-    ) as expanded:
-        model, matrices = gauss_newton_matrices(expanded)
-        check_outputs_depend(model, matrices)
-        kept = [block.kept for block in directions_of(model, matrices, only_kept=True)]
-        vectors = to_parameters(model, matrices, [directions.vectors.mT for directions in kept])
-        evecs = [
-            unflatten([vector], [leaves], params)
-            for vector, leaves in zip(map(orthonormal, vectors, kept), model.leaves, strict=True)
-        ]
-    evals = [directions.evals.to(model.dtype) for directions in kept]
+    )
+    evals, vectors, dtype = either_way(arguments, eigenpairs, free_eigenpairs)
+    evals = [of_block.to(dtype) for of_block in evals]
+    evecs = [
+        unflatten([of_block], [leaves], params)
+        for of_block, leaves in zip(vectors, leaves_of(arguments), strict=True)
+    ]
     return grouped(list(zip(evals, evecs, strict=True)), groups)
 
 
@@ -155,6 +159,7 @@ def directional_derivatives(
     subsampling_ggn: TermIndices | None = None,
     subsampling_curvature: TermIndices | None = None,
     gram: GramWays = "auto",
+    tol: float = 1e-2,
     chunk_size: int | None = None,
 ) -> Derivatives | Any:
     r"""Return slopes and curvatures of every sample's loss along eigenvectors of the GGN.
@@ -186,7 +191,7 @@ def directional_derivatives(
     >>> lambdas[:, 0], lambdas.mean()
     (tensor([0.6838, 3.8974, 9.7434]), tensor(4.7749))
     """
-    with quadratic_model(
+    arguments = arguments_of(
         *(model_fn, params, X, y, criterion),
         select=select,
         groups=groups,
@@ -194,12 +199,11 @@ def directional_derivatives(
         subsampling_ggn=subsampling_ggn,
         subsampling_curvature=subsampling_curvature,
         gram=gram,
+        tol=tol,
         chunk_size=chunk_size,
-    ) as expanded:
-        model, matrices = gauss_newton_matrices(expanded)
-        check_outputs_depend(model, matrices)
-        blocks = directions_of(model, matrices, only_kept=True)
-        pairs = [Derivatives(*(x.to(model.dtype) for x in block.derivatives)) for block in blocks]
+    )
+    pairs, dtype = either_way(arguments, derivatives_along, free_derivatives)
+    pairs = [Derivatives(*(part.to(dtype) for part in pair)) for pair in pairs]
     return grouped(pairs, groups)
 
 
@@ -242,14 +246,18 @@ def gram_matrix(
             [0.6667, 1.3333, 2.0000],
             [0.6667, 2.0000, 3.3333]])
     """
-    with quadratic_model(
+    arguments = arguments_of(
         *(model_fn, params, X, y, criterion),
         groups=groups,
         subsampling_ggn=subsampling_ggn,
         gram=gram,
         chunk_size=chunk_size,
         gradient=False,
-    ) as model:
+    )
+    refuse_free(
+        arguments, "the Gram matrix", "Pass select=top_k(k) to ggn_eigh, for its leading part."
+    )
+    with quadratic_model(arguments) as model:
         matrices = gram_matrices(model)
         check_outputs_depend(model, matrices)
     return grouped([matrix.to(model.dtype) for matrix in matrices], groups)

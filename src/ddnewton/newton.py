@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.criteria import Criteria
@@ -24,10 +25,13 @@ from ddnewton.errors import public
 from ddnewton.inputs.groups import Group, grouped
 from ddnewton.inputs.scale import Scale
 from ddnewton.inputs.terms import TermIndices
+from ddnewton.quadratic.arguments import Arguments, arguments_of, leaves_of
 from ddnewton.quadratic.directions import directions_of
 from ddnewton.quadratic.flat import check_slopes
 from ddnewton.quadratic.info import NewtonInfo
 from ddnewton.quadratic.matrices import gauss_newton_matrices
+from ddnewton.quadratic.matrix_free.steps import free_steps, free_steps_and_infos
+from ddnewton.quadratic.matrix_free.ways import either_way
 from ddnewton.quadratic.quadratic_model import (
     gradients,
     in_params_units,
@@ -56,6 +60,7 @@ def newton_step(
     subsampling_ggn: TermIndices | None = None,
     subsampling_curvature: TermIndices | None = None,
     gram: GramWays = "auto",
+    tol: float = 1e-2,
     chunk_size: int | None = None,
     scale: Scale = None,
 ) -> PyTree:
@@ -112,12 +117,16 @@ def newton_step(
         curvature there, and without damping, is skipped.
     gram
         How the Gram matrix is formed: "structured", from what goes into the layers and what is
-        pulled back to them; "dense", from per-sample Jacobians; "auto", the faster of the two.
-        "structured" refuses a model that cannot be traced. A model from `ddnewton.prepare` is
-        structured unless this says "dense".
+        pulled back to them, which refuses a model that cannot be traced; "dense", from per-sample
+        Jacobians; "free", not at all: conjugate gradients for one damping of all directions, and
+        Lanczos's method for a ``select`` multiply with it. "auto" is the faster of the first two,
+        and "free", with a warning, where they do not fit into memory. A model from
+        `ddnewton.prepare` is structured unless this says otherwise.
+    tol
+        With "free", the share of the decrease of the exact step that may be given away; residuals
+        of eigenpairs are up to 1e-4 of it, of the largest eigenvalue. `NewtonInfo` tells.
     chunk_size
         How many samples' temporaries may exist at once. None chooses from the memory at hand.
-        Chunks are paired, so that time grows with their number where the samples do not fit.
     scale
         The units of the parameters (SciPy's ``x_scale``): with s / scale in place of s, directions
         are eigenvectors, damping acts, and the rank tolerance counts. A positive number; a pytree
@@ -156,7 +165,7 @@ def newton_step(
     >>> {name: round(value.item(), 5) for name, value in step.items()}
     {'slope': 3.0, 'offset': 1.0}
     """
-    with quadratic_model(
+    arguments = arguments_of(
         *(model_fn, params, X, y, criterion),
         damping=damping,
         select=select,
@@ -166,17 +175,25 @@ def newton_step(
         subsampling_ggn=subsampling_ggn,
         subsampling_curvature=subsampling_curvature,
         gram=gram,
+        tol=tol,
         chunk_size=chunk_size,
         scale=scale,
-    ) as expanded:
+    )
+    vectors = either_way(arguments, _steps, free_steps)
+    return unflatten(vectors, leaves_of(arguments), params)
+
+
+def _steps(arguments: Arguments) -> list[Float[Tensor, " _"]]:
+    """Return the steps of all blocks, by their matrices."""
+    with quadratic_model(arguments) as expanded:
         model, matrices = gauss_newton_matrices(expanded)
+        complement = arguments.complement
         check_slopes(model, matrices, curved=complement is None)
         coordinates = without_eigenpairs(model, matrices, [complement] * len(matrices))
         if coordinates is None:
             blocks = directions_of(model, matrices, only_kept=complement is None)
             coordinates = [solve(model, block, complement).coordinates for block in blocks]
-        vectors = in_params_units(model, to_parameters(model, matrices, coordinates))
-    return unflatten(vectors, model.leaves, params)
+        return in_params_units(model, to_parameters(model, matrices, coordinates))
 
 
 @public
@@ -196,12 +213,13 @@ def newton_step_and_info(
     subsampling_ggn: TermIndices | None = None,
     subsampling_curvature: TermIndices | None = None,
     gram: GramWays = "auto",
+    tol: float = 1e-2,
     chunk_size: int | None = None,
     scale: Scale = None,
 ) -> tuple[PyTree, NewtonInfo | Any]:
     """Return `newton_step` and a record of its parts; with groups, a record for each.
 
-    Parameters, errors and the step itself are those of `newton_step`.
+    Parameters, errors and the step are those of `newton_step`.
 
     Examples
     --------
@@ -213,7 +231,7 @@ def newton_step_and_info(
     >>> int(info.rank), [round(value, 4) for value in info.evals.tolist()]
     (2, [0.5585, 4.7749])
     """
-    with quadratic_model(
+    arguments = arguments_of(
         *(model_fn, params, X, y, criterion),
         damping=damping,
         select=select,
@@ -223,15 +241,25 @@ def newton_step_and_info(
         subsampling_ggn=subsampling_ggn,
         subsampling_curvature=subsampling_curvature,
         gram=gram,
+        tol=tol,
         chunk_size=chunk_size,
         scale=scale,
-    ) as expanded:
+    )
+    vectors, infos = either_way(arguments, _steps_and_infos, free_steps_and_infos)
+    return unflatten(vectors, leaves_of(arguments), params), grouped(infos, groups)
+
+
+def _steps_and_infos(
+    arguments: Arguments,
+) -> tuple[list[Float[Tensor, " _"]], list[NewtonInfo]]:
+    """Return the steps of all blocks and their records, by their matrices."""
+    with quadratic_model(arguments) as expanded:
         model, matrices = gauss_newton_matrices(expanded)
+        complement = arguments.complement
         check_slopes(model, matrices, curved=complement is None)
         blocks = directions_of(model, matrices)  # all, for the rank
         solutions = [solve(model, block, complement) for block in blocks]
         vectors = to_parameters(model, matrices, [step.coordinates for step in solutions])
         vectors = in_params_units(model, vectors)
-        infos = list(map(partial(info_of, model), blocks, gradients(model, matrices), solutions))
-    step = unflatten(vectors, model.leaves, params)
-    return step, grouped(infos, groups)
+        infos = map(partial(info_of, model), blocks, gradients(model, matrices), solutions)
+        return vectors, list(infos)

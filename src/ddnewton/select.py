@@ -42,7 +42,19 @@ def top_k(k: int) -> Leading:
     return Leading(k)
 
 
-def above(threshold: float, relative: bool = True) -> Select:
+@dataclass(frozen=True)
+class Above:
+    """The rule of `above`: a class, for its threshold says when enough eigenpairs are computed."""
+
+    threshold: float | Tensor
+    relative: bool
+
+    def __call__(self, evals: Float[Tensor, " i"]) -> Bool[Tensor, " i"]:
+        """Return which eigenvalues are above the threshold."""
+        return evals > (self.threshold * evals[-1] if self.relative else self.threshold)
+
+
+def above(threshold: float, relative: bool = True) -> Above:
     """Return a rule that takes eigenvalues above a threshold, relative to the largest or absolute.
 
     Examples
@@ -52,12 +64,7 @@ def above(threshold: float, relative: bool = True) -> Select:
     [False, True, True]
     """
     check_nonnegative("above: threshold", threshold)
-    return partial(_above, threshold, relative)
-
-
-def _above(threshold: float, relative: bool, evals: Float[Tensor, " i"]) -> Bool[Tensor, " i"]:
-    """Return which eigenvalues are above the threshold."""
-    return evals > (threshold * evals[-1] if relative else threshold)
+    return Above(threshold, relative)
 
 
 def energy(fraction: float) -> Select:

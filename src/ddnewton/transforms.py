@@ -142,8 +142,8 @@ def _by_autograd(
 ) -> tuple[Tensor, Callable[[Tensor], list[Tensor]], PyTree]:
     """Return a linear map by plain autograd."""
     # The forward pass, with the primals as leaves of a graph of their own.
-    with torch.inference_mode(False), torch.enable_grad(), _without_saving_hooks():
-        inputs = [_normal(primal).detach().requires_grad_() for primal in primals]
+    with torch.inference_mode(False), torch.enable_grad(), without_saving_hooks():
+        inputs = [plain_tensor(primal).detach().requires_grad_() for primal in primals]
         value, auxiliary = function(*inputs)
         # A sum whose slope at the value is replaced by the cotangent: passed to autograd.grad it
         # would cost the first step of a process seconds, for the import of sympy.
@@ -168,7 +168,7 @@ def _by_autograd(
 
     def pullback(cotangents: Tensor) -> list[Tensor]:
         """Return Jᵀu for every cotangent u; of a single one without ``vmap``, which is cheaper."""
-        cotangents = _normal(cotangents)
+        cotangents = plain_tensor(cotangents)
         if cotangents.shape[0] == 1:
             return [part[None] for part in pulled(cotangents[0])]
         return list(vmap(pulled)(cotangents))
@@ -176,13 +176,13 @@ def _by_autograd(
     return value.detach(), pullback, tree_map(torch.detach, auxiliary)
 
 
-def _normal(tensor: Tensor) -> Tensor:
+def plain_tensor(tensor: Tensor) -> Tensor:
     """Return a tensor that autograd may record: a copy, if it was made in inference mode."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 
 @contextmanager
-def _without_saving_hooks() -> Iterator[None]:
+def without_saving_hooks() -> Iterator[None]:
     """Save for the backward pass what the forward pass has computed, without hooks.
 
     A checkpoint computes it anew in the backward pass, when `torch.func.functional_call` has put

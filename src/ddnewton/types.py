@@ -25,8 +25,9 @@ DampingRule: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Select: TypeAlias = Callable[[Tensor], Tensor | Sequence[int]]
 """``select(evals)``: the eigenvalues to keep, as indices into the ascending ones or as a mask."""
 
-GramWay: TypeAlias = Literal["auto", "structured", "dense"]
-"""How the Gram matrix is formed: from the layers, from dense columns, or the better of both."""
+GramWay: TypeAlias = Literal["auto", "structured", "dense", "free"]
+"""How the Gram matrix is formed: from the layers, from dense columns, the better of both, or not at
+all, where products with it do."""
 
 GramWays: TypeAlias = GramWay | Mapping[Any, GramWay]
 """One way, or a dict of them for the terms of a loss."""

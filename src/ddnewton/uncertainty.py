@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,11 @@ from ddnewton.criteria import Criteria
 from ddnewton.criteria.noise import about_noise, of_likelihood
 from ddnewton.errors import BadType, public, sentence, warn
 from ddnewton.inputs.terms import about_term
+from ddnewton.quadratic.arguments import arguments_of
 from ddnewton.quadratic.flat import check_outputs_depend
 from ddnewton.quadratic.inverse_root import inverse_root
 from ddnewton.quadratic.matrices import in_float64
+from ddnewton.quadratic.matrix_free.ways import refuse_free
 from ddnewton.quadratic.quadratic_model import quadratic_model
 from ddnewton.quadratic.residual_noise import Noise, noise_of_residuals
 from ddnewton.transforms import any_known, unwrapped
@@ -69,9 +71,8 @@ def covariance(
     Of several terms it is that of all together, with their weights and reductions taken at their
     word: so that every residual counts alike, let each term have ``reduction="sum"``.
 
-    Both hold for parameters at a minimum and for many samples, as far as the model is linear
-    between estimates that differ by their standard errors. A parameter at a bound counts as if
-    there were none: keep one that a bound holds in ``model_fn``, not in ``params``.
+    Both hold at a minimum and for many samples, as far as the model is linear between estimates
+    that differ by their standard errors. Keep a parameter that a bound holds in ``model_fn``.
 
     Parameters
     ----------
@@ -85,7 +86,7 @@ def covariance(
         noise itself, ``mse(weight=1 / sigma**2)``, so that s² is 1 and not estimated. The weights
         of likelihoods always are what they say.
     gram, chunk_size
-        As for `ddnewton.newton_step`.
+        As for `ddnewton.newton_step`; not "free".
 
     Returns
     -------
@@ -196,11 +197,12 @@ def _uncertainty(
 ) -> Uncertainty:
     """Return the root of the covariance of fitted parameters."""
     _check_arguments(params, absolute_sigma)
-    arguments = (model_fn, params, X, y, _likelihoods(criterion))
-    with (
-        about_noise(),
-        quadratic_model(*arguments, gram=gram, chunk_size=chunk_size, gradient=False) as expanded,
-    ):
+    options: Any = {"gram": gram, "chunk_size": chunk_size, "gradient": False}
+    with about_noise():
+        arguments = arguments_of(model_fn, params, X, y, _likelihoods(criterion), **options)
+        refuse_free(arguments, "a covariance", 'Leave gram at "auto".')
+    # The rows of the residuals, and what these leave undetermined.
+    with about_noise(), quadratic_model(arguments) as expanded:
         model = in_float64(expanded)
         noise = noise_of_residuals(model, absolute_sigma)
         root, undetermined = inverse_root(model.curvature_jacobians, noise.weights)

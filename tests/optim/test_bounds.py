@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.nist.regressions import regression
 from ddnewton import Group, fit, held_out, levenberg_marquardt, spring, trust_region
+from ddnewton.quadratic.arguments import arguments_of
 from ddnewton.quadratic.held import of_free
 from ddnewton.quadratic.matrices import matrices_of
 from ddnewton.quadratic.quadratic_model import gradients, quadratic_model
@@ -246,7 +247,8 @@ def test_the_matrix_of_free_parameters(n, gram, scale, held):
     free = torch.ones(7, dtype=torch.bool)
     free[held] = False
     loss = nn.MSELoss()
-    with quadratic_model(net, params, A, y, loss, gram=gram, scale=scale) as whole:
+    arguments = arguments_of(net, params, A, y, loss, gram=gram, scale=scale)
+    with quadratic_model(arguments) as whole:
         model, (matrix,) = of_free(whole, matrices_of(whole), free)
         textbook = dense(net, params, A, y, loss)
         columns = (scale or 1.0) * textbook.jacobians[:, 0].T * free[:, None]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ddnewton.quadratic.arguments import arguments_of
 from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.matrices import gauss_newton_matrices
 from ddnewton.quadratic.quadratic_model import gradients, quadratic_model, to_parameters
@@ -15,7 +16,7 @@ SIDES = {"relu_mlp": True, "tanh_mlp": True, "many_points": False, "one_tensor":
 @torch.no_grad()
 def matrix_of(name: str, **options) -> tuple[GaussNewton, list]:
     """The matrix of one block of all parameters, and its model."""
-    with quadratic_model(*problem(name), **options) as expanded:
+    with quadratic_model(arguments_of(*problem(name), **options)) as expanded:
         model, (matrix,) = gauss_newton_matrices(expanded)
         (gradient,) = gradients(model, [matrix])
     return matrix, [model, gradient]

@@ -15,7 +15,7 @@ from ddnewton.criteria.expand import (
 )
 from ddnewton.criteria.hessian_blocks import HESSIAN_ROUNDINGS
 from ddnewton.criteria.loss import Loss, slopes_of
-from ddnewton.criteria.root import Root, Rows, dense_root, scaled_root
+from ddnewton.criteria.root import Root, Rows, dense_root, scaled_root, squares_over
 from ddnewton.linearize.precision import ramp
 from ddnewton.transforms import any_known, unwrapped
 from ddnewton.types import PyTree
@@ -43,8 +43,11 @@ def root_of_batch(
         )
     if root is None:
         expansion = checked_expansion(loss, outputs, precise, y)
-        value, basis, _, h, R = expansion
-        return dense_root(value, slopes_of(expansion), basis, h, spans=R.numel() == 0)
+        value, basis, z, h, R = expansion
+        squares, spans = squares_over(z, h), R.numel() == 0
+        return dense_root(
+            value, slopes_of(expansion), basis, h, spans=spans, squares=squares if spans else None
+        )
     # One product tells whether the Hessian is finite, and how large it is.
     scale = outputs.shape[0] / denominator
     root = scaled_root(root, scale)

@@ -43,6 +43,7 @@ class Root(NamedTuple):
     product: Product  # S Sᵀ v, [n, c] to [n, c]
     spans: bool  # whether r lies in the span of L, as it does where no R is left
     at: Callable[[Rows], Root]
+    squares: Float[Tensor, " n"] | None = None  # rᵀ(∇²ℓ)⁺r or more, None where it is not known
 
 
 RootOf: TypeAlias = Callable[[Tensor, PyTree], Root | None]
@@ -71,13 +72,20 @@ def root_of_parts(
     transposed: Callable[..., Tensor],
     *,
     spans: bool = True,
+    squares: Float[Tensor, " n"] | None = None,
 ) -> Root:
     """Return a root by functions of u, or v, and of parts that have a row a sample."""
 
     def at(samples: Rows) -> Root:
-        rows = tuple(part[samples] for part in parts)
         return root_of_parts(
-            value[samples], gradient[samples], rows, columns, times, transposed, spans=spans
+            value[samples],
+            gradient[samples],
+            tuple(part[samples] for part in parts),
+            columns,
+            times,
+            transposed,
+            spans=spans,
+            squares=None if squares is None else squares[samples],
         )
 
     return Root(
@@ -89,6 +97,7 @@ def root_of_parts(
         product=lambda v: times(transposed(v, *parts), *parts),
         spans=spans,
         at=at,
+        squares=squares,
     )
 
 
@@ -96,14 +105,21 @@ def diagonal_root(
     value: Float[Tensor, " n"], gradient: Float[Tensor, "n c"], h: Float[Tensor, "n c"]
 ) -> Root:
     """Return the root of losses [n] with a diagonal curvature h ≥ 0: S = diag √h."""
+    h, r = h.double(), gradient.double()
     return root_of_parts(
         value.double(),
-        gradient.double(),
-        (h.double().sqrt(),),
+        r,
+        (h.sqrt(),),
         h.shape[1],
         times=lambda u, s: s * u,
         transposed=lambda v, s: s * v,
+        squares=squares_over(r, h),
     )
+
+
+def squares_over(r: Float[Tensor, "n c"], h: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
+    """Return Σ_c r_c² / h_c of every sample, infinite for a slope without curvature."""
+    return torch.where(r == 0, 0, r.square() / h).sum(1)
 
 
 def column_root(value: Float[Tensor, " n"], gradient: Float[Tensor, "n c"]) -> Root:
@@ -125,6 +141,7 @@ def dense_root(
     h: Float[Tensor, "n m"],
     *,
     spans: bool = True,
+    squares: Float[Tensor, " n"] | None = None,
 ) -> Root:
     """Return the root of losses whose basis is made already: S = L √h."""
     return root_of_parts(
@@ -135,6 +152,7 @@ def dense_root(
         times=lambda u, L, s: torch.einsum("ncm,nm->nc", L, s * u),
         transposed=lambda v, L, s: s * torch.einsum("ncm,nc->nm", L, v),
         spans=spans,
+        squares=squares,
     )
 
 
@@ -184,6 +202,7 @@ def scaled_root(root: Root, factor: float | Tensor) -> Root:
         value=factor * root.value,
         gradient=factor * root.gradient,
         at=lambda samples: scaled_root(root.at(samples), factor),
+        squares=None if root.squares is None else factor * root.squares,
     )
 
 
@@ -195,6 +214,7 @@ def with_gradient(
         value=value,
         gradient=gradient,
         spans=False,
+        squares=None,
         at=lambda samples: with_gradient(
             root.at(samples), value[samples], gradient[samples], factor
         ),

@@ -18,7 +18,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ddnewton.criteria.loss import SMALLEST_CURVATURE, Uniform
-from ddnewton.criteria.root import PositionScores, Root, diagonal_root, root_of_parts
+from ddnewton.criteria.root import (
+    PositionScores,
+    Root,
+    diagonal_root,
+    root_of_parts,
+    squares_over,
+)
 
 
 def softmax_root(
@@ -38,7 +44,10 @@ def softmax_root(
     h = totals[..., None] * (p[..., :-1] * (q[..., 1:] / q[..., :-1])).clamp(min=SMALLEST_CURVATURE)
     columns = h.shape[1] * h.shape[2]
     parts = (h.sqrt(), p, q[..., 1:], likeliest)
-    return root_of_parts(value, gradient, parts, columns, _times, _transposed)
+    # On vectors whose entries sum to zero, as r does, H⁺ is that of diag(τ p).
+    curvatures = outputs_of(totals[..., None] * _swapped(p, likeliest))
+    squares = squares_over(gradient, curvatures)
+    return root_of_parts(value, gradient, parts, columns, _times, _transposed, squares=squares)
 
 
 def _times(

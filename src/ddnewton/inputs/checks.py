@@ -15,7 +15,7 @@ from ddnewton.transforms import any_known, any_not_finite, unwrapped
 from ddnewton.trees import named_leaves, tree_leaves
 from ddnewton.types import PyTree
 
-GRAM_OPTIONS = ("auto", "structured", "dense")
+GRAM_OPTIONS = ("auto", "structured", "dense", "free")
 """The values of the option ``gram``."""
 
 TERMS_REMEDY = (
@@ -174,13 +174,19 @@ def check_functions(model_fn: object, select: object) -> None:
     check_select("select", select)
 
 
-def check_options(damping: object, complement: object, gram: object, chunk_size: object) -> None:
+def check_options(
+    damping: object, complement: object, gram: object, chunk_size: object, tol: object
+) -> None:
     """Require sensible values of the options, as far as the data do not matter."""
-    # Damping and complement are dampings ≥ 0; gram is one of three words; a chunk has samples.
+    # Damping and complement are dampings ≥ 0; gram is one of some words; a chunk has samples.
     check_damping("damping", damping)
     if complement is not None:
         check_positive("complement", complement)
-    for way in gram.values() if isinstance(gram, Mapping) else [gram]:
+    ways = list(gram.values()) if isinstance(gram, Mapping) else [gram]
+    if "free" in ways and set(ways) != {"free"}:
+        rule = 'gram must be "free" for all terms or for none'
+        raise BadValue(sentence(rule, ways, 'Pass gram="free" alone.'))
+    for way in ways:
         if way not in GRAM_OPTIONS:
             rule = f"gram must be one of {', '.join(map(repr, GRAM_OPTIONS))}"
             raise BadValue(sentence(rule, repr(way), 'Leave it at "auto".'))
@@ -192,6 +198,10 @@ def check_options(damping: object, complement: object, gram: object, chunk_size:
             raise BadValue(
                 sentence("chunk_size must be at least 1", chunk_size, "Pass a number of samples.")
             )
+    # Some share of the decrease must be allowed to be lost.
+    check_positive("tol", tol)
+    if any_known(torch.as_tensor(tol) >= 1):
+        raise BadValue(sentence("tol must be below 1", tol, "Pass a share, such as 1e-2."))
 
 
 def check_select(name: str, select: object) -> None:

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ddnewton.columns.gram import rmatmat
+from ddnewton.optim.free_trials import FreeTrials
 from ddnewton.optim.trial_steps import TrialSteps, further_step
 from ddnewton.quadratic.term import Term
 
@@ -47,7 +48,7 @@ class Arc(NamedTuple):
 
 
 def arc_of(
-    trials: TrialSteps,
+    trials: TrialSteps | FreeTrials,
     delta: Float[Tensor, ""],
     step: Float[Tensor, " d"],
     outputs: Sequence[Float[Tensor, "_ ..."]],
@@ -55,9 +56,11 @@ def arc_of(
     """Return the arc that begins along a step, from the outputs of all terms where that leads.
 
     It is None where no decomposition is at hand, which is where something else than the gradient
-    makes the step, where there is a complement, and where directions or gradient are of some
-    samples.
+    makes the step, and by products; where there is a complement, and where directions or gradient
+    are of some samples.
     """
+    if isinstance(trials, FreeTrials):
+        return None
     model = trials.model
     if not trials.decompositions.shifted or trials.complement is not None:
         return None
@@ -73,8 +76,11 @@ def arc_of(
     return Arc(step, second, columns)
 
 
-def with_end(trials: TrialSteps, arc: Arc, outputs: Sequence[Float[Tensor, "_ ..."]]) -> Arc:
+def with_end(
+    trials: TrialSteps | FreeTrials, arc: Arc, outputs: Sequence[Float[Tensor, "_ ..."]]
+) -> Arc:
     """Return an arc with the third power of t, what outputs at its end have beyond the others."""
+    assert isinstance(trials, TrialSteps)
     first, second, _ = arc.columns.unbind(1)
     third = _changes(trials, outputs) - first - second
     return arc._replace(columns=torch.stack([first, second, third], 1))
@@ -91,19 +97,23 @@ def vector_at(arc: Arc, share: Float[Tensor, ""]) -> Float[Tensor, " d"]:
     return share * arc.step + share.square() * arc.second
 
 
-def promise_at(trials: TrialSteps, arc: Arc, share: Float[Tensor, ""]) -> Float[Tensor, ""]:
+def promise_at(
+    trials: TrialSteps | FreeTrials, arc: Arc, share: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
     """Return the decrease that the quadratic model promises for t s."""
+    assert isinstance(trials, TrialSteps)
     linear = arc.columns[:, 0]
     slope = trials.model.gradient_weights @ linear
     curvature = trials.model.curvature_weights @ linear.square()
     return -share * (slope + share * curvature / 2)
 
 
-def first_share(trials: TrialSteps, arc: Arc) -> Float[Tensor, ""]:
+def first_share(trials: TrialSteps | FreeTrials, arc: Arc) -> Float[Tensor, ""]:
     """Return the share of an arc to try first, a little beyond where its loss is predicted to fall.
 
     It is nan where the outputs are not finite.
     """
+    assert isinstance(trials, TrialSteps)
     model = trials.model
     # The quadratic model of the loss in the outputs along the arc, a polynomial of t.
     slopes = model.gradient_weights @ arc.columns

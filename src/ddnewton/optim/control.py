@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ddnewton.optim.free_trials import FreeTrials
 from ddnewton.optim.local_model import LocalModel, point_at
 from ddnewton.optim.promise import quadratic_along
 from ddnewton.optim.settings import Settings
@@ -73,7 +74,7 @@ def step_of_control(
     delta = settings.adaptation.damping(control, local.curvature)
     radius = torch.full_like(delta, settings.trust_radius or torch.inf)
     if settings.adaptation.by_length:
-        if is_leafwise(local.trials.proximal_blocks):
+        if isinstance(local.trials, TrialSteps) and is_leafwise(local.trials.proximal_blocks):
             delta = torch.maximum(delta, LEAST_METRIC * local.curvature.trace)
         elif local.trials.exact:
             delta = delta * EXACT_SHARE
@@ -110,7 +111,7 @@ def _rate(local: LocalModel, settings: Settings) -> Float[Tensor, "..."]:
 
 
 def _minimizer(
-    trials: TrialSteps, vectors: Float[Tensor, "k d"], delta: Float[Tensor, ""]
+    trials: TrialSteps | FreeTrials, vectors: Float[Tensor, "k d"], delta: Float[Tensor, ""]
 ) -> Float[Tensor, " k"]:
     """Return the multiples of vectors whose sum makes the damped quadratic model lowest."""
     slopes, damped = quadratic_along(trials, vectors, delta)
@@ -143,7 +144,12 @@ def _within_radius(
         if lengths is not None and rate.numel() == 1:
             least = torch.maximum(least, lengths.least)
             enough = torch.maximum(enough, least)
-            return damping_of_length(lengths.of_dampings, least, enough, radius / rate.reshape(()))
+            longest = radius / rate.reshape(())
+            delta = damping_of_length(lengths.of_dampings, least, enough, longest)
+            # By products lengths are those of the spaces so far, which grow for what they give.
+            while lengths.grow(delta):
+                delta = damping_of_length(lengths.of_dampings, least, enough, longest)
+            return delta
     if settings.adaptation.by_length:  # which mostly needs more than the least
         guess = torch.maximum(torch.where(local.damping.isnan(), enough, local.damping), least)
     return least_damping(length, guess, least, enough, radius)

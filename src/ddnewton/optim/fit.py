@@ -243,9 +243,9 @@ def fit(
     first_X, first_y = points(int(start.updates))
     terms = terms_of(model_fn, first_X, first_y, criterion, gram, samples)
     model = fitted_model(terms, params)
-    options = {**plan.model_of.keywords, "gram": model.gram}
-    model_of = partial(plan.model_of.func, model.model_fn, **options)
-    plan = replace(plan, settings=settings, model_of=model_of)
+    options = {**plan.arguments.keywords, "gram": model.gram}
+    arguments = partial(plan.arguments.func, model.model_fn, **options)
+    plan = replace(plan, settings=settings, arguments=arguments)
     # Update until there is a reason to end.
     with progress_of(progress, max_updates) as tell:
         job = Job(plan, points, are_fixed(X, y), limits, watcher(callback, tell))

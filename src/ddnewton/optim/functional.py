@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -29,7 +29,7 @@ from ddnewton.optim.settings import (
     automatic_scale,
     check_settings,
 )
-from ddnewton.quadratic.quadratic_model import quadratic_model
+from ddnewton.quadratic.arguments import arguments_of
 from ddnewton.types import AnyModelFn, DampingRule, GramWays, Select
 
 
@@ -58,6 +58,7 @@ def directional_newton(
     subsampling_ggn: TermIndices | None = None,
     subsampling_curvature: TermIndices | None = None,
     gram: GramWays = "auto",
+    tol: float = 1e-2,
     chunk_size: int | None = None,
 ) -> FunctionalOptimizer:
     r"""Return an optimizer of damped Newton steps, as a pair of pure functions.
@@ -161,13 +162,15 @@ def directional_newton(
         options = [select, subsampling_curvature, *(group.select for group in groups or ())]
         by_directions = any(map(callable, rules)) or complement not in (None, "damping")
         by_directions |= any(option is not None for option in options)
-        settings = settings._replace(scale=automatic_scale(settings, by_directions=by_directions))
+        ways = list(gram.values()) if isinstance(gram, Mapping) else [gram]
+        of_damping = automatic_scale(settings, by_directions=by_directions)
+        settings = settings._replace(scale=None if "free" in ways else of_damping)
     check_settings(settings)
     check_functions(model_fn, select)
     number = None if complement == "damping" else complement
-    check_options(adaptation.rule, number, gram, chunk_size)
-    model_of = partial(
-        quadratic_model,
+    check_options(adaptation.rule, number, gram, chunk_size, tol)
+    arguments = partial(
+        arguments_of,
         model_fn,
         criterion=criterion,
         damping=adaptation.rule,
@@ -176,9 +179,12 @@ def directional_newton(
         groups=groups,
         subsampling_curvature=subsampling_curvature,
         gram=gram,
+        tol=tol,
         chunk_size=chunk_size,
         scale=settings.scale,
     )
     init = FirstState(bool(settings.momentum), isinstance(settings.scale, str))
-    update = Update(settings, model_of, subsampling_grad, subsampling_ggn, Notices())
+    update = Update(
+        settings, arguments, subsampling_grad, subsampling_ggn, Notices(), scale == "auto"
+    )
     return FunctionalOptimizer(init, update)

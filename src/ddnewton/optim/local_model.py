@@ -12,10 +12,13 @@ from torch import Tensor
 from ddnewton.linearize.precision import narrowest
 from ddnewton.optim.adaptation import Curvature
 from ddnewton.optim.box import Box, clipped_to
+from ddnewton.optim.free_trials import FreeMatrix, FreeTrials
 from ddnewton.optim.trial_steps import TrialSteps
+from ddnewton.quadratic.gauss_newton import GaussNewton
+from ddnewton.quadratic.matrix_free.free_model import FreeModel
 from ddnewton.quadratic.proximal import Proximal
 from ddnewton.quadratic.quadratic_model import QuadraticModel
-from ddnewton.quadratic.trial_loss import trial_of
+from ddnewton.quadratic.trial_loss import TrialTerm, trial_of
 from ddnewton.trees import (
     along_block,
     as_real,
@@ -33,8 +36,8 @@ LOSS_ROUNDINGS = 16.0
 class LocalModel(NamedTuple):
     """The loss of a batch around the parameters: its quadratic model, trial steps, and size."""
 
-    model: QuadraticModel
-    trials: TrialSteps
+    model: QuadraticModel | FreeModel
+    trials: TrialSteps | FreeTrials
     params: PyTree
     scaled_params: Float[Tensor, " d"]  # in the units of the quadratic model, as steps are
     scale: Float[Tensor, " d"] | None
@@ -87,7 +90,8 @@ def point_at(
         sides = zip(moved, *map(tree_leaves, local.box), strict=True)
         moved = [leaf.clamp(lower, upper) for leaf, lower, upper in sides]
     # The losses of all terms there, and the penalty.
-    of_terms = zip(local.model.terms, samples, strict=True)
+    terms: Sequence[TrialTerm] = local.model.terms
+    of_terms = zip(terms, samples, strict=True)
     trials = [trial_of(term, moved, indices) for term, indices in of_terms]
     loss = torch.as_tensor(sum(trial.loss for trial in trials))
     penalised = _penalised(loss, decay, in_model_units(moved, local.scale))
@@ -129,11 +133,10 @@ def sizes_of_blocks(local: LocalModel) -> list[BlockSizes]:
     theta = by_block(local.model, local.scaled_params)
     decays = by_block(local.model, decay_of(local.proximal, local.scaled_params))
     blocks = []
-    for params, decay, slopes, matrix in zip(
-        theta, decays, local.slopes, local.trials.matrices, strict=True
-    ):
+    matrices: Sequence[GaussNewton | FreeMatrix] = local.trials.matrices
+    for params, decay, slopes, matrix in zip(theta, decays, local.slopes, matrices, strict=True):
         # The curvatures of single parameters are the diagonal of G, where that is what is known.
-        if matrix.on_columns:
+        if isinstance(matrix, FreeMatrix) or matrix.on_columns:
             curvature = (matrix.trace() + decay.sum())[None]
             blocks.append(BlockSizes(params.norm()[None], slopes.norm()[None], curvature))
         else:
@@ -141,7 +144,9 @@ def sizes_of_blocks(local: LocalModel) -> list[BlockSizes]:
     return blocks
 
 
-def by_block(model: QuadraticModel, vector: Shaped[Tensor, " d"]) -> list[Shaped[Tensor, " _"]]:
+def by_block(
+    model: QuadraticModel | FreeModel, vector: Shaped[Tensor, " d"]
+) -> list[Shaped[Tensor, " _"]]:
     """Return the parts of a vector along the parameters of every block."""
     return [along_block(vector, block, model.sizes) for block in model.leaves]
 
@@ -165,7 +170,7 @@ def in_model_units(params: PyTree, scale: Float[Tensor, " d"] | None) -> Float[T
 
 
 def loss_before(
-    model: QuadraticModel, proximal: Proximal | None, scaled_params: Float[Tensor, " d"]
+    model: QuadraticModel | FreeModel, proximal: Proximal | None, scaled_params: Float[Tensor, " d"]
 ) -> Float[Tensor, ""]:
     """Return the loss of the samples of the gradient, with its penalty, before a step."""
     loss = torch.as_tensor(sum(term.losses_of_gradient.mean() for term in model.terms))

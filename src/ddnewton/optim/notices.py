@@ -11,7 +11,10 @@ from ddnewton.optim.local_model import LocalModel
 from ddnewton.optim.search import Step
 from ddnewton.optim.settings import Settings
 from ddnewton.optim.state import UpdateInfo
+from ddnewton.optim.trial_steps import TrialSteps
 from ddnewton.quadratic.flat import check_slopes, steep_weights
+from ddnewton.quadratic.matrix_free.free_model import FreeModel
+from ddnewton.quadratic.quadratic_model import QuadraticModel
 from ddnewton.transforms import any_known, unwrapped
 
 FLAT_SHARE_WARNED = 0.01
@@ -49,6 +52,8 @@ def notice(
         )
     # A step of no length is none, unless the gradient is zero or the learning rate is.
     if _stands_still(local, step):
+        assert isinstance(local.model, QuadraticModel)
+        assert isinstance(local.trials, TrialSteps)
         check_slopes(local.model, local.trials.matrices, curved=True)
         notices.once(
             "still",
@@ -60,7 +65,7 @@ def notice(
 def _stands_still(local: LocalModel, step: Step) -> bool:
     """Return whether a step of no length is taken where the gradient stands out from rounding."""
     still = step.taken & (step.outcome.length == 0)
-    if not any_known(still):
+    if not any_known(still) or isinstance(local.model, FreeModel):
         return False
     moving = (torch.as_tensor(step.rate) > 0).any()
     steep = (steep_weights(local.model) != 0).any()

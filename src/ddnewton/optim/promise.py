@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ddnewton.columns.gram import rmatmat
 from ddnewton.optim.adaptation import Curvature
+from ddnewton.optim.free_trials import FreeMatrix, FreeTrials, along_all
 from ddnewton.optim.trial_steps import TrialSteps
 from ddnewton.quadratic.gauss_newton import GaussNewton
-from ddnewton.quadratic.solution import damped_more
+from ddnewton.quadratic.solution import damped_blocks
 from ddnewton.transforms import any_known, is_batched
 
 MATRIX_SHARE = 1e-9
@@ -28,12 +29,15 @@ class Quadratic(NamedTuple):
 
 
 def quadratic_along(
-    trials: TrialSteps, vectors: Float[Tensor, "k d"], delta: Tensor | None = None
+    trials: TrialSteps | FreeTrials, vectors: Float[Tensor, "k d"], delta: Tensor | None = None
 ) -> Quadratic:
     """Return the quadratic model along vectors, damped by δ where one is given."""
     model, proximal = trials.model, trials.proximal
     # The loss: gᵀv and vᵀG v.
-    slopes, curvatures = _of_loss(trials, vectors)
+    if isinstance(trials, FreeTrials):
+        slopes, curvatures = along_all(trials, vectors)
+    else:
+        slopes, curvatures = _of_loss(trials, vectors)
     # The penalty of weight decay.
     if proximal is not None and len(proximal.params):
         decayed = proximal.decay * vectors
@@ -42,7 +46,7 @@ def quadratic_along(
     # The damping, of every block by its own.
     if delta is not None:
         parts = vectors.split(model.sizes, 1)
-        for block in damped_more(model, [delta] * len(model.blocks)).blocks:
+        for block in damped_blocks(model.blocks, [delta] * len(model.blocks)):
             of_block = torch.cat([parts[leaf] for leaf in block.leaves], 1)
             scalar = delta if callable(block.damping) else block.damping
             curvatures = curvatures + scalar * (of_block @ of_block.mT)
@@ -70,8 +74,10 @@ def _of_loss(trials: TrialSteps, vectors: Float[Tensor, "k d"]) -> Quadratic:
     )
 
 
-def curvature_of(matrices: Sequence[GaussNewton], params: Float[Tensor, " d"]) -> Curvature:
+def curvature_of(
+    matrices: Sequence[GaussNewton | FreeMatrix], params: Float[Tensor, " d"]
+) -> Curvature:
     """Return the largest trace and the largest mean eigenvalue of the blocks, and ‖θ‖."""
     traces = [matrix.trace() for matrix in matrices]
-    means = [trace / len(m.diagonal()) for trace, m in zip(traces, matrices, strict=True)]
+    means = [trace / m.side for trace, m in zip(traces, matrices, strict=True)]
     return Curvature(torch.stack(traces).amax(), torch.stack(means).amax(), params.norm())

@@ -19,6 +19,10 @@ from ddnewton.optim.search import Step, search
 from ddnewton.optim.settings import Settings
 from ddnewton.optim.state import State, UpdateInfo, check_state, first_state
 from ddnewton.optim.update import local_model, next_state, update_info
+from ddnewton.quadratic.arguments import Arguments
+from ddnewton.quadratic.matrix_free.free_model import FreeModel, free_model
+from ddnewton.quadratic.matrix_free.ways import either_way
+from ddnewton.quadratic.quadratic_model import QuadraticModel, quadratic_model
 from ddnewton.transforms import any_known
 from ddnewton.types import PyTree
 
@@ -42,10 +46,11 @@ class Update:
     """``update``: from parameters, their state and a batch to the next ones."""
 
     settings: Settings
-    model_of: partial[Any]  # of `quadratic_model`
+    arguments: partial[Any]  # of `arguments_of`
     subsampling_grad: TermIndices | None
     subsampling_ggn: TermIndices | None
     notices: Notices
+    automatic_scale: bool  # one by columns, which products do not give, was not asked for
 
     def __call__(
         self, params: PyTree, state: State, X: PyTree, y: PyTree
@@ -53,7 +58,7 @@ class Update:
         """Return the parameters after a step on a batch, the state for the next, and a record."""
         if not torch.compiler.is_compiling():
             return update(self, params, state, X, y)
-        if has_one_trial(self.settings, self.model_of.keywords["criterion"], state):
+        if has_one_trial(self.settings, self.arguments.keywords["criterion"], state):
             updated = update(self, params, state, X, y)
             if is_all(updated[2]):
                 return updated
@@ -94,11 +99,13 @@ def observed_update(
     # Samples that a damping is chosen on are in no step.
     step_samples, held_out, choice = None, None, settings.adaptation.choice
     if choice is not None and any_known(state.updates % choice.every == 0):
-        step_samples, held_out = first_samples(plan.model_of.args[0], X, choice.fraction)
+        step_samples, held_out = first_samples(plan.arguments.args[0], X, choice.fraction)
     grad = step_samples if plan.subsampling_grad is None else plan.subsampling_grad
     ggn = step_samples if plan.subsampling_ggn is None else plan.subsampling_ggn
-    # Expand the loss, search for a step, and take it.
-    with plan.model_of(params, X, y, subsampling_grad=grad, subsampling_ggn=ggn) as model:
+    # Expand the loss, search for a step, and take it: by matrices, or by products.
+    arguments = plan.arguments(params, X, y, subsampling_grad=grad, subsampling_ggn=ggn)
+
+    def by_model(model: QuadraticModel | FreeModel) -> tuple[tuple[PyTree, State, UpdateInfo], T]:
         local = local_model(model, settings, params, state, held_out)
         step = search(local, settings, state.control)
         info = update_info(local, step, settings)
@@ -106,3 +113,19 @@ def observed_update(
         moved = in_params_units(local, torch.where(step.taken, step.rate * step.vector, 0))
         updated = added(params, moved, settings.box), next_state(state, local, step), info
         return updated, observe(local, step)
+
+    def by_matrix(arguments: Arguments) -> tuple[tuple[PyTree, State, UpdateInfo], T]:
+        with quadratic_model(arguments) as model:
+            return by_model(model)
+
+    def by_products(arguments: Arguments) -> tuple[tuple[PyTree, State, UpdateInfo], T]:
+        with free_model(arguments) as model:
+            return by_model(model)
+
+    return either_way(
+        arguments,
+        by_matrix,
+        by_products,
+        say=partial(plan.notices.once, "free"),
+        unscaled=plan.automatic_scale,
+    )

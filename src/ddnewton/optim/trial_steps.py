@@ -6,7 +6,7 @@ step to a centre, as derived in `ddnewton.quadratic.proximal`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ddnewton.columns.normal_equations import scaled_rows
 from ddnewton.inputs.groups import Block
+from ddnewton.optim.free_trials import FreeTrials, Lengths, free_lengths, free_trial_step
 from ddnewton.optim.settings import Complement
 from ddnewton.quadratic.directions import directions_of
 from ddnewton.quadratic.gauss_newton import GaussNewton
@@ -42,16 +43,9 @@ TRIAL_CONDITION = 1e10
 the matrix is a change of δ by less than 1e-4, and δ itself is a guess."""
 
 
-class Lengths(NamedTuple):
-    """The lengths of steps for some dampings, which fall with these from the least one upwards."""
-
-    of_dampings: Callable[[Float[Tensor, " k"]], Float[Tensor, " k"]]
-    least: Float[Tensor, ""]
-
-
 @dataclass
 class Decompositions:
-    """The decompositions of the matrices of a batch that trials have made so far."""
+    """The decompositions of the matrices that trials have made so far."""
 
     directions: list[BlockDirections] = field(default_factory=list)
     shifted: list[Shifted] = field(default_factory=list)
@@ -97,8 +91,19 @@ def trial_steps(
     )
 
 
-def trial_step(trials: TrialSteps, delta: Tensor, momentum: float | Tensor) -> Float[Tensor, " d"]:
+def with_blocks(
+    trials: TrialSteps | FreeTrials, blocks: Sequence[Block]
+) -> TrialSteps | FreeTrials:
+    """Return trial steps of blocks with other dampings."""
+    return trials._replace(model=trials.model._replace(blocks=blocks))  # type: ignore[arg-type]
+
+
+def trial_step(
+    trials: TrialSteps | FreeTrials, delta: Tensor, momentum: float | Tensor
+) -> Float[Tensor, " d"]:
     """Return the step for a damping δ, above what the blocks say, and a momentum."""
+    if isinstance(trials, FreeTrials):
+        return free_trial_step(trials, delta, momentum)
     model, proximal = trials.model, trials.proximal
     if is_leafwise(trials.proximal_blocks):
         return _leafwise_step(trials, delta, momentum)
@@ -236,8 +241,10 @@ def further_step(
     return _from_centres(trials, _steps_at(steps, damped), None)
 
 
-def lengths_at(trials: TrialSteps) -> Lengths | None:
+def lengths_at(trials: TrialSteps | FreeTrials) -> Lengths | None:
     """Return the lengths of the steps for some dampings; None where each of them takes a step."""
+    if isinstance(trials, FreeTrials):
+        return free_lengths(trials)
     # Where nothing but the gradient makes a step, and linear systems give it.
     model = trials.model
     if trials.proximal is not None or trials.complement is not None:
@@ -252,4 +259,5 @@ def lengths_at(trials: TrialSteps) -> Lengths | None:
         squares = [squared_lengths(of_block, deltas + damping) for of_block, damping in pairs]
         return torch.stack(squares).sum(0).sqrt()
 
-    return Lengths(lengths, 2 * torch.stack([of_block.rounding for of_block in steps]).amax())
+    least = 2 * torch.stack([of_block.rounding for of_block in steps]).amax()
+    return Lengths(lengths, least, lambda delta: False)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ddnewton.optim.box import is_free
+from ddnewton.optim.free_trials import FreeMatrix, FreeTrials, free_matrices
 from ddnewton.optim.local_model import (
     LocalModel,
     by_block,
@@ -22,16 +24,22 @@ from ddnewton.optim.promise import curvature_of
 from ddnewton.optim.search import Step
 from ddnewton.optim.settings import Settings, decays_of
 from ddnewton.optim.state import State, UpdateInfo
-from ddnewton.optim.trial_steps import trial_steps
+from ddnewton.optim.trial_steps import TrialSteps, trial_steps
 from ddnewton.quadratic.flat import check_slopes, flat_share, has_flat_samples
+from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.held import of_free
 from ddnewton.quadratic.leafwise import any_decayed, check_leafwise
 from ddnewton.quadratic.matrices import gauss_newton_matrices
+from ddnewton.quadratic.matrix_free.free_model import FreeModel
+from ddnewton.quadratic.matrix_free.steps import check_curved
 from ddnewton.quadratic.proximal import Proximal, different
 from ddnewton.quadratic.quadratic_model import QuadraticModel, gradients
 from ddnewton.transforms import any_known
 from ddnewton.trees import flattened, joined, real_count, tree_leaves, unflattened
 from ddnewton.types import PyTree
+
+Matrices: TypeAlias = "list[GaussNewton] | list[FreeMatrix]"
+"""Those of the blocks, or what is known of them by products."""
 
 RESOLVED_DAMPING = 1e-11
 """Down to which damping, relative to the trace, the curvatures that count are known by products of
@@ -39,7 +47,7 @@ columns."""
 
 
 def local_model(
-    model: QuadraticModel,
+    model: QuadraticModel | FreeModel,
     settings: Settings,
     params: PyTree,
     state: State,
@@ -50,11 +58,7 @@ def local_model(
     decays = decays_of(settings.weight_decay, params)
     scaled = settings.scale is not None
     check_leafwise(model, decays, settings.complement, scaled=scaled)
-    # The curvature, on as many digits as the damping so far asks for.
-    by_length = settings.adaptation.by_length
-    least_damping = torch.where(state.damping.isnan() | by_length, 0, state.damping)
-    sizes = None if state.sizes == () else flattened(state.sizes)
-    model, matrices = gauss_newton_matrices(model, least_damping, sizes)
+    model, matrices = _matrices(model, settings, state)
     scale = model.scaling.scale
     scaled_params = in_model_units(params, scale)
     # The vectors that pull a step besides the gradient.
@@ -69,14 +73,13 @@ def local_model(
             decays=decays,
             decay=_by_parameter(decays, params, scale, theta),
         )
-    check_slopes(model, matrices, curved=settings.complement is None)
     # The slopes along the parameters; those that bounds hold have none, and no curvature.
-    of_loss, free = gradients(model, matrices), None
+    of_loss, free = _gradients(model, matrices, settings), None
     of_penalty = by_block(model, decay_of(proximal, scaled_params) * scaled_params)
     slopes = list(map(torch.add, of_loss, of_penalty))
     if settings.box is not None:
         free = is_free(settings.box, params, joined(slopes, model.leaves, model.sizes))
-        model, matrices = of_free(model, matrices, free)
+        model, matrices = _held(model, matrices, free)
         masks = by_block(model, free)
         of_loss, slopes = (list(map(torch.mul, part, masks)) for part in (of_loss, slopes))
     # What all trials are compared with, and whether the damping so far is lost in rounding.
@@ -85,7 +88,7 @@ def local_model(
     exact = any_known(state.damping <= RESOLVED_DAMPING * curvature.trace)
     local = LocalModel(
         model=model,
-        trials=trial_steps(model, matrices, settings.complement, proximal, free, exact=exact),
+        trials=_trials(model, matrices, settings, proximal, free, exact=exact),
         params=params,
         scaled_params=scaled_params,
         scale=scale,
@@ -101,6 +104,60 @@ def local_model(
         noise=torch.zeros_like(loss),
     )
     return local._replace(noise=noise_of(local))
+
+
+def _matrices(
+    model: QuadraticModel | FreeModel, settings: Settings, state: State
+) -> tuple[QuadraticModel | FreeModel, Matrices]:
+    """Return the matrices of the blocks, on as many digits as the damping so far asks for."""
+    if isinstance(model, FreeModel):
+        return model, free_matrices(model)
+    by_length = settings.adaptation.by_length
+    least_damping = torch.where(state.damping.isnan() | by_length, 0, state.damping)
+    sizes = None if state.sizes == () else flattened(state.sizes)
+    return gauss_newton_matrices(model, least_damping, sizes)
+
+
+def _gradients(
+    model: QuadraticModel | FreeModel, matrices: Matrices, settings: Settings
+) -> list[Float[Tensor, " _"]]:
+    """Return the gradients of the blocks; refuse slopes without any curvature."""
+    curved = settings.complement is None
+    if isinstance(model, FreeModel):
+        of_blocks = [cast(FreeMatrix, matrix).gradient for matrix in matrices]
+        if curved and not any(bool(matrix.trace() > 0) for matrix in matrices):
+            check_curved(model, torch.cat(of_blocks))
+        return of_blocks
+    exact = cast("list[GaussNewton]", matrices)
+    check_slopes(model, exact, curved=curved)
+    return gradients(model, exact)
+
+
+def _held(
+    model: QuadraticModel | FreeModel, matrices: Matrices, free: Bool[Tensor, " d"]
+) -> tuple[QuadraticModel | FreeModel, Matrices]:
+    """Return model and matrices of the parameters that no bound holds."""
+    if isinstance(model, FreeModel):
+        return model, free_matrices(model, free)
+    return of_free(model, cast("list[GaussNewton]", matrices), free)
+
+
+def _trials(
+    model: QuadraticModel | FreeModel,
+    matrices: Matrices,
+    settings: Settings,
+    proximal: Proximal | None,
+    free: Bool[Tensor, " d"] | None,
+    *,
+    exact: bool,
+) -> TrialSteps | FreeTrials:
+    """Return the trial steps, by matrices or by products."""
+    complement = settings.complement
+    if isinstance(model, FreeModel):
+        products = cast("list[FreeMatrix]", matrices)
+        return FreeTrials(model, products, complement, proximal, free, spaces={}, directions={})
+    exact_matrices = cast("list[GaussNewton]", matrices)
+    return trial_steps(model, exact_matrices, complement, proximal, free, exact=exact)
 
 
 def _by_parameter(
@@ -125,7 +182,7 @@ def next_state(state: State, local: LocalModel, step: Step) -> State:
     if state.previous != ():
         vector = in_params_units(local, step.vector)
         previous = unflattened(torch.where(step.taken, vector, 0), local.params)
-    sizes: PyTree = ()
+    sizes: PyTree = state.sizes
     if state.sizes != () and local.model.scaling.sizes is not None:
         sizes = unflattened(local.model.scaling.sizes, state.sizes)
     return State(
@@ -161,6 +218,8 @@ def update_info(local: LocalModel, step: Step, settings: Settings) -> UpdateInfo
 
 def _flat_share(local: LocalModel) -> Float[Tensor, ""]:
     """Return the share of the gradient that has no curvature, nan where it is not known."""
+    if isinstance(local.model, FreeModel) or isinstance(local.trials, FreeTrials):
+        return torch.full_like(local.gradient_norm, torch.nan)
     if not has_flat_samples(local.model):
         return torch.zeros_like(local.gradient_norm)
     blocks, count = local.trials.decompositions.directions, len(local.model.curvature_weights)
@@ -171,8 +230,10 @@ def _flat_share(local: LocalModel) -> Float[Tensor, ""]:
 
 def _rank_and_share(local: LocalModel) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Return the rank, and the kept directions' share of the gradient, nan where not known."""
-    blocks = local.trials.decompositions.directions
     unknown = torch.full_like(local.gradient_norm, torch.nan)
+    if isinstance(local.model, FreeModel) or isinstance(local.trials, FreeTrials):
+        return unknown, unknown
+    blocks = local.trials.decompositions.directions
     if not blocks:
         return unknown, unknown
     # The squared slopes along the kept directions of all blocks, of the squared gradient.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ddnewton.quadratic.derivatives import (
@@ -66,16 +66,18 @@ def _derivatives(
     return [Derivatives(*map(over_all_samples, zip(*of_block, strict=True))) for of_block in parts]
 
 
-def orthonormal(vectors: Float[Tensor, "k d"], kept: Directions) -> Float[Tensor, "k d"]:
+def orthonormal(
+    vectors: Float[Tensor, "k d"], evals: Float[Tensor, " k"], live: Bool[Tensor, " k"]
+) -> Float[Tensor, "k d"]:
     """Return eigenvectors that are orthonormal to the last digit.
 
     Vectors made of columns are so up to the rounding of λ_max beside their eigenvalue. The error is
     taken out by Gram and Schmidt's process, from the largest eigenvalue down: it leaves those that
     are known best as they are.
     """
-    order = kept.evals.argsort(descending=True)
+    order = evals.argsort(descending=True)
     place = order.argsort()
-    overlaps = vectors @ vectors.mT + torch.diag_embed((~kept.live).to(vectors))
+    overlaps = vectors @ vectors.mT + torch.diag_embed((~live).to(vectors))
     factor = torch.linalg.cholesky(overlaps[order][:, order])
     identity = torch.eye(len(order), dtype=factor.dtype, device=factor.device)
     inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ddnewton.errors import BadValue, sentence
 from ddnewton.inputs.checks import check_dependence
+from ddnewton.linearize.free_linearization import FreeLinearization
 from ddnewton.linearize.linearization import Linearization
 from ddnewton.quadratic.complement import outside_live
 from ddnewton.quadratic.gauss_newton import GaussNewton
@@ -56,10 +57,14 @@ def check_slopes(model: QuadraticModel, matrices: Sequence[GaussNewton], *, curv
     weights = steep_weights(model)
     norm = torch.stack([_square(decompose(matrix), weights) for matrix in matrices]).sum().sqrt()
     if any_known((largest <= 0) & (norm > 0)):
-        rule = "the loss must have curvature where its gradient is not zero"
-        size = float(unwrapped(norm).amax())
-        got = f"{model.names} with a gradient of norm {size:.3g} and no curvature at all"
-        raise BadValue(sentence(rule, got, WAYS_OUT))
+        raise without_curvature(model.names, float(unwrapped(norm).amax()))
+
+
+def without_curvature(names: str, size: float) -> BadValue:
+    """Return the error of a loss that has nothing but slopes of some norm."""
+    rule = "the loss must have curvature where its gradient is not zero"
+    got = f"{names} with a gradient of norm {size:.3g} and no curvature at all"
+    return BadValue(sentence(rule, got, WAYS_OUT))
 
 
 def steep_weights(model: QuadraticModel) -> Float[Tensor, " a"]:
@@ -74,7 +79,7 @@ def check_outputs_depend(
 ) -> None:
     """Require outputs that depend on a parameter. Looked at only where there is no curvature."""
     if any_known(_largest_trace(matrices) <= 0):
-        check_dependence(any(_depends(term.linearization) for term in model.terms))
+        check_dependence(any(depends_on_parameters(term.linearization) for term in model.terms))
 
 
 def _largest_trace(matrices: Sequence[GaussNewton] | Sequence[Tensor]) -> Float[Tensor, ""]:
@@ -118,7 +123,7 @@ def _square(spectrum: Spectrum, weights: Float[Tensor, " a"]) -> Float[Tensor, "
     return spectrum.to_parameters(outside_live(spectrum, weights)[None]).square().sum()
 
 
-def _depends(linearization: Linearization) -> bool:
+def depends_on_parameters(linearization: Linearization | FreeLinearization) -> bool:
     """Return whether the first sample's outputs depend on a parameter, by the graph of autograd.
 
     Under ``vmap`` it cannot be told, nor where autograd fails: they count as dependent.

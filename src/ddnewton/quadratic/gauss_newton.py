@@ -40,6 +40,11 @@ class GaussNewton(NamedTuple):
     entries: Float[Tensor, "side side2"]
     gradient: Float[Tensor, " side"]
 
+    @property
+    def side(self) -> int:
+        """How many eigenvalues can be positive."""
+        return len(self.weights) if self.on_columns else len(self.entries)
+
     def matrix(self) -> Float[Tensor, "side2 side2"]:
         """Return K or G, a copy that may be written to."""
         if not self.on_columns:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ddnewton.quadratic.derivatives import Derivatives
 from ddnewton.quadratic.term import TermLosses
+from ddnewton.trees import tree_map
 
 
 class NewtonInfo(NamedTuple):
@@ -31,9 +34,43 @@ class NewtonInfo(NamedTuple):
     gradient_share: Float[Tensor, ""]
     """Σ_k γ_k² / ‖g‖²: the share of the squared gradient norm inside the kept directions."""
     rank: Int[Tensor, ""]
-    """Number of eigenvalues above the rank tolerance."""
+    """Number of eigenvalues above the rank tolerance; −1 where only leading ones are known."""
     flat_share: Float[Tensor, ""]
     """Share of the squared gradient norm that comes from samples whose loss has a slope and no
     curvature, and lies outside all directions with curvature. Only ``complement`` follows it."""
     losses: TermLosses
     """The losses of the terms by their names, whose sum is the loss; or the loss, of one term."""
+    lost: Float[Tensor, ""]
+    """With ``gram="free"`` and one damping of all directions: an upper bound on the share of the
+    decrease −(gᵀs + ½ sᵀ(G + δI)s) of the exact step that this one gives away. 0 where matrices
+    give the step; nan for a step along several directions, whose ``residuals`` tell."""
+    products: Int[Tensor, ""]
+    """With ``gram="free"``: how many products with G were made; else 0."""
+    residuals: Float[Tensor, " k2"]
+    """With ``gram="free"``: ‖G e_k − λ_k e_k‖ of every direction, or, of a linear system, the one
+    number ‖g + (G + δI)s‖; else none."""
+
+
+def record_of(
+    derivatives: Derivatives,
+    live: Bool[Tensor, " k"],
+    gradient: Float[Tensor, " d"],
+    dtype: torch.dtype,
+    **fields: Tensor | TermLosses,
+) -> NewtonInfo:
+    """Return the record of a step along directions, of its parts and what follows from these."""
+    gammas, lambdas = derivatives
+    gamma, curvature, coefficients = gammas.mean(0), lambdas.mean(0), fields["coefficients"]
+    assert isinstance(coefficients, Tensor)
+    square = gradient.square().sum()
+    inside = torch.where(live, gamma, 0).square().sum()
+    info = NewtonInfo(
+        gammas=gammas,
+        lambdas=lambdas,
+        predicted_decrease=-coefficients * (gamma + curvature * coefficients / 2),
+        gradient_norm=square.sqrt(),
+        gradient_share=torch.where(square > 0, inside / square, 1).clamp(max=1),
+        **fields,  # type: ignore[arg-type]
+    )
+    cast: NewtonInfo = tree_map(lambda x: x if x.dtype == torch.int64 else x.to(dtype), info)
+    return cast

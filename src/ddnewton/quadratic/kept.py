@@ -52,7 +52,7 @@ def keep(spectrum: Spectrum, select: Select | None, dtype: torch.dtype) -> Direc
         mask = torch.nn.functional.pad(spectrum.live, (count - r, 0))
         indices, wanted = _from_mask(mask)
     else:
-        indices, wanted = _checked_selection(
+        indices, wanted = checked_selection(
             select(spectrum.evals.to(dtype, copy=True)), spectrum.evals
         )
     # Their places among the last r; where there is none, any place will do: it is not live.
@@ -81,7 +81,7 @@ def _from_mask(mask: Bool[Tensor, " i"]) -> tuple[Int[Tensor, " k"], Bool[Tensor
     return indices, torch.ones_like(indices, dtype=torch.bool)
 
 
-def _checked_selection(
+def checked_selection(
     answer: Tensor | Sequence[int], evals: Float[Tensor, " i"]
 ) -> tuple[Int[Tensor, " k"], Bool[Tensor, " k"]]:
     """Return a caller's selection as indices, and refuse anything else."""

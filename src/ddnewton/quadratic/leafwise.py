@@ -11,12 +11,14 @@ and the columns are D^{-1/2} A. Their inner products are formed anew for every Î
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.errors import BadValue, sentence
+from ddnewton.inputs.groups import Block
 from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.matrices import rescaled
 from ddnewton.quadratic.proximal import Centre, ProximalBlock, different
@@ -25,13 +27,25 @@ from ddnewton.transforms import any_known
 from ddnewton.trees import joined
 
 
+class HasBlocks(Protocol):
+    """What is asked of a model about its options."""
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """The blocks."""
+
+    @property
+    def has_curvature_samples(self) -> bool:
+        """Whether curvatures are asked for of samples other than those of the directions."""
+
+
 def is_leafwise(pulls: Sequence[ProximalBlock]) -> bool:
     """Return whether weight decay differs inside a block."""
     return any(isinstance(pull.decay, Tensor) and pull.decay.ndim for pull in pulls)
 
 
 def check_leafwise(
-    model: QuadraticModel, decays: Sequence[float | Tensor], complement: object, *, scaled: bool
+    model: HasBlocks, decays: Sequence[float | Tensor], complement: object, *, scaled: bool
 ) -> None:
     """Require one damping of all directions of a block inside which decays differ."""
     differs = "weight_decay that differs inside a block needs one damping of all its directions"

@@ -12,9 +12,10 @@ from ddnewton.columns.gram import columns_of, side_by_side
 from ddnewton.inputs.checks import check_derivatives
 from ddnewton.inputs.groups import Block
 from ddnewton.linearize.precision import resolved_in_float32
+from ddnewton.quadratic.arguments import Scaling
 from ddnewton.quadratic.column_sizes import column_sizes, scale_by_sizes, scaled_matrices
 from ddnewton.quadratic.gauss_newton import GaussNewton, block_matrices
-from ddnewton.quadratic.quadratic_model import QuadraticModel, Scaling, expanded
+from ddnewton.quadratic.quadratic_model import QuadraticModel, expanded
 from ddnewton.trees import along_block
 
 

@@ -20,35 +20,17 @@ from torch import Tensor
 
 from ddnewton.columns.factors import Jacobian
 from ddnewton.columns.gram import scale_along
-from ddnewton.criteria.expand import as_loss, on_complex
-from ddnewton.criteria.loss import name_of
-from ddnewton.criteria.monte_carlo import Criteria
-from ddnewton.criteria.trained import without_params
-from ddnewton.inputs.checks import check_functions, check_options, check_params
-from ddnewton.inputs.groups import Block, Group, blocks_of
-from ddnewton.inputs.scale import Scale, scale_of
-from ddnewton.inputs.terms import TermArguments, TermIndices, about_term, terms_of
+from ddnewton.inputs.groups import Block
+from ddnewton.inputs.terms import about_term
 from ddnewton.linearize.linearization import Linearization, linearized
-from ddnewton.linearize.structured.traced_model import Prepared
+from ddnewton.quadratic.arguments import Arguments, Scaling, function_of, of_complex_outputs
 from ddnewton.quadratic.gauss_newton import (
     GaussNewton,
     block_vectors,
     check_matrices_fit,
 )
 from ddnewton.quadratic.term import Objective, Term, TermLosses, expansion_of, of_samples, term_of
-from ddnewton.trees import as_real, on_pairs
-from ddnewton.types import AnyModelFn, DampingRule, GramWays, PyTree, Select
-
-
-class Scaling(NamedTuple):
-    """The units of the parameters: columns, steps and dampings are those of θ / scale.
-
-    With ``by_columns`` the scale follows from the sizes of the columns, the largest so far.
-    """
-
-    by_columns: bool
-    scale: Float[Tensor, " d"] | None = None
-    sizes: Float[Tensor, " d"] | None = None
+from ddnewton.trees import as_real
 
 
 class QuadraticModel(NamedTuple):
@@ -114,65 +96,27 @@ class QuadraticModel(NamedTuple):
 
 
 @contextmanager
-def quadratic_model(
-    model_fn: AnyModelFn,
-    params: PyTree,
-    X: PyTree,
-    y: PyTree,
-    criterion: Criteria,
-    *,
-    damping: float | Tensor | DampingRule = 0.0,  # without one, every curvature counts
-    select: Select | None = None,
-    complement: float | None = None,
-    groups: Sequence[Group] | None = None,
-    subsampling_grad: TermIndices | None = None,
-    subsampling_ggn: TermIndices | None = None,
-    subsampling_curvature: TermIndices | None = None,
-    gram: GramWays = "auto",
-    chunk_size: int | None = None,
-    scale: Scale = None,
-    gradient: bool = True,
-) -> Iterator[QuadraticModel]:
-    """Check the arguments of a call, and expand the loss of its batch to second order.
-
-    Columns of the gradient alone are left out where nobody asks for the ``gradient``.
-    """
-    # Refuse what breaks a rule before any work.
-    check_functions(model_fn, select)
-    check_options(damping, complement, gram, chunk_size)
-    check_params(params)
-    subsampling = {
-        "subsampling_grad": subsampling_grad,
-        "subsampling_ggn": subsampling_ggn,
-        "subsampling_curvature": subsampling_curvature,
-    }
-    terms = terms_of(model_fn, X, y, criterion, gram, subsampling)
-    blocks = blocks_of(groups, params, select, damping)
-    scaling = Scaling(isinstance(scale, str), scale_of(scale, params))
-    objectives = [_objective(term, params, gradient) for term in terms]
+def quadratic_model(arguments: Arguments) -> Iterator[QuadraticModel]:
+    """Expand the loss of a batch to second order, by the columns of its curvature."""
+    objectives = list(arguments.objectives)
     # Run the models, and keep them as they are for as long as their columns are asked for.
     with ExitStack() as stack:
         linearizations = []
-        for number, term in enumerate(terms):
+        for number, term in enumerate(arguments.terms):
             with about_term(term.name):
-                function = term.model_fn
-                if not isinstance(function, Prepared):
-                    function = on_pairs(function, params)
+                function = function_of(term, arguments.params)
                 linearization = stack.enter_context(
-                    linearized(function, as_real(params), term.X, term.gram, chunk_size)
+                    linearized(
+                        *(function, as_real(arguments.params), term.X, term.gram),
+                        arguments.chunk_size,
+                    )
                 )
                 linearizations.append(linearization)
                 if linearization.complex_outputs:
-                    loss = without_params(as_loss(on_complex(term.criterion)), params)
-                    objectives[number] = objectives[number]._replace(loss=loss)
-        yield expanded(linearizations, objectives, blocks, scaling)
-
-
-def _objective(term: TermArguments, params: PyTree, gradient: bool) -> Objective:
-    """Return the loss of a term, which reads no parameters."""
-    with about_term(term.name):
-        loss = without_params(as_loss(term.criterion), params)
-    return Objective(term.name, name_of(term.criterion), loss, term.y, term.samples, gradient)
+                    objectives[number] = of_complex_outputs(
+                        objectives[number], term, arguments.params
+                    )
+        yield expanded(linearizations, objectives, arguments.blocks, arguments.scaling)
 
 
 def to_parameters(

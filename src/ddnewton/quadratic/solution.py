@@ -12,19 +12,19 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ddnewton.damping import as_rule, check_dampings
+from ddnewton.inputs.groups import Block
 from ddnewton.quadratic.cholesky import CHOLESKY_CONDITION, damped_step
 from ddnewton.quadratic.complement import outside, vanishing
 from ddnewton.quadratic.flat import flat_share
 from ddnewton.quadratic.gauss_newton import GaussNewton
-from ddnewton.quadratic.info import NewtonInfo
+from ddnewton.quadratic.info import NewtonInfo, record_of
 from ddnewton.quadratic.kept import BlockDirections
 from ddnewton.quadratic.proximal import Centre, along_directions, centred_gradient_weights
 from ddnewton.quadratic.quadratic_model import QuadraticModel
-from ddnewton.trees import tree_map
 from ddnewton.types import DampingRule
 
 
@@ -68,16 +68,23 @@ def is_linear(model: QuadraticModel, complements: Sequence[float | Tensor | None
     """
     if model.has_curvature_samples:
         return False
-    return all(
-        block.select is None
-        and not callable(block.damping)
-        and (complement is None or _is_same_damping(complement, block.damping))
-        for block, complement in zip(model.blocks, complements, strict=True)
-    )
+    return all(map(is_one_damping, model.blocks, complements))
+
+
+def is_one_damping(block: Block, complement: float | Tensor | None) -> bool:
+    """Return whether one number damps all directions of a block, and what is outside of them."""
+    if block.select is not None or callable(block.damping):
+        return False
+    return complement is None or _is_same_damping(complement, block.damping)
 
 
 def damped_more(model: QuadraticModel, deltas: Sequence[Tensor]) -> QuadraticModel:
     """Return the model with the dampings of all directions of every block raised by its δ."""
+    return model._replace(blocks=damped_blocks(model.blocks, deltas))
+
+
+def damped_blocks(blocks: Sequence[Block], deltas: Sequence[Tensor]) -> list[Block]:
+    """Return blocks with the dampings of all directions raised by a δ each."""
 
     def raised(
         damping: float | Tensor | DampingRule, delta: Tensor
@@ -94,11 +101,10 @@ def damped_more(model: QuadraticModel, deltas: Sequence[Tensor]) -> QuadraticMod
 
         return raised_rule
 
-    blocks = [
+    return [
         block._replace(damping=raised(block.damping, delta))
-        for block, delta in zip(model.blocks, deltas, strict=True)
+        for block, delta in zip(blocks, deltas, strict=True)
     ]
-    return model._replace(blocks=blocks)
 
 
 def solve(
@@ -124,9 +130,8 @@ def solve(
         inner = along_directions(kept, model.curvature_weights, centre.column_slopes)
         gamma = gamma + curvature * inner + added * decayed
     # s = Σ_k −γ_k / (λ_k + δ_k) e_k.
-    damped = curvature + dampings.double()
-    coefficients = torch.where(kept.live & (damped > 0), -gamma / damped, 0)
-    coefficients = torch.where(kept.live & damped.isinf(), -decayed, coefficients)
+    coefficients = coefficients_along(gamma, curvature, dampings, kept.live)
+    coefficients = torch.where(kept.live & dampings.isinf(), -decayed, coefficients)
     coordinates = kept.vectors @ coefficients
     # What the kept directions leave of the gradient.
     if complement is not None:
@@ -141,6 +146,17 @@ def solve(
     return Solution(dampings, coefficients, coordinates)
 
 
+def coefficients_along(
+    gamma: Float[Tensor, " k"],
+    curvature: Float[Tensor, " k"],
+    dampings: Float[Tensor, " k"],
+    live: Bool[Tensor, " k"],
+) -> Float[Tensor, " k"]:
+    """Return −γ_k / (λ_k + δ_k), 0 along what is not live or has neither curvature nor damping."""
+    damped = curvature + dampings.double()
+    return torch.where(live & (damped > 0), -gamma / damped, 0)
+
+
 def info_of(
     model: QuadraticModel,
     directions: BlockDirections,
@@ -148,26 +164,23 @@ def info_of(
     solution: Solution,
 ) -> NewtonInfo:
     """Return the record of the step of one block."""
-    kept, (gammas, lambdas) = directions.kept, directions.derivatives
-    gamma, curvature, coefficients = gammas.mean(0), lambdas.mean(0), solution.coefficients
-    square = gradient.square().sum()
-    inside = torch.where(kept.live, gamma, 0).square().sum()
-    info = NewtonInfo(
+    kept, square = directions.kept, gradient.square().sum()
+    return record_of(
+        directions.derivatives,
+        kept.live,
+        gradient,
+        model.dtype,
         loss=model.loss,
         evals=kept.evals,
-        gammas=gammas,
-        lambdas=lambdas,
         dampings=solution.dampings,
-        coefficients=coefficients,
-        predicted_decrease=-coefficients * (gamma + curvature * coefficients / 2),
-        gradient_norm=square.sqrt(),
-        gradient_share=torch.where(square > 0, inside / square, 1).clamp(max=1),
+        coefficients=solution.coefficients,
         rank=directions.spectrum.live.sum(),
         flat_share=flat_share(model, [directions], square.sqrt()),
         losses=model.losses,
+        lost=torch.zeros_like(square),
+        products=torch.zeros_like(directions.spectrum.live.sum()),
+        residuals=kept.evals[:0],
     )
-    cast: NewtonInfo = tree_map(lambda x: x if x.dtype == torch.int64 else x.to(model.dtype), info)
-    return cast
 
 
 def _is_same_damping(first: float | Tensor, second: float | Tensor) -> bool:

@@ -76,6 +76,11 @@ class Term(NamedTuple):
         return self.h / self.h.shape[1]  # the 1/N
 
     @property
+    def samples_at_once(self) -> int:
+        """How many samples are evaluated at a time."""
+        return int(self.curvature_columns.chunks[0].stop)
+
+    @property
     def losses_of_gradient(self) -> Float[Tensor, " _"]:
         """The losses of the samples that the gradient is of."""
         samples = self.objective.samples.slopes
@@ -135,16 +140,18 @@ def term_of(linearization: Linearization, objective: Objective, expansion: Expan
         gradient_columns=gradient_columns,
         rows=SampleRows(gradient.rows, lambda_rows),
         unseen=unseen,
-        rounding=_rounding(linearization.precise, expansion),
+        rounding=output_rounding(linearization.precise, slopes_of(expansion)),
     )
 
 
-def _rounding(outputs: Float[Tensor, "n ..."], expansion: Expansion) -> Float[Tensor, ""]:
+def output_rounding(
+    outputs: Float[Tensor, "n ..."], slopes: Float[Tensor, "n c"]
+) -> Float[Tensor, ""]:
     """Return by how much the mean loss moves when every output is rounded, each its own way.
 
     A small residual of large outputs is known to no more digits than these.
     """
-    moved = slopes_of(expansion) * outputs.reshape(len(outputs), -1)
+    moved = slopes * outputs.reshape(len(outputs), -1)
     eps = torch.finfo(outputs.dtype).eps
     rounding: Tensor = torch.linalg.vector_norm(moved) * (eps / len(outputs))
     return rounding

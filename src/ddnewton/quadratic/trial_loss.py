@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ddnewton.criteria.expand import joint_loss, losses, weight
-from ddnewton.quadratic.term import Term
+from ddnewton.linearize.free_linearization import FreeLinearization
+from ddnewton.linearize.linearization import Linearization
+from ddnewton.quadratic.term import Objective
 from ddnewton.trees import chunks, take
 
 
@@ -21,7 +23,27 @@ class Trial(NamedTuple):
     outputs: Float[Tensor, "s ..."]
 
 
-def trial_of(term: Term, leaves: Sequence[Tensor], samples: Int[Tensor, " s"] | None) -> Trial:
+class TrialTerm(Protocol):
+    """What is asked of a term for its loss at other parameters."""
+
+    @property
+    def objective(self) -> Objective:
+        """The loss of the batch."""
+
+    @property
+    def linearization(self) -> Linearization | FreeLinearization:
+        """The model at the batch."""
+
+    @property
+    def losses(self) -> Float[Tensor, " n"]:
+        """The losses of all samples."""
+
+    @property
+    def samples_at_once(self) -> int:
+        """How many samples are evaluated at a time."""
+
+
+def trial_of(term: TrialTerm, leaves: Sequence[Tensor], samples: Int[Tensor, " s"] | None) -> Trial:
     r"""Return the mean loss of some samples of a term, None for all, at other parameters.
 
     Where samples have no losses of their own, it is the batch's loss L with the samples that are
@@ -37,7 +59,7 @@ def trial_of(term: Term, leaves: Sequence[Tensor], samples: Int[Tensor, " s"] | 
     leaves = [new.to(leaf) for new, leaf in pairs]
     # The outputs a chunk of samples at a time, as many as their Jacobians are.
     count = outputs.shape[0] if samples is None else len(samples)
-    slices = chunks(count, term.curvature_columns.chunks[0].stop)
+    slices = chunks(count, term.samples_at_once)
     parts: Sequence[Tensor | slice] = (
         slices if samples is None else [samples[part] for part in slices]
     )

@@ -1,0 +1,136 @@
+r"""One Krylov space for all dampings: (G + δI)⁻¹ b for any δ, from the products made for one.
+
+With Lanczos's vectors Q of b, G Q = Q T + β q eᵀ, the iterate of conjugate gradients for any δ is
+
+    x(δ) = ‖b‖ Q (T + δI)⁻¹ e₁,        ‖x(δ)‖ = ‖b‖ ‖(T + δI)⁻¹ e₁‖,
+
+so that a step for another δ, or the δ of a length, takes no further product while x(δ) is accurate
+enough (Gould, Lucidi, Roma, Toint, "Solving the trust-region subproblem using the Lanczos method",
+1999). What x(δ) gives away is bounded as for conjugate gradients, by Gauss-Radau quadrature:
+bᵀ(G + δI)⁻¹b lies between ‖b‖² e₁ᵀ(T + δI)⁻¹e₁ and the same of T with one row more, for which an
+eigenvalue of G is prescribed at, or just below, zero (Golub, Meurant, "Matrices, moments and
+quadrature with applications", 2010, section 6.2).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ddnewton.iterative.products import FLOAT64_ROUNDING, Product, finite
+
+BELOW_ZERO = 1e-4
+"""How far below zero the prescribed eigenvalue lies, in units of δ."""
+
+
+@dataclass
+class Krylov:
+    """The space of a vector b so far; it grows where more accuracy is asked for.
+
+    ``limit`` is the most vectors that it may have.
+    """
+
+    product: Product
+    right: Float[Tensor, " side"]
+    rounding: float
+    limit: int
+    vectors: list[Float[Tensor, " side"]] = field(default_factory=list)
+    diagonal: list[float] = field(default_factory=list)  # of T
+    further: list[float] = field(default_factory=list)  # β, below the diagonal; the last one is q's
+    following: Float[Tensor, " side"] | None = None  # q, None where the space is complete
+
+    @property
+    def size(self) -> float:
+        """‖b‖."""
+        return float(self.right.norm())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the space has all of x(δ), or may not grow."""
+        done = bool(self.vectors) and self.following is None
+        return done or len(self.vectors) >= self.limit or self.size == 0
+
+    def grow(self) -> None:
+        """Add a vector, by one product."""
+        vector = self.right / self.size if self.following is None else self.following
+        image = finite(self.product(vector))
+        self.vectors.append(vector)
+        alpha = float(vector @ image)
+        # What is left of the product outside of the space; twice, for it is a difference.
+        rest = image - alpha * vector
+        if self.further:
+            rest = rest - self.further[-1] * self.vectors[-2]
+        rest = rest - float(vector @ rest) * vector
+        beta, largest = float(rest.norm()), float(image.norm())
+        self.diagonal.append(alpha)
+        self.further.append(beta)
+        rounding = 8 * max(self.rounding, FLOAT64_ROUNDING)
+        small = beta <= rounding * max(largest, *self.diagonal)
+        self.following = None if small else rest / beta
+
+    def tridiagonal(self) -> Float[Tensor, "m m"]:
+        """Return T."""
+        off = torch.tensor(self.further[:-1], dtype=torch.float64)
+        matrix = torch.diag(torch.tensor(self.diagonal, dtype=torch.float64))
+        return matrix + torch.diag(off, 1) + torch.diag(off, -1)
+
+    def coefficients(self, deltas: Float[Tensor, " k"]) -> Float[Tensor, "k m"]:
+        """Return ‖b‖ (T + δI)⁻¹ e₁ of some dampings."""
+        evals, evecs = torch.linalg.eigh(self.tridiagonal())
+        damped = evals.clamp(min=0) + deltas.cpu()[:, None]
+        resolved = damped > 8 * FLOAT64_ROUNDING * evals[-1].abs()
+        inverse = torch.where(resolved, 1 / torch.where(resolved, damped, 1), 0)
+        coefficients: Tensor = self.size * ((inverse * evecs[0]) @ evecs.mT)
+        return coefficients
+
+    def lengths(self, deltas: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+        """Return ‖x(δ)‖ for some dampings, in the space so far."""
+        if not self.vectors:
+            return torch.zeros_like(deltas)
+        lengths: Tensor = self.coefficients(deltas).norm(dim=1)
+        return lengths.to(deltas)
+
+    def lost(self, delta: float) -> float:
+        """Return an upper bound on the share of bᵀ(G + δI)⁻¹b that x(δ) gives away."""
+        if self.size == 0 or (self.vectors and self.following is None):
+            return 0.0
+        if not self.vectors or delta == 0:
+            return 1.0
+        # T with a row more, by which it has the eigenvalue −node.
+        node, count = BELOW_ZERO * delta, len(self.vectors)
+        matrix, beta = self.tridiagonal(), self.further[-1]
+        unit = torch.eye(count, dtype=torch.float64)
+        last = torch.linalg.solve(matrix + node * unit, unit[:, -1])[-1]
+        extended = torch.zeros(count + 1, count + 1, dtype=torch.float64)
+        extended[:count, :count] = matrix
+        extended[count, count - 1] = extended[count - 1, count] = beta
+        extended[count, count] = beta**2 * last - node
+        lower, upper = (_first_entry(part, delta) for part in (matrix, extended))
+        return min(1.0, max(0.0, (upper - lower) / upper)) if math.isfinite(upper) else 1.0
+
+    def solution(self, delta: Float[Tensor, ""]) -> Float[Tensor, " side"]:
+        """Return x(δ) in the space so far."""
+        total = torch.zeros_like(self.right)
+        if not self.vectors:
+            return total
+        numbers = self.coefficients(delta[None])[0].tolist()
+        for number, vector in zip(numbers, self.vectors, strict=True):
+            total += number * vector
+        return total
+
+
+def _first_entry(matrix: Float[Tensor, "m m"], delta: float) -> float:
+    """Return e₁ᵀ(M + δI)⁻¹e₁."""
+    unit = torch.eye(len(matrix), dtype=matrix.dtype)
+    return float(torch.linalg.solve(matrix + delta * unit, unit[:, 0])[0])
+
+
+def grown(space: Krylov, delta: float, tol: float) -> float:
+    """Grow a space until its solution for δ gives away no more than ``tol``; return how much."""
+    while (lost := space.lost(delta)) > tol and not space.is_complete:
+        space.grow()
+    return lost

@@ -1,0 +1,204 @@
+"""A model at a batch, to be multiplied with: outputs, and products with its Jacobian in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ddnewton.inputs.checks import check_derivatives, check_outputs
+from ddnewton.linearize.calls import refusal
+from ddnewton.linearize.independence import check_independent, evaluate
+from ddnewton.linearize.jacobian_products import Products, graph_bytes, products_of
+from ddnewton.linearize.model import Model
+from ddnewton.linearize.precision import CHEAP_FLOPS, ramp, widened
+from ddnewton.linearize.structured.traced_model import Prepared
+from ddnewton.linearize.structured.visit import run
+from ddnewton.linearize.widening import widen_leaf
+from ddnewton.transforms import plain_tensor, without_autocast
+from ddnewton.trees import batches, chunks, parameter_count, take, tree_flatten, tree_unflatten
+from ddnewton.types import ModelFn, PyTree
+
+KEPT_BYTES, CHUNK_BYTES = 2**29, 2**28
+"""Up to how many bytes the graphs of all samples are kept between products, and how many those of a
+chunk of samples take where they are made anew for every product."""
+
+GRAPHS = 3
+"""How many times the results of a model the graphs take: its own, and that of its pullback."""
+
+MEASURED_SAMPLES = 2
+"""On how many samples the size of a graph is measured."""
+
+
+class FreeLinearization(NamedTuple):
+    """A model at a batch whose Jacobian is known by products alone.
+
+    ``function`` returns the outputs of some samples at parameters other than ``leaves``;
+    ``in_float64`` the same linearization in float64, None where it is so or cannot be.
+    """
+
+    outputs: Float[Tensor, "n ..."]  # in the model's own dtype
+    precise: Float[Tensor, "n ..."]  # in the dtype in which they are computed
+    function: Callable[[Sequence[Tensor], Int[Tensor, " n"] | slice], Tensor]
+    leaves: Sequence[Tensor]
+    in_float64: Callable[[], FreeLinearization] | None
+    complex_outputs: bool  # which are pairs of reals here
+    samples_at_once: int
+    eps: float  # the rounding of a product
+
+    def products(self, wanted: Sequence[int], samples: Int[Tensor, " n"] | slice) -> Products:
+        """Return the products of some samples with their Jacobian along some leaves."""
+        return products_of(partial(_of_leaves, self.function, samples), self.leaves, wanted)
+
+    def graphs_fit(self, count: int) -> bool:
+        """Return whether the graphs of so many samples may be kept."""
+        return count <= self.samples_at_once
+
+
+def _of_leaves(
+    function: Callable[[Sequence[Tensor], Int[Tensor, " n"] | slice], Tensor],
+    samples: Int[Tensor, " n"] | slice,
+    leaves: Sequence[Tensor],
+) -> Tensor:
+    """Call a function of leaves and samples with the samples first, to be bound."""
+    return function(leaves, samples)
+
+
+@contextmanager
+def linearized_freely(
+    model_fn: ModelFn, params: PyTree, X: PyTree, chunk_size: int | None
+) -> Iterator[FreeLinearization]:
+    """Linearize a model by products, prepared or not."""
+    X = torch.utils._pytree.tree_map(plain_tensor, X)
+    if isinstance(model_fn, Prepared):
+        with without_autocast(X):
+            yield _of_prepared(model_fn, params, X, chunk_size)
+        return
+    model = evaluate(model_fn, params, X, chunk_size)
+    try:
+        yield _of_model(model, chunk_size)
+    except RuntimeError as error:
+        raise refusal(model, error) from error
+
+
+def _of_model(model: Model, chunk_size: int | None) -> FreeLinearization:
+    """Linearize a model that has been evaluated, in float64 where that costs little."""
+    cheap = model.outputs.numel() * parameter_count(model.params) <= CHEAP_FLOPS
+    wide = widened(model, lambda X: batches(X, chunk_size)) if cheap else model
+
+    def in_float64() -> FreeLinearization:
+        return _at(widened(model, lambda X: batches(X, chunk_size)), model, chunk_size)
+
+    further = None if wide is not model or wide.outputs.dtype == torch.float64 else in_float64
+    return _at(wide, model, chunk_size)._replace(in_float64=further)
+
+
+def _at(model: Model, narrow: Model, chunk_size: int | None) -> FreeLinearization:
+    """Linearize a model, with the outputs that it has in its own dtype."""
+    leaves, spec = tree_flatten(model.params)
+
+    def function(leaves: Sequence[Tensor], samples: Int[Tensor, " n"] | slice) -> Tensor:
+        return model.function(tree_unflatten(leaves, spec), take(model.X, samples))
+
+    return _checked(
+        FreeLinearization(
+            outputs=narrow.outputs,
+            precise=model.outputs,
+            function=function,
+            leaves=leaves,
+            in_float64=None,
+            complex_outputs=narrow.complex_outputs,
+            samples_at_once=_samples_at_once(function, leaves, len(model.outputs), chunk_size),
+            eps=_rounding(model.outputs, leaves, model.rounding),
+        )
+    )
+
+
+def _of_prepared(
+    prepared: Prepared, params: PyTree, X: PyTree, chunk_size: int | None
+) -> FreeLinearization:
+    """Linearize a prepared model, in float64 where that costs little."""
+    leaves, samples = prepared.leaves(params, X)
+
+    def by_program(wide: bool) -> FreeLinearization:
+        # The program runs on all leaves at once, so that samples are taken before.
+        program = prepared.narrow
+        own_leaves, own_samples = leaves, samples
+        if wide:
+            assert prepared.wide is not None
+            program = prepared.wide
+            own_leaves, own_samples = ([*map(widen_leaf, part)] for part in (leaves, samples))
+
+        def function(leaves: Sequence[Tensor], indices: Int[Tensor, " n"] | slice) -> Tensor:
+            return run(program, leaves, take(own_samples, indices))
+
+        n = len(own_samples[0])
+        size = _samples_at_once(function, own_leaves, n, chunk_size)
+        with torch.no_grad():
+            outputs = torch.cat([function(own_leaves, chunk) for chunk in chunks(n, size)])
+        check_outputs(outputs, n)
+        return FreeLinearization(
+            outputs=outputs.to(prepared.dtype),
+            precise=outputs,
+            function=function,
+            leaves=own_leaves,
+            in_float64=None,
+            complex_outputs=prepared.complex_outputs,
+            samples_at_once=size,
+            eps=_rounding(outputs, own_leaves, program.rounding),
+        )
+
+    if prepared.wide is None:
+        return by_program(wide=False)
+    count = len(samples[0]) * prepared.width
+    if prepared.narrow.rounding or count * sum(leaf.numel() for leaf in leaves) <= CHEAP_FLOPS:
+        return by_program(wide=True)
+    return by_program(wide=False)._replace(in_float64=partial(by_program, wide=True))
+
+
+def _rounding(outputs: Tensor, leaves: Sequence[Tensor], inside: float) -> float:
+    """Return the rounding of a product: that of the narrowest dtype on the way."""
+    return max(inside, *(torch.finfo(tensor.dtype).eps for tensor in (outputs, *leaves)))
+
+
+def _samples_at_once(
+    function: Callable[[Sequence[Tensor], Int[Tensor, " n"] | slice], Tensor],
+    leaves: Sequence[Tensor],
+    n: int,
+    chunk_size: int | None,
+) -> int:
+    """Return for how many samples graphs are made at once: all, where they are kept."""
+    if chunk_size is not None:
+        return min(n, chunk_size)
+    first = min(n, MEASURED_SAMPLES)
+    first_samples = partial(_of_leaves, function, slice(0, first))
+    size = GRAPHS * graph_bytes(first_samples, leaves) // first + 1
+    return n if n * size <= KEPT_BYTES else max(1, min(n, CHUNK_BYTES // size))
+
+
+def _checked(linearization: FreeLinearization) -> FreeLinearization:
+    """Require outputs and derivatives of the first samples to be those of them alone."""
+    n, leaves = len(linearization.outputs), linearization.leaves
+    if n == 1:
+        return linearization
+    # The first samples among twice as many, and by themselves.
+    first = min(n // 2, MEASURED_SAMPLES)
+    every = range(len(leaves))
+    alone = linearization.products(every, slice(0, first))
+    among = linearization.products(every, slice(0, 2 * first))
+    size = alone.outputs.abs().amax()
+    check_independent(linearization.precise[:first], alone.outputs, size, size, "outputs")
+    cotangent = ramp(among.outputs).reshape(len(among.outputs), -1)
+    cotangent[first:] = 0
+    pairs = zip(among.pull(cotangent), alone.pull(cotangent[:first]), strict=True)
+    for of_batch, of_samples in pairs:
+        check_derivatives(of_batch)
+        if of_batch.numel():
+            largest = torch.maximum(of_samples.abs().amax(), size.to(of_samples))
+            check_independent(of_batch, of_samples, largest, largest, "derivatives")
+    return linearization

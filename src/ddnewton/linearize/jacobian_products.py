@@ -1,0 +1,162 @@
+"""The Jacobian of a model as a linear map that is never formed: J v and Jᵀu, by plain autograd.
+
+The pullback u ↦ Jᵀu is linear in u. So its own pullback is v ↦ J v, whatever u is: one graph of the
+model, and one of its pullback at u = 0, give both products for as many vectors as are asked for.
+This takes what forward mode refuses, such as derivatives inside of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from ddnewton.process import ONE_THREAD
+from ddnewton.transforms import plain_tensor, unwrapped, without_saving_hooks
+from ddnewton.trees import tree_leaves
+
+
+class Products(NamedTuple):
+    """The outputs of some samples, and products with their Jacobian J along some leaves.
+
+    ``push`` returns J v for a vector v given leaf by leaf, and ``pull`` returns Jᵀu leaf by leaf;
+    both are in the dtype of the model.
+    """
+
+    outputs: Float[Tensor, "n ..."]
+    push: Callable[[Sequence[Tensor]], Float[Tensor, "n c"]]
+    pull: Callable[[Float[Tensor, "n c"]], list[Tensor]]
+
+
+def products_of(
+    function: Callable[[Sequence[Tensor]], Tensor], leaves: Sequence[Tensor], wanted: Sequence[int]
+) -> Products:
+    """Return the products of a function of all leaves with its Jacobian along the wanted ones."""
+    # The outputs, with a graph along the wanted leaves.
+    with _differentiable_kernels(), torch.inference_mode(False), torch.enable_grad():
+        arguments = [plain_tensor(leaf).detach() for leaf in leaves]
+        primals = [arguments[leaf].requires_grad_() for leaf in wanted]
+        outputs = function(arguments)
+        # The pullback of a cotangent, with a graph along that.
+        cotangent = torch.zeros_like(outputs, requires_grad=True)
+        depends = outputs.requires_grad
+        pulled: list[Tensor | None] = [None] * len(primals)
+        if depends:
+            pulled = list(_backward([outputs], primals, [cotangent], create_graph=True))
+    shape = outputs.shape
+    numbers = [i for i, part in enumerate(pulled) if part is not None and part.requires_grad]
+    images = [part for part in pulled if part is not None and part.requires_grad]
+
+    def push(vector: Sequence[Tensor]) -> Float[Tensor, "n c"]:
+        if not images:
+            return outputs.new_zeros(shape[0], outputs[0].numel())
+        parts = [vector[i] for i in numbers]
+        with torch.inference_mode(False):
+            (pushed,) = _backward(images, [cotangent], parts)
+        assert pushed is not None
+        return pushed.detach().reshape(shape[0], -1)
+
+    def pull(u: Float[Tensor, "n c"]) -> list[Tensor]:
+        if not depends:
+            return [torch.zeros_like(primal) for primal in primals]
+        with torch.inference_mode(False):
+            parts = _backward([outputs], primals, [u.reshape(shape)])
+        pairs = zip(primals, parts, strict=True)
+        return [torch.zeros_like(x) if part is None else _dense(part) for x, part in pairs]
+
+    return Products(outputs.detach(), push, pull)
+
+
+def _backward(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    *,
+    create_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Return Σ Jᵀu of some outputs and their cotangents u for every input, None where it is unused.
+
+    It is `torch.autograd.grad` with the graph retained, and without the import of sympy, which
+    would cost the first call of a process seconds.
+    """
+    results: tuple[Tensor | None, ...] = _engine_run_backward(
+        tuple(outputs),
+        tuple(cotangents),
+        True,  # retain_graph
+        create_graph,
+        tuple(inputs),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
+    return results
+
+
+def graph_bytes(function: Callable[[Sequence[Tensor]], Tensor], leaves: Sequence[Tensor]) -> int:
+    """Return how many bytes the graph of a function of some leaves keeps, besides these."""
+    given = {leaf.untyped_storage().data_ptr() for leaf in leaves}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    # By what autograd keeps; with derivatives inside by torch.func, which take no hooks, by what
+    # the operations return.
+    with torch.inference_mode(False), torch.enable_grad(), _attention_by_products():
+        arguments = [plain_tensor(leaf).detach().requires_grad_() for leaf in leaves]
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                outputs = function(arguments)
+        except RuntimeError:
+            counting = _Counting()
+            with counting:
+                outputs = function(arguments)
+            return counting.total
+    return outputs.nbytes + sum(size for place, size in sizes.items() if place not in given)
+
+
+class _Counting(TorchFunctionMode):
+    """Add up the sizes of all results but views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [unwrapped(x) for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self.total += sum(x.nbytes for x in tensors if not x._is_view())
+        return result
+
+
+def _dense(part: Tensor) -> Tensor:
+    """Return a gradient as a dense tensor: that of an embedding may be sparse."""
+    return part if part.layout == torch.strided else part.to_dense()
+
+
+@contextmanager
+def _differentiable_kernels() -> Iterator[None]:
+    """Compute attention by operations that have two derivatives, and no checkpoint anew."""
+    with _attention_by_products(), without_saving_hooks():
+        yield
+
+
+@contextmanager
+def _attention_by_products() -> Iterator[None]:
+    """Compute attention by products of matrices, which have all derivatives."""
+    with ONE_THREAD, sdpa_kernel(SDPBackend.MATH):
+        yield

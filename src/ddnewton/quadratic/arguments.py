@@ -1,0 +1,125 @@
+"""What a call asks for, checked: its terms, blocks and losses, before any model is run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ddnewton.criteria.expand import as_loss, on_complex
+from ddnewton.criteria.loss import name_of
+from ddnewton.criteria.monte_carlo import Criteria
+from ddnewton.criteria.trained import without_params
+from ddnewton.inputs.checks import check_functions, check_options, check_params
+from ddnewton.inputs.groups import Block, Group, blocks_of
+from ddnewton.inputs.scale import Scale, scale_of
+from ddnewton.inputs.terms import TermArguments, TermIndices, about_term, terms_of
+from ddnewton.linearize.structured.traced_model import Prepared
+from ddnewton.quadratic.term import Objective
+from ddnewton.trees import on_pairs
+from ddnewton.types import AnyModelFn, DampingRule, GramWays, ModelFn, PyTree, Select
+
+
+class Scaling(NamedTuple):
+    """The units of the parameters: columns, steps and dampings are those of θ / scale.
+
+    With ``by_columns`` the scale follows from the sizes of the columns, the largest so far.
+    """
+
+    by_columns: bool
+    scale: Float[Tensor, " d"] | None = None
+    sizes: Float[Tensor, " d"] | None = None
+
+
+class Arguments(NamedTuple):
+    """The arguments of a call, checked as far as that goes without the outputs of the model."""
+
+    params: PyTree
+    terms: Sequence[TermArguments]
+    objectives: Sequence[Objective]
+    blocks: Sequence[Block]
+    scaling: Scaling
+    complement: float | None
+    chunk_size: int | None
+    tol: float
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the matrix is never to be formed."""
+        return any(term.gram == "free" for term in self.terms)
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether the way is left to the library."""
+        return all(term.gram == "auto" for term in self.terms)
+
+
+def arguments_of(
+    model_fn: AnyModelFn,
+    params: PyTree,
+    X: PyTree,
+    y: PyTree,
+    criterion: Criteria,
+    *,
+    damping: float | Tensor | DampingRule = 0.0,  # without one, every curvature counts
+    select: Select | None = None,
+    complement: float | None = None,
+    groups: Sequence[Group] | None = None,
+    subsampling_grad: TermIndices | None = None,
+    subsampling_ggn: TermIndices | None = None,
+    subsampling_curvature: TermIndices | None = None,
+    gram: GramWays = "auto",
+    tol: float = 1e-2,
+    chunk_size: int | None = None,
+    scale: Scale = None,
+    gradient: bool = True,
+) -> Arguments:
+    """Refuse what breaks a rule, before any work; return the rest.
+
+    Columns of the gradient alone are left out where nobody asks for the ``gradient``.
+    """
+    check_functions(model_fn, select)
+    check_options(damping, complement, gram, chunk_size, tol)
+    check_params(params)
+    subsampling = {
+        "subsampling_grad": subsampling_grad,
+        "subsampling_ggn": subsampling_ggn,
+        "subsampling_curvature": subsampling_curvature,
+    }
+    terms = terms_of(model_fn, X, y, criterion, gram, subsampling)
+    return Arguments(
+        params=params,
+        terms=terms,
+        objectives=[_objective(term, params, gradient) for term in terms],
+        blocks=blocks_of(groups, params, select, damping),
+        scaling=Scaling(isinstance(scale, str), scale_of(scale, params)),
+        complement=complement,
+        chunk_size=chunk_size,
+        tol=tol,
+    )
+
+
+def leaves_of(arguments: Arguments) -> list[Sequence[int]]:
+    """Return the numbers of the parameters in every block."""
+    return [block.leaves for block in arguments.blocks]
+
+
+def _objective(term: TermArguments, params: PyTree, gradient: bool) -> Objective:
+    """Return the loss of a term, which reads no parameters."""
+    with about_term(term.name):
+        loss = without_params(as_loss(term.criterion), params)
+    return Objective(term.name, name_of(term.criterion), loss, term.y, term.samples, gradient)
+
+
+def function_of(term: TermArguments, params: PyTree) -> ModelFn:
+    """Return the model of a term as a function of reals."""
+    function: ModelFn = term.model_fn
+    return function if isinstance(function, Prepared) else on_pairs(function, params)
+
+
+def of_complex_outputs(objective: Objective, term: TermArguments, params: PyTree) -> Objective:
+    """Return the loss of a term as a function of the real and imaginary parts of its outputs."""
+    loss = without_params(as_loss(on_complex(term.criterion)), params)
+    return objective._replace(loss=loss)
