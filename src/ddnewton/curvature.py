@@ -54,9 +54,8 @@ def ggn_eigvalsh(
     Returns
     -------
     Tensor
-        [NM], in the dtype of the outputs or float32 if that is narrower, to the rounding of the
-        largest: above a gigaflop models in float32 are evaluated so, and what is below 1e-7 of it
-        is known to `ggn_eigh` only. With ``groups`` a tuple of such.
+        [NM], in the dtype of the outputs or float32 if that is narrower; above a gigaflop, what is
+        below 1e-7 of the largest is known to `ggn_eigh` only. With ``groups`` a tuple of such.
 
     Examples
     --------
@@ -75,7 +74,7 @@ def ggn_eigvalsh(
         chunk_size=chunk_size,
         gradient=False,
     )
-    refuse_free(arguments, "all eigenvalues", "Pass select=top_k(k) to ggn_eigh, for leading ones.")
+    refuse_free(arguments, "all eigenvalues", "For leading ones pass select=top_k(k) to ggn_eigh.")
     with quadratic_model(arguments) as model:
         matrices = matrices_of(model)
         check_outputs_depend(model, matrices)
@@ -254,9 +253,7 @@ def gram_matrix(
         chunk_size=chunk_size,
         gradient=False,
     )
-    refuse_free(
-        arguments, "the Gram matrix", "Pass select=top_k(k) to ggn_eigh, for its leading part."
-    )
+    refuse_free(arguments, "the Gram matrix", "ggn_eigh has its leading part, by select=top_k(k).")
     with quadratic_model(arguments) as model:
         matrices = gram_matrices(model)
         check_outputs_depend(model, matrices)

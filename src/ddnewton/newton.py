@@ -80,20 +80,17 @@ def newton_step(
         functions, the terms of a loss that is their sum: X, y and, unless one serves all, criterion
         are dicts of the same keys, and each term has its own samples and its own mean.
     params
-        Pytree of floating-point tensors, or of complex ones: these count as pairs of reals, and so
-        do complex outputs, for which the criterion is a function of them.
+        Pytree of floating-point tensors; complex ones, and outputs, count as pairs of reals.
     X, y
-        Inputs and targets: tensors or pytrees of tensors with the samples on axis 0.
+        Tensors or pytrees of tensors with the samples on axis 0.
     criterion
         Loss module, function of `torch.nn.functional`, `ddnewton.criteria.Loss`, or any convex
         ``criterion(outputs, y) -> scalar`` whose Hessian has no entries between samples, such as a
-        mean over valid labels, or Σwℓ / Σw; or one whose curvature is approximated,
-        `ddnewton.monte_carlo` or `ddnewton.empirical_fisher`. A robust loss that is not convex goes
-        into `ddnewton.majorized`, any other into `ddnewton.clipped`.
+        mean over valid labels, or Σwℓ / Σw; or one with other curvature, as `ddnewton.monte_carlo`,
+        or, of losses that are not convex, `ddnewton.majorized` or `ddnewton.clipped`.
     damping
-        A number δ ≥ 0, or a rule ``damping(evals [K], evecs [NM, K], gammas [N, K],
-        lambdas [N, K]) -> [K]``, such as those of `ddnewton.damping`. Infinity skips a direction.
-        Damping has the units of curvature.
+        A number δ ≥ 0 in the units of curvature, or a rule ``damping(evals [K], evecs [NM, K],
+        gammas [N, K], lambdas [N, K]) -> [K]``, as in `ddnewton.damping`. ∞ skips a direction.
     select
         Which directions: a function of the ascending eigenvalues that returns indices or a mask,
         such as `ddnewton.top_k`. None keeps all above the rank tolerance.
@@ -102,8 +99,7 @@ def newton_step(
         −(g − Pg) / δ⊥. None leaves that part out.
     groups
         A sequence of `ddnewton.Group`: each has a block of G, directions and damping of its own,
-        as if there were no curvature between them. Parameters in no group get a zero step. None
-        is one group of all.
+        as if there were no curvature between them. Parameters in no group get a zero step.
     subsampling_grad, subsampling_ggn
         Indices of the samples whose mean is the gradient, and of those that G is the mean over,
         directions and curvatures; None for all. What is summed or averaged is still the loss of
@@ -112,21 +108,20 @@ def newton_step(
         Indices of the samples whose mean curvature along the directions is λ_k, instead of those
         of ``subsampling_ggn``. On samples that the directions have not seen, λ is free of the bias
         that makes it too large on those they are made of (Tatzel et al., 2024, arXiv 2410.14325);
-        with ``subsampling_grad`` so is γ. It is the curvature along single directions: that of
-        others couples them, so that an undamped step along all may overshoot. A direction without
-        curvature there, and without damping, is skipped.
+        with ``subsampling_grad`` so is γ. Directions are coupled there, so that an undamped step
+        along all may overshoot; one without curvature there, and without damping, is skipped.
     gram
         How the Gram matrix is formed: "structured", from what goes into the layers and what is
         pulled back to them, which refuses a model that cannot be traced; "dense", from per-sample
         Jacobians; "free", not at all: conjugate gradients for one damping of all directions, and
         Lanczos's method for a ``select`` multiply with it. "auto" is the faster of the first two,
-        and "free", with a warning, where they do not fit into memory. A model from
-        `ddnewton.prepare` is structured unless this says otherwise.
+        and "free", with a warning, where they do not fit into memory; of a model from
+        `ddnewton.prepare` it is the first.
     tol
-        With "free", the share of the decrease of the exact step that may be given away; residuals
-        of eigenpairs are up to 1e-4 of it, of the largest eigenvalue. `NewtonInfo` tells.
+        With "free", the share of the exact step's decrease that may be given away; residuals of
+        eigenpairs are up to 1e-4 tol λ_max. `NewtonInfo` tells.
     chunk_size
-        How many samples' temporaries may exist at once. None chooses from the memory at hand.
+        How many samples' temporaries may exist at once; None chooses.
     scale
         The units of the parameters (SciPy's ``x_scale``): with s / scale in place of s, directions
         are eigenvectors, damping acts, and the rank tolerance counts. A positive number; a pytree
@@ -143,7 +138,7 @@ def newton_step(
     Raises
     ------
     ValueError, TypeError
-        Where an argument breaks a rule; the message names it and says what to do.
+        Where an argument breaks a rule; the message names it.
 
     Examples
     --------
@@ -227,9 +222,9 @@ def newton_step_and_info(
     >>> line = lambda p, x: p["slope"] * x + p["offset"]
     >>> zero = {"slope": torch.zeros(1), "offset": torch.zeros(1)}
     >>> x = torch.tensor([[0.0], [1.0], [2.0]])
-    >>> step, info = newton_step_and_info(line, zero, x, 3 * x + 1, torch.nn.MSELoss(), 0.0)
-    >>> int(info.rank), [round(value, 4) for value in info.evals.tolist()]
-    (2, [0.5585, 4.7749])
+    >>> _, info = newton_step_and_info(line, zero, x, 3 * x + 1, torch.nn.MSELoss(), 0.0)
+    >>> int(info.rank), info.evals
+    (2, tensor([0.5585, 4.7749]))
     """
     arguments = arguments_of(
         *(model_fn, params, X, y, criterion),

@@ -131,12 +131,10 @@ def covariance(
     nested = []
     for leaf, rows in zip(leaves, matrix.split(sizes), strict=True):
         parts = zip(leaves, rows.split(sizes, 1), strict=True)
-        blocks = [
-            part.reshape((*leaf.shape, *other.shape)).to(
-                dtype=torch.promote_types(leaf.dtype, other.dtype), device=leaf.device
-            )
-            for other, part in parts
-        ]
+        dtypes = [torch.promote_types(leaf.dtype, other.dtype) for other in leaves]
+        shaped = (part.reshape((*leaf.shape, *other.shape)) for other, part in parts)
+        pairs = zip(shaped, dtypes, strict=True)
+        blocks = [part.to(dtype=dtype, device=leaf.device) for part, dtype in pairs]
         nested.append(tree_unflatten(blocks, spec))
     return tree_unflatten(nested, spec)
 

@@ -26,7 +26,6 @@ TERMS_REMEDY = (
 
 def check_params(params: PyTree) -> None:
     """Require at least one leaf, and floating-point or complex tensors throughout."""
-    # A tensor of no number is fine, as long as there is a number anywhere.
     leaves = tree_leaves(params)
     if not leaves:
         remedy = "Pass a pytree of tensors, such as dict(module.named_parameters())."
@@ -90,9 +89,8 @@ def check_batch(**trees: PyTree) -> None:
         rule = f"{names} must hold the same number of samples"
         raise BadValue(sentence(rule, got, f"Slice them to a common axis 0. {TERMS_REMEDY}"))
     if 0 in counts.values():
-        raise BadValue(
-            sentence(f"{names} must hold at least one sample", "0", "Skip the empty batch.")
-        )
+        rule = f"{names} must hold at least one sample"
+        raise BadValue(sentence(rule, "0", "Skip the empty batch."))
 
 
 def _count_samples(name: str, leaf: Tensor) -> int:
@@ -191,14 +189,13 @@ def check_options(
             rule = f"gram must be one of {', '.join(map(repr, GRAM_OPTIONS))}"
             raise BadValue(sentence(rule, repr(way), 'Leave it at "auto".'))
     if chunk_size is not None:
+        remedy = "Pass a number of samples."
         if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
             rule, got = "chunk_size must be an integer or None", type(chunk_size).__name__
-            raise BadType(sentence(rule, got, "Pass a number of samples."))
+            raise BadType(sentence(rule, got, remedy))
         if chunk_size < 1:
-            raise BadValue(
-                sentence("chunk_size must be at least 1", chunk_size, "Pass a number of samples.")
-            )
-    # Some share of the decrease must be allowed to be lost.
+            raise BadValue(sentence("chunk_size must be at least 1", chunk_size, remedy))
+    # A share of the decrease.
     check_positive("tol", tol)
     if any_known(torch.as_tensor(tol) >= 1):
         raise BadValue(sentence("tol must be below 1", tol, "Pass a share, such as 1e-2."))

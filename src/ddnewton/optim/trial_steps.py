@@ -23,13 +23,7 @@ from ddnewton.quadratic.directions import directions_of
 from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.kept import BlockDirections
 from ddnewton.quadratic.leafwise import centre_in_metric, in_metrics, is_leafwise, metric_of
-from ddnewton.quadratic.proximal import (
-    Centre,
-    Proximal,
-    ProximalBlock,
-    centre_of,
-    proximal_blocks,
-)
+from ddnewton.quadratic.proximal import Centre, Proximal, ProximalBlock, centre_of, proximal_blocks
 from ddnewton.quadratic.quadratic_model import QuadraticModel, to_parameters
 from ddnewton.quadratic.shifted import Shifted, of_gradient, shifted, squared_lengths, step_at
 from ddnewton.quadratic.solution import damped_more, is_linear, solve, without_eigenpairs

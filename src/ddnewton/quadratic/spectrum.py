@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ddnewton.columns.gram import Columns
+from ddnewton.iterative.lanczos import leading_eigenpairs
 from ddnewton.process import ONE_THREAD
 from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.transforms import any_possible, is_batched
@@ -34,6 +35,10 @@ COLUMN_ROUNDINGS = 32.0
 
 LEADING_FROM, LEADING_SHARE = 256, 8
 """From which size on, and from how many times fewer, only leading eigenpairs are computed."""
+
+
+LEADING_RESIDUAL = 1e-13
+"""The residuals of leading eigenpairs by products, relative to the largest eigenvalue."""
 
 
 class Spectrum(NamedTuple):
@@ -66,7 +71,7 @@ def decompose(matrix: GaussNewton, leading: int | None = None) -> Spectrum:
 
     Where only the ``leading`` ones are asked for, computing these is half the work, or less.
     """
-    return _of_columns(matrix, leading) if matrix.on_columns else _of_parameters(matrix)
+    return _of_columns(matrix, leading) if matrix.on_columns else _of_parameters(matrix, leading)
 
 
 def _of_columns(matrix: GaussNewton, leading: int | None) -> Spectrum:
@@ -114,9 +119,9 @@ def _of_columns(matrix: GaussNewton, leading: int | None) -> Spectrum:
     )
 
 
-def _of_parameters(matrix: GaussNewton) -> Spectrum:
-    """Return the eigenpairs from G itself."""
-    evals, vectors = torch.linalg.eigh(matrix.entries)
+def _of_parameters(matrix: GaussNewton, leading: int | None) -> Spectrum:
+    """Return the eigenpairs from G itself; of leading ones alone, slopes along these alone."""
+    evals, vectors = _leading_of(matrix.entries, leading) or torch.linalg.eigh(matrix.entries)
     # The slopes of the columns are inner products, and tell which columns are resolved.
     i, column_slopes = len(matrix.weights), matrix.columns.rmatmat(vectors)
     lengths = column_slopes[:i].square().sum(1)
@@ -125,7 +130,7 @@ def _of_parameters(matrix: GaussNewton) -> Spectrum:
     # The eigenvectors of the Gram matrix, u = √w Aᵀe / √λ.
     root = torch.where(curved, matrix.weights, 0).sqrt()
     evecs: Tensor = F.normalize(root[:, None] * column_slopes[:i], dim=0)
-    live, faint, rounding = _judge(evals, evecs, diagonal, matrix.columns, len(evals))
+    live, faint, rounding = _judge(evals, evecs, diagonal, matrix.columns, len(matrix.entries))
     resolved = F.pad(curved, (0, len(column_slopes) - i))
     column_slopes = torch.where(live | faint | ~resolved[:, None], column_slopes, 0)
 
@@ -134,7 +139,7 @@ def _of_parameters(matrix: GaussNewton) -> Spectrum:
         return part
 
     return Spectrum(
-        evals=F.pad(evals.clamp(min=0), (i - evals.shape[0], 0)),
+        evals=evals.clamp(min=0) if len(evals) < len(matrix.entries) else _padded(evals, i),
         evecs=evecs,
         column_slopes=column_slopes,
         vectors=vectors,
@@ -148,10 +153,33 @@ def _of_parameters(matrix: GaussNewton) -> Spectrum:
     )
 
 
+def _leading_of(
+    matrix: Float[Tensor, "d d"], leading: int | None
+) -> tuple[Float[Tensor, " k"], Float[Tensor, "d k"]] | None:
+    """Return leading eigenpairs by Lanczos's method; None for all, and where few are no gain."""
+    d = len(matrix)
+    if leading is None or LEADING_SHARE * leading > d or d < LEADING_FROM or is_batched(matrix):
+        return None
+    start = torch.randn(d, 2, dtype=matrix.dtype, generator=torch.Generator().manual_seed(0))
+    pairs = leading_eigenpairs(
+        lambda block: matrix @ block,
+        d,
+        leading,
+        tol=LEADING_RESIDUAL,
+        limit=d,
+        start=start.to(matrix.device),
+    )
+    return (pairs.evals, pairs.vectors) if pairs.converged else None
+
+
 def eigenvalues(matrix: GaussNewton) -> Float[Tensor, " i"]:
     """Return all NM eigenvalues of a Gauss-Newton matrix, ascending."""
-    evals = torch.linalg.eigvalsh(matrix.matrix()).clamp(min=0)
-    padded: Tensor = F.pad(evals, (len(matrix.weights) - evals.shape[0], 0))
+    return _padded(torch.linalg.eigvalsh(matrix.matrix()), len(matrix.weights))
+
+
+def _padded(evals: Float[Tensor, " side"], i: int) -> Float[Tensor, " i"]:
+    """Return eigenvalues, none of them negative, with the zeros of all other columns in front."""
+    padded: Tensor = F.pad(evals.clamp(min=0), (i - evals.shape[0], 0))
     return padded
 
 
