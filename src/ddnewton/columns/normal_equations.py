@@ -27,12 +27,19 @@ from ddnewton.columns.factors import (
     rows_of,
 )
 from ddnewton.columns.gram import columns_first, cuts_to, of_chunk, order_of, scale_along
-from ddnewton.transforms import concatenated, summed
+from ddnewton.transforms import concatenated, is_batched, summed
 from ddnewton.trees import chunks
 
-CACHED_ENTRIES, ROWS_PER_ENTRY = 2**16, 4
-"""How many entries of dense rows are made at a time, and how many rows at least for each entry of
-one, so that the sum of their products is not what takes the time."""
+CACHED_ENTRIES, LEAST_ROWS = 2**18, 64
+"""How many entries of dense rows are made at a time, and how many rows at least, so that the sum of
+their products is not what takes the time."""
+
+ROWS_PER_ENTRY = 4
+"""How many rows at least are made for each entry of one where a triangle is made of them."""
+
+STRIPS, LONG_STRIP = 8, 64
+"""The number of strips into which a sum of products is cut, to leave out what lies below the
+diagonal, and how many rows one has at least."""
 
 
 class NormalEquations(NamedTuple):
@@ -85,7 +92,7 @@ def weighted_rows(
     """Yield the rows √w_i a_i of a block, in the order of its parameters, some at a time."""
     counts = [jacobian.samples * jacobian.columns for jacobian in jacobians]
     for jacobian, root in zip(jacobians, weights.sqrt().split(counts), strict=True):
-        for piece in _row_pieces(jacobian, [block], root[None]):
+        for piece in _row_pieces(jacobian, [block], root[None], ROWS_PER_ENTRY):
             yield in_order(piece.weights.reshape(-1, 1) * piece.rows, piece.order)
 
 
@@ -111,16 +118,35 @@ def _of_jacobian(
     for piece in _row_pieces(jacobian, blocks, root_and_z):
         # The rows √w a for G, and a for g.
         root, z = piece.weights.unbind()
-        scaled = (root.reshape(-1, 1) * piece.rows).mT
-        sums = NormalEquations(product(scaled, scaled), z.reshape(-1) @ piece.rows)
-        totals[piece.block] = _sum(totals[piece.block], sums)
+        rows, slope = root.reshape(-1, 1) * piece.rows, z.reshape(-1) @ piece.rows
+        total = totals[piece.block]
+        totals[piece.block] = (
+            NormalEquations(product(rows.mT, rows.mT), slope)
+            if total is None
+            else NormalEquations(_with_products(total.matrix, rows), summed(total.gradient, slope))
+        )
         orders[piece.block] = piece.order
     pairs = zip(totals, orders, strict=True)
     return [_in_order(total, order) for total, order in pairs if total is not None]
 
 
+def _with_products(total: Float[Tensor, "d d"], rows: Float[Tensor, "_ d"]) -> Float[Tensor, "d d"]:
+    """Return a sum with the products of some more rows, in its memory where possible.
+
+    As of `product`, perhaps only the upper triangle: see `completed`.
+    """
+    if is_batched(rows):
+        return total + rows.mT @ rows
+    for strip in chunks(len(total), max(LONG_STRIP, -(-len(total) // STRIPS))):
+        total[strip, strip.start :].addmm_(rows[:, strip].mT, rows[:, strip.start :])
+    return total
+
+
 def _row_pieces(
-    jacobian: Jacobian, blocks: Sequence[Leaves], weights: Float[Tensor, "k i"]
+    jacobian: Jacobian,
+    blocks: Sequence[Leaves],
+    weights: Float[Tensor, "k i"],
+    rows_per_entry: int = 0,
 ) -> Iterator[RowPiece]:
     """Yield the rows of every block with their weights, as many at a time as stay in the cache."""
     cut = cuts_to(jacobian, blocks)
@@ -129,17 +155,18 @@ def _row_pieces(
         for b, factors in enumerate(cut(jacobian.visit(chunk))):
             order = _places(factors, order_of(jacobian, blocks[b]))
             readers = [_reader(factor, jacobian.columns) for factor in factors]
-            for samples in _at_once(factors, *chunk_weights.shape[1:]):
+            for samples in _at_once(factors, *chunk_weights.shape[1:], rows_per_entry):
                 # The entries of all factors side by side.
                 w = chunk_weights[:, samples]
                 parts = [read(samples) for read in readers] or [w.new_empty(w[0].numel(), 0)]
                 yield RowPiece(b, concatenated(parts, 1), w, order)
 
 
-def _at_once(factors: Sequence[Factor], n: int, m: int) -> list[slice]:
+def _at_once(factors: Sequence[Factor], n: int, m: int, rows_per_entry: int) -> list[slice]:
     """Return so many samples at a time, of n with m columns, that their rows stay in the cache."""
     d = sum(map(entry_count, factors))
-    return chunks(n, max(1, max(CACHED_ENTRIES // max(1, d), ROWS_PER_ENTRY * d) // m))
+    count = max(CACHED_ENTRIES // max(1, d), LEAST_ROWS, rows_per_entry * d)
+    return chunks(n, max(1, count // m))
 
 
 def _reader(factor: Factor, m: int) -> Callable[[slice], Float[Tensor, "nm _"]]:

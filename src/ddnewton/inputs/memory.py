@@ -22,6 +22,10 @@ except ImportError:  # not a Unix
 NEVER_ASKED_BYTES = 2**27
 """Up to how many bytes nobody asks what is free: every machine has them."""
 
+CHUNK_BYTES, CHUNK_SHARE = 2**28, 16
+"""How large the temporaries of a chunk of samples are, or, beside a matrix that is larger by far,
+which share of that: more of them at once are no faster."""
+
 UNKNOWN_BYTES = 2**33
 """The memory of a system that does not tell."""
 
@@ -50,11 +54,15 @@ def check_fits(size: int, what: str, remedy: str, device: torch.device) -> None:
         raise TooLarge(sentence("a step must fit into the memory at hand", got, remedy))
 
 
-def samples_at_once(n: int, sample_bytes: int, device: torch.device) -> int:
-    """Return so many of n samples that they fill a quarter of the memory."""
+def samples_at_once(n: int, sample_bytes: int, side: int, device: torch.device) -> int:
+    """Return so many of n samples that they fill a chunk, beside a matrix of a side in float64.
+
+    A chunk is at most a quarter of the memory.
+    """
     if n * sample_bytes <= NEVER_ASKED_BYTES:
         return n
-    return max(1, min(n, memory_bytes(device) // 4 // sample_bytes))
+    size = max(CHUNK_BYTES, side**2 * torch.float64.itemsize // CHUNK_SHARE)
+    return max(1, min(n, min(size, memory_bytes(device) // 4) // sample_bytes))
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -141,7 +141,7 @@ def _check_pullback(
 
 
 def _samples_at_once(model: Model, m: int) -> int:
-    """Return so many samples that twice their columns fill a quarter of the memory.
+    """Return so many samples that twice their columns fill a chunk.
 
     Twice, as the columns of every chunk are multiplied with those of another.
     """
@@ -153,4 +153,4 @@ def _samples_at_once(model: Model, m: int) -> int:
         'columns, or gram="structured", which holds columns as outer products.'
     )
     check_fits(sample_bytes, what, remedy, model.outputs.device)
-    return samples_at_once(n, sample_bytes, model.outputs.device)
+    return samples_at_once(n, sample_bytes, min(n * m, d), model.outputs.device)

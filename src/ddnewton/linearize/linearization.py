@@ -166,24 +166,28 @@ def _by_program(
     samples: Sequence[Tensor],
     chunk_size: int | None,
 ) -> Linearization:
-    """Linearize a model by a program; where all samples fit into memory it is run only once."""
+    """Linearize a model by a program; where all samples are one chunk it is run only once."""
     n = samples[0].shape[0]
-    size = chunk_size or _samples_at_once(program, leaves, n, prepared.width)
+
+    def size_of(n: int, m: int) -> int:
+        return chunk_size or _samples_at_once(program, leaves, n, m)
 
     def visit_of(indices: Int[Tensor, " n"] | slice) -> Visit:
         return visit(program, leaves, take(samples, indices))
 
-    # Run it on all samples for the outputs; only the first chunk stays ready to be pulled back.
-    first_chunk, *further_chunks = chunks(n, size)
-    first = visit_of(first_chunk)
-    outputs = first.outputs
-    if further_chunks:
-        outputs = torch.cat([outputs, *(visit_of(chunk).outputs for chunk in further_chunks)])
+    # Run it on all samples for the outputs; a single chunk stays ready to be pulled back.
+    first_chunk, *further_chunks = chunks(n, size_of(n, prepared.width))
+    first = None if further_chunks else visit_of(first_chunk)
+    outputs = (
+        torch.cat([run(program, leaves, take(samples, c)) for c in (first_chunk, *further_chunks)])
+        if first is None
+        else first.outputs
+    )
     check_outputs(outputs, n)
     eps = max(program.rounding, *(torch.finfo(x.dtype).eps for x in (outputs, *leaves)))
 
     def jacobian(basis: Float[Tensor, "n c m"], indices: Int[Tensor, " n"] | None) -> Jacobian:
-        parts = chunks(basis.shape[0], size)
+        parts = chunks(basis.shape[0], size_of(basis.shape[0], basis.shape[2]))
         factors: Sequence[Factor] = []
 
         def of_chunk(chunk: slice) -> Sequence[Factor]:
@@ -192,7 +196,8 @@ def _by_program(
 
         # The factors of a single chunk are kept, those of several are computed at every visit.
         if len(parts) == 1:
-            factors = of_chunk(parts[0]) if indices is not None else first.pullback(basis)
+            ready = first is not None and indices is None
+            factors = first.pullback(basis) if ready else of_chunk(parts[0])
         columns = Jacobian(
             visit=lambda chunk: factors or of_chunk(chunk),
             chunks=parts,
@@ -244,14 +249,16 @@ def _cost(program: Program, n: int, m: int) -> float:
 
 
 def _samples_at_once(program: Program, leaves: Sequence[Tensor], n: int, m: int) -> int:
-    """Return so many samples that their inputs and twice their cotangents fill a quarter of memory.
+    """Return so many samples that their results and cotangents, each twice, fill a chunk.
 
-    Twice, as what is pulled back to the sites is written into one tensor for all columns.
+    Twice, as the results stay while cotangents of theirs are made, and as what is pulled back to
+    the sites is written into one tensor for all columns.
     """
     inputs = sum(
         layer.positions * sum(index.shape[0] * index.shape[2] for index in layer.indices)
         for layer in program.layers
     )
     entries = program.size + sum(derived.size for derived in program.derived_leaves)
-    sample_bytes = leaves[0].element_size() * (2 * m * entries + inputs) + 1
-    return samples_at_once(n, sample_bytes, leaves[0].device)
+    sample_bytes = leaves[0].element_size() * (2 * m * entries + inputs + 2 * program.results) + 1
+    side = min(n * m, sum(leaf.numel() for leaf in leaves))
+    return samples_at_once(n, sample_bytes, side, leaves[0].device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from ddnewton.linearize.structured.derived import Derived, derived_weights
@@ -75,6 +77,7 @@ def compile_program(
         graph=_probed(graph, sites, sources),
         sites=[Site(site.meta[SHAPE], site.meta[DTYPE]) for site in sites],
         size=sum(site.meta[SHAPE].numel() for site in sites) + sum(sizes[i] for i in direct),
+        results=_results(graph),
         layers=layers,
         derived_leaves=derived_leaves,
         direct=direct,
@@ -86,6 +89,19 @@ def compile_program(
         order=_order(layers, sizes, later, leaves[0].device),
         rounding=survey.rounding,
     )
+
+
+def _results(graph: GraphModule) -> int:
+    """Return the number of entries of all results in a graph that are tensors of their own."""
+    shapes = [node.meta[SHAPE] for node in graph.graph.nodes if _is_new(node.target)]
+    return sum(shape.numel() for shape in shapes if shape is not None)
+
+
+def _is_new(target: Any) -> bool:
+    """Return whether the result of an operation has memory of its own."""
+    if not isinstance(target, OpOverload):
+        return target is operator.getitem  # one of several results
+    return not any(result.alias_info for result in target._schema.returns)
 
 
 def widened_program(program: Program, dtype: torch.dtype) -> tuple[Program, bool]:

@@ -82,6 +82,7 @@ class Program(NamedTuple):
     graph: GraphModule  # (*params, *x, *probes) -> (outputs, sources)
     sites: Sequence[Site]
     size: int  # the number of cotangents of a sample and column
+    results: int  # the number of entries of all that a run computes for a sample
     layers: Sequence[Layer]
     derived_leaves: Sequence[DerivedLeaves]
     direct: Sequence[int]  # the leaves that are differentiated directly
