@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ddnewton.columns.factors import Factor, Jacobian, Outer, dense_columns, written_out
-from ddnewton.columns.gram import matmat, products, rmatmat
+from ddnewton.columns.gram import matmat, rmatmat
 from ddnewton.columns.normal_equations import normal_equations
+from ddnewton.columns.tiles import products
 from tests.columns.test_contraction import SHAPES, Shape, outer_products
 from tests.models import normal
 from tests.reference import error

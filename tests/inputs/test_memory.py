@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from ddnewton import Group, empirical_fisher, ggn_eigvalsh, monte_carlo, newton_step
+from ddnewton import (
+    Group,
+    empirical_fisher,
+    ggn_eigvalsh,
+    monte_carlo,
+    newton_step,
+    newton_step_and_info,
+)
 from ddnewton.inputs import memory
 
 FREE = 2**27
@@ -31,10 +38,10 @@ def test_a_basis_that_does_not_fit_is_refused_with_its_figures():
         newton_step(*case(2, 64, (100,)), nn.CrossEntropyLoss(), 0.1)
 
 
-def wide_case(n, halves):
-    """Logits of 5 classes that depend on 2,400 parameters, in two leaves."""
+def wide_case(n, halves, width=1200):
+    """Logits of 5 classes that depend on 2,400 parameters, in two leaves, or on more."""
     generator = torch.Generator().manual_seed(0)
-    params = {name: torch.randn(4, 1200 // 4, generator=generator) for name in halves}
+    params = {name: torch.randn(4, width // 4, generator=generator) for name in halves}
 
     def model_fn(p, x):
         hidden = torch.tanh(torch.cat([x @ weight for weight in p.values()], 1))
@@ -45,13 +52,27 @@ def wide_case(n, halves):
 
 
 def test_a_matrix_that_does_not_fit_is_refused_with_its_figures():
-    # 3 · 8 B · 2,400²
-    problem = (*wide_case(1200, ("left", "right")), nn.CrossEntropyLoss())
-    match = r"side 2400, .* N·M = 1200·4 columns along 2400 parameters: 0.138 GB"
+    # 2 · 8 B · 3,000²
+    problem = (*wide_case(1200, ("left", "right"), 1500), nn.CrossEntropyLoss())
+    match = r"side 3000, factorized in place, of N·M = 1200·4 .* 3000 parameters: 0.144 GB"
     with pytest.raises(ValueError, match=match):
         newton_step(*problem, 0.1)
+
+
+def test_eigenpairs_that_do_not_fit_are_refused_with_their_figures():
+    # (4 + 2 · 4,800 / 2,400) · 8 B · 2,400²
+    problem = (*wide_case(1200, ("left", "right")), nn.CrossEntropyLoss())
+    match = r"side 2400, with copies and eigenvectors .* 1200·4 columns .*: 0.369 GB.* One number"
+    for damping in (0.0, lambda evals, *_: evals):
+        with pytest.raises(ValueError, match=match):
+            newton_step(*problem, damping)
     with pytest.raises(MemoryError, match=match):
         ggn_eigvalsh(*problem)
+    # With a number, no sooner than they are asked for.
+    match = "copies and eigenvectors of a Gauss-Newton matrix of side 2400: 0.323 GB"
+    with pytest.raises(MemoryError, match=match):
+        newton_step_and_info(*problem, 0.1)
+    assert newton_step(*problem, 0.1)["left"].isfinite().all()
 
 
 def test_the_ways_out_do_fit():
@@ -73,8 +94,11 @@ def test_one_basis_for_all_samples_is_counted_once():
     generator = torch.Generator().manual_seed(0)
     params, X = torch.randn(2, 300, generator=generator), torch.randn(1000, 2, generator=generator)
     problem = (lambda p, x: x @ p, params, X, torch.zeros(1000, 300))
-    step = newton_step(*problem, nn.MSELoss(reduction="sum"), 1e-3)
-    torch.testing.assert_close(step, -params, rtol=1e-5, atol=0)
+    step = newton_step(*problem, nn.MSELoss(reduction="sum"), 10.0)
+    curvature = 2 * X.double().T @ X.double()
+    damped = curvature + 10 * torch.eye(2, dtype=torch.float64)
+    expected = -torch.linalg.solve(damped, curvature @ params.double())
+    torch.testing.assert_close(step, expected.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_basis_of_the_whole_batch_is_estimated_where_that_cannot_be_parted():
@@ -87,7 +111,7 @@ def test_a_basis_of_the_whole_batch_is_estimated_where_that_cannot_be_parted():
         return (outputs - y).square()[mask].mean()
 
     problem = (lambda p, x: x @ p, params, X, torch.zeros(1000, 300))
-    step = newton_step(*problem, criterion, 1e-6)
+    step = newton_step(*problem, criterion, 1e-5)
     torch.testing.assert_close(step, -params, rtol=1e-2, atol=0)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ddnewton import newton_step
-from ddnewton.quadratic.cholesky import CHOLESKY_BLOCK, _factorized
+from ddnewton.quadratic.cholesky import CHOLESKY_BLOCK, _factorized, _put_back
 from tests.models import normal, of_module
 from tests.reference import dense, error, flat, solve
 
@@ -27,37 +27,40 @@ WIDTHS = {"columns": 40, "parameters": 8}
 
 def positive(side: int) -> torch.Tensor:
     root = torch.randn(side, side + 3, dtype=FLOAT64)
-    return root @ root.T / side + 0.01 * torch.eye(side, dtype=FLOAT64)
+    products = root @ root.T / side
+    return (products + products.T) / 2 + 0.01 * torch.eye(side, dtype=FLOAT64)
+
+
+def factorized(matrix: torch.Tensor, shifts: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """A factor, of a matrix that is put back afterwards."""
+    corners: list[torch.Tensor] = []
+    written, failed = _factorized(matrix, shifts, corners)
+    factor = written.tril()
+    _put_back(matrix, corners)
+    return factor, bool(failed)
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_the_factor_is_that_of_the_whole(side):
+def test_one_matrix_has_the_factors_of_several_dampings(side):
     matrix = positive(side)
-    factor, failed = _factorized(matrix.clone())
-    assert not failed
-    assert error(factor.tril(), torch.linalg.cholesky(matrix)) < 1e-12
-
-
-@pytest.mark.parametrize("side", SIDES)
-def test_what_is_above_the_diagonal_does_not_count(side):
-    matrix = positive(side)
-    factor, _ = _factorized(matrix.tril() + torch.full_like(matrix, torch.nan).triu(1))
-    assert error(factor.tril(), torch.linalg.cholesky(matrix)) < 1e-12
+    before = matrix.clone()
+    for delta in (0.1, 1e-3, 10.0):
+        shifts = delta * torch.rand(side, dtype=FLOAT64)
+        factor, failed = factorized(matrix, shifts)
+        assert not failed
+        assert error(factor, torch.linalg.cholesky(before + shifts.diag())) < 1e-12
+        assert torch.equal(matrix, before)
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan")])
 @pytest.mark.parametrize("place", [0, CHOLESKY_BLOCK - 1, CHOLESKY_BLOCK, 2 * CHOLESKY_BLOCK + 52])
-def test_a_matrix_without_a_factor_is_told_of(place, value):
+def test_a_matrix_without_a_factor_is_told_of_and_put_back(place, value):
     matrix = positive(2 * CHOLESKY_BLOCK + 53)
     matrix[place, place] = value
-    _, failed = _factorized(matrix)
+    before = matrix.clone()
+    _, failed = factorized(matrix, torch.zeros(len(matrix), dtype=FLOAT64))
     assert failed
-
-
-def test_nothing_has_a_factor_of_nothing():
-    factor, failed = _factorized(torch.zeros(0, 0, dtype=FLOAT64))
-    assert factor.shape == (0, 0)
-    assert not failed
+    assert torch.equal(matrix.triu().nan_to_num(7.0), before.triu().nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("delta", [1e-4, 1e-2, 1.0])

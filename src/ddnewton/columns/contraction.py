@@ -29,7 +29,7 @@ from ddnewton.columns.factors import (
     rows_of,
     single_position,
 )
-from ddnewton.transforms import scaled
+from ddnewton.transforms import is_batched, scaled
 from ddnewton.trees import chunks
 
 INNER_PRODUCTS = "ngtp,nmgot,NgTp,NMgoT->nmNM"
@@ -214,8 +214,24 @@ def product(left: Float[Tensor, "i d"], right: Float[Tensor, "j d"]) -> Float[Te
 
 
 def completed(products: Float[Tensor, "i j"], symmetric: bool) -> Float[Tensor, "i j"]:
-    """Return all products, given the upper triangle of those that are symmetric."""
-    return products.triu() + products.triu(1).T if symmetric else products
+    """Return all products, given the upper triangle of those that are symmetric.
+
+    They are written below it, some rows at a time, where possible: `mirrored`.
+    """
+    if not symmetric:
+        return products
+    if is_batched(products) or len(products) <= LONG_ROWS // 2:
+        return products.triu() + products.triu(1).T
+    mirrored(products)
+    return products
+
+
+def mirrored(matrix: Float[Tensor, "i i"]) -> None:
+    """Write what is above the diagonal below it."""
+    for rows in chunks(len(matrix), LONG_ROWS // 4):
+        corner = matrix[rows, rows]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        matrix[rows.stop :, rows] = matrix[rows, rows.stop :].mT
 
 
 def _of_dense(

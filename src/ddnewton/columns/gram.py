@@ -20,8 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ddnewton.columns.alignment import Leaves, cut_to, paired
-from ddnewton.columns.contraction import inner
+from ddnewton.columns.alignment import Leaves, cut_to
 from ddnewton.columns.factors import (
     Factor,
     Jacobian,
@@ -31,8 +30,6 @@ from ddnewton.columns.factors import (
     inner_products,
     weighted_sums,
 )
-from ddnewton.columns.units import in_units
-from ddnewton.transforms import concatenated, summed
 from ddnewton.trees import along_block
 
 
@@ -53,56 +50,6 @@ def columns_of(jacobians: Sequence[Jacobian], block: Leaves) -> Columns:
         eps=max(jacobian.eps for jacobian in jacobians),
         sums=max(jacobian.sums for jacobian in jacobians),
     )
-
-
-def products(
-    left: Jacobian, right: Jacobian, blocks: Sequence[Leaves]
-) -> list[Float[Tensor, "i j"]]:
-    """Return AᵀB for every block; for A = B half of it is computed, and mirrored."""
-    symmetric = left is right
-    left = in_units(left)
-    right = left if symmetric else in_units(right)
-    pairings = [paired(left, right, block) for block in blocks]
-    rows: list[list[list[Tensor]]] = [[[] for _ in left.chunks] for _ in blocks]
-    for i, left_chunk in enumerate(left.chunks):
-        left_factors = left.visit(left_chunk)
-        for j, right_chunk in enumerate(right.chunks):
-            # Of a Jacobian with itself, the lower half is the transpose of the upper one.
-            if symmetric and j < i:
-                continue
-            diagonal = symmetric and i == j
-            right_factors = left_factors if diagonal else right.visit(right_chunk)
-            for row, pairs_of in zip(rows, pairings, strict=True):
-                shape = (*_shape(left, left_chunk), *_shape(right, right_chunk))
-                pairs = pairs_of(left_factors, right_factors)
-                products_of_pairs = (inner(x, y, shape[1::2]) for x, y in pairs)
-                # A block that the model makes no use of has no factors, and no products.
-                row[i].append(reduce(summed, products_of_pairs) if pairs else _zeros(shape, left))
-                if symmetric and not diagonal:
-                    row[j].append(row[i][-1].permute(2, 3, 0, 1))
-    # Put the products of pairs of chunks side by side, and count columns as everywhere else.
-    return [_counted(concatenated([concatenated(parts, 2) for parts in row], 0)) for row in rows]
-
-
-def side_by_side(
-    rows: Sequence[Jacobian], columns: Sequence[Jacobian], blocks: Sequence[Leaves]
-) -> list[Float[Tensor, "a i"]]:
-    """Return AᵀB for every block, where A and B are the columns of several Jacobians."""
-    # Of two that both have, one product is the transpose of the other.
-    grid: dict[tuple[int, int], list[Tensor]] = {}
-    for r, left in enumerate(rows):
-        for c, right in enumerate(columns):
-            mirrored = c < r < len(columns) and left is columns[r] and right is rows[c]
-            grid[r, c] = (
-                [matrix.mT for matrix in grid[c, r]] if mirrored else products(left, right, blocks)
-            )
-    numbers = range(len(columns))
-    return [
-        concatenated(
-            [concatenated([grid[r, c][b] for c in numbers], 1) for r in range(len(rows))], 0
-        )
-        for b in range(len(blocks))
-    ]
 
 
 def matmat(
@@ -167,10 +114,6 @@ def _total(parts: Sequence[Tensor]) -> Tensor:
     return reduce(torch.add, parts)
 
 
-def _zeros(shape: Sequence[int], jacobian: Jacobian) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float64, device=jacobian.device)
-
-
 def _shape(jacobian: Jacobian, chunk: slice) -> tuple[int, int]:
     """Return the number of samples in a chunk, and that of columns a sample."""
     return chunk.stop - chunk.start, jacobian.columns
@@ -195,11 +138,6 @@ def order_of(jacobian: Jacobian, block: Leaves) -> Int[Tensor, " d"] | None:
     by_leaf = order.split(list(jacobian.sizes))
     block_order: Tensor = place[torch.cat([by_leaf[leaf] for leaf in block])]
     return block_order
-
-
-def _counted(matrix: Float[Tensor, "n m n2 m2"]) -> Float[Tensor, "i j"]:
-    """Return a matrix over columns in the order in which they are counted."""
-    return matrix.permute(1, 0, 3, 2).flatten(0, 1).flatten(1, 2)
 
 
 def of_chunk(

@@ -155,16 +155,16 @@ def _row_pieces(
         for b, factors in enumerate(cut(jacobian.visit(chunk))):
             order = _places(factors, order_of(jacobian, blocks[b]))
             readers = [_reader(factor, jacobian.columns) for factor in factors]
-            for samples in _at_once(factors, *chunk_weights.shape[1:], rows_per_entry):
+            for samples in _at_once(factors, chunk_weights.shape[1:], rows_per_entry):
                 # The entries of all factors side by side.
                 w = chunk_weights[:, samples]
                 parts = [read(samples) for read in readers] or [w.new_empty(w[0].numel(), 0)]
                 yield RowPiece(b, concatenated(parts, 1), w, order)
 
 
-def _at_once(factors: Sequence[Factor], n: int, m: int, rows_per_entry: int) -> list[slice]:
+def _at_once(factors: Sequence[Factor], shape: Sequence[int], rows_per_entry: int) -> list[slice]:
     """Return so many samples at a time, of n with m columns, that their rows stay in the cache."""
-    d = sum(map(entry_count, factors))
+    (n, m), d = shape, sum(map(entry_count, factors))
     count = max(CACHED_ENTRIES // max(1, d), LEAST_ROWS, rows_per_entry * d)
     return chunks(n, max(1, count // m))
 
@@ -230,4 +230,4 @@ def _in_order(total: NormalEquations, order: Int[Tensor, " d"] | None) -> Normal
         return NormalEquations(matrix, gradient)
     if len(order) != len(gradient):  # a parameter that no factor has is one past the last
         matrix, gradient = F.pad(matrix, (0, 1, 0, 1)), F.pad(gradient, (0, 1))
-    return NormalEquations(matrix[order][:, order], gradient[order])
+    return NormalEquations(matrix[order[:, None], order], gradient[order])

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from ddnewton.errors import BadValue, sentence
 from ddnewton.inputs.checks import TERMS_REMEDY, check_outputs
+from ddnewton.inputs.memory import CHUNK_BYTES
 from ddnewton.linearize.calls import called, with_dense_samples
 from ddnewton.linearize.model import Model
 from ddnewton.linearize.module_state import kept
@@ -55,6 +56,10 @@ default of each. It is random where both are true."""
 CANCELLATION_ROUNDINGS = 1024.0
 """The error of a derivative that cancels to zero, in roundings of the terms that cancel."""
 
+WATCHED_SAMPLES, RESULTS_SHARE = 1024, 16
+"""On how many samples at least a model is run at a time, and which part of a chunk its results
+are to fill where there are more."""
+
 BATCH_NORM = "batch normalisation (batch_norm) in train mode, which mixes the samples,"
 INDEPENDENCE_RULE = (
     "one sample's output must not depend on another's, on chance, or on the call before"
@@ -64,13 +69,15 @@ INDEPENDENCE_RULE = (
 class Watch(TorchFunctionMode):
     """Refuse, inside a model, the calls that break the rule of independence, before they run.
 
-    ``rounding`` is the eps of the narrowest dtype that a call has cast to, 0 without casts.
+    ``rounding`` is the eps of the narrowest dtype that a call has cast to, 0 without casts, and
+    ``result_bytes`` the size of all that calls have returned.
     """
 
     def __init__(self, rule: str = INDEPENDENCE_RULE) -> None:
         super().__init__()
         self.rule = rule
         self.rounding = 0.0
+        self.result_bytes = 0
 
     def __torch_function__(
         self,
@@ -88,6 +95,8 @@ class Watch(TorchFunctionMode):
         # What an assignment writes to is its first argument.
         written = args[0] if result is None and args else result
         self.rounding = max(self.rounding, cast_rounding(written, (*args, *kwargs.values())))
+        if type(result) is Tensor:
+            self.result_bytes += unwrapped(result).nbytes
         return result
 
 
@@ -154,13 +163,16 @@ def evaluate(
     """
     (checked, _), (unchecked, X) = (with_dense_samples(f, X) for f in kept(model_fn))
     samples = take(X, slice(0, first))
-    parts = batches(samples, chunk_size)
+    n = sample_count(samples)
+    first_size = chunk_size or (n if torch.compiler.is_compiling() else WATCHED_SAMPLES)
 
     # Watched call by call, and kept without the graph that a model with derivatives inside records.
     def evaluated(way: Callable[[ModelFn], ModelFn]) -> Model:
         outputs, watch, is_complex = [], Watch(), False
         function, watched = way(unchecked), way(checked)
-        for batch in parts:
+        parts, size = batches(samples, first_size), first_size
+        while parts:
+            batch, *parts = parts
             with watch:
                 part = watched(params, batch)
             # Complex outputs count as pairs of reals.
@@ -168,11 +180,25 @@ def evaluate(
                 part, is_complex = torch.view_as_real(part.resolve_conj()), True
             check_outputs(part, sample_count(batch))
             outputs.append(part.detach())
+            # The first samples show how many more may be run at a time.
+            if len(outputs) == 1 and parts and chunk_size is None:
+                size = _samples_at_once(watch, size)
+                parts = batches(take(samples, slice(first_size, None)), size)
         function = real_outputs(function) if is_complex else function
-        return Model(function, params, samples, torch.cat(outputs), is_complex, watch.rounding)
+        whole = torch.cat(outputs)
+        at_once = size if n > size else None
+        return Model(function, params, samples, whole, is_complex, watch.rounding, None, at_once)
 
-    whole_batch = sample_count(parts[0]) == sample_count(X)
+    whole_batch = first_size >= n == sample_count(X)
     return called(evaluated, unchecked, params, X, whole_batch)
+
+
+def _samples_at_once(watch: Watch, count: int) -> int:
+    """Return so many samples that their results fill a part of a chunk, given those of some.
+
+    The results of a model with derivatives inside are as large as several of those that are seen.
+    """
+    return max(count, count * (CHUNK_BYTES // RESULTS_SHARE) // max(1, watch.result_bytes))
 
 
 class SamplesMix(BadValue):

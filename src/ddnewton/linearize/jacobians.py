@@ -141,9 +141,10 @@ def _check_pullback(
 
 
 def _samples_at_once(model: Model, m: int) -> int:
-    """Return so many samples that twice their columns fill a chunk.
+    """Return so many samples that four times their columns fill a chunk.
 
-    Twice, as the columns of every chunk are multiplied with those of another.
+    Twice, as the columns of every chunk are multiplied with those of another, and as much again for
+    what they are made of.
     """
     n, width, d = len(model.outputs), model.outputs.element_size(), parameter_count(model.params)
     sample_bytes = 2 * width * m * d + 1
@@ -153,4 +154,4 @@ def _samples_at_once(model: Model, m: int) -> int:
         'columns, or gram="structured", which holds columns as outer products.'
     )
     check_fits(sample_bytes, what, remedy, model.outputs.device)
-    return samples_at_once(n, sample_bytes, min(n * m, d), model.outputs.device)
+    return samples_at_once(n, 2 * sample_bytes, min(n * m, d), model.outputs.device)

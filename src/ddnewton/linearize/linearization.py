@@ -120,7 +120,7 @@ def dense_flops(count: int, d: int) -> float:
 
 def _by_jacobians(model: Model, chunk_size: int | None) -> Linearization:
     """Linearize a model by dense columns, in float64 where it can be evaluated so."""
-    wide = widened(model, lambda X: batches(X, chunk_size))
+    wide = widened(model, lambda X: batches(X, model.at_once))
     models = [model] if wide is model else [wide, model]
     leaves, spec = tree_flatten(wide.params)
     return Linearization(
@@ -178,11 +178,8 @@ def _by_program(
     # Run it on all samples for the outputs; a single chunk stays ready to be pulled back.
     first_chunk, *further_chunks = chunks(n, size_of(n, prepared.width))
     first = None if further_chunks else visit_of(first_chunk)
-    outputs = (
-        torch.cat([run(program, leaves, take(samples, c)) for c in (first_chunk, *further_chunks)])
-        if first is None
-        else first.outputs
-    )
+    parts = [take(samples, chunk) for chunk in (first_chunk, *further_chunks)]
+    outputs = first.outputs if first else torch.cat([run(program, leaves, part) for part in parts])
     check_outputs(outputs, n)
     eps = max(program.rounding, *(torch.finfo(x.dtype).eps for x in (outputs, *leaves)))
 
@@ -196,8 +193,7 @@ def _by_program(
 
         # The factors of a single chunk are kept, those of several are computed at every visit.
         if len(parts) == 1:
-            ready = first is not None and indices is None
-            factors = first.pullback(basis) if ready else of_chunk(parts[0])
+            factors = first.pullback(basis) if first and indices is None else of_chunk(parts[0])
         columns = Jacobian(
             visit=lambda chunk: factors or of_chunk(chunk),
             chunks=parts,

@@ -23,6 +23,7 @@ class Model(NamedTuple):
     complex_outputs: bool = False  # as pairs of reals, along the last axis
     rounding: float = 0.0  # the eps of the narrowest dtype that it casts to inside, 0 without any
     pullback: Callable[[Tensor], list[Tensor]] | None = None  # of the batch, where it is kept
+    at_once: int | None = None  # on how many samples at a time it has been run, None for all
 
 
 def at_samples(model: Model, samples: Int[Tensor, " _"] | slice) -> Model:

@@ -15,6 +15,7 @@ eigenpairs can tell what of g is inside, while all of g, damped everywhere, is
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,12 @@ from ddnewton.transforms import any_known, is_batched
 CHOLESKY_CONDITION = 1e6
 """Up to which ratio of the largest curvature to δ all digits that matter are left."""
 
-CHOLESKY_BLOCK = 96
-"""Of how many columns at a time the factor is made."""
+CHOLESKY_BLOCK, DEVICE_BLOCK = 96, 1024
+"""Of how many columns at a time the factor is made, on a CPU and elsewhere."""
+
+LEAST_WEIGHT = 1e-200
+"""The least weight of a column beside the largest in a factorization: smaller ones are as good as
+zero."""
 
 
 def damped_step(
@@ -49,20 +54,58 @@ def damped_step(
     if any(map(is_batched, (weights, matrix.entries, gradient_weights, delta))):
         return None
     # None for a damping too small for a factorization, and a gradient beyond the range of G.
-    damped = matrix.matrix()
-    if not damped.trace() <= condition * delta < math.inf:
+    if not matrix.trace() <= condition * delta < math.inf:
         return None
     right = right_side(matrix, gradient_weights, everywhere=everywhere)
     if right is None:
         return None
     # K + δI or G + δI = L Lᵀ, and two triangular solves.
-    damped.diagonal().add_(delta)
-    factor, failed = _factorized(damped)
-    half = torch.linalg.solve_triangular(factor, right[:, None], upper=False)
-    solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)[:, 0]
+    solved = _in_place if _is_large(matrix.entries) else _of_copy
+    solution, failed = solved(matrix, right, delta)
     if failed or not solution.isfinite().all():
         return None
     return as_coordinates(matrix, gradient_weights, solution, delta)
+
+
+def _of_copy(
+    matrix: GaussNewton, right: Float[Tensor, " side"], delta: Tensor
+) -> tuple[Float[Tensor, " side"], Bool[Tensor, ""] | Int[Tensor, ""]]:
+    """Return the solution of a damped system by a copy of its matrix, and whether there is none."""
+    damped = matrix.matrix()
+    damped.diagonal().add_(delta)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    return _solution(factor, right), failed
+
+
+def _in_place(
+    matrix: GaussNewton, right: Float[Tensor, " side"], delta: Tensor
+) -> tuple[Float[Tensor, " side"], Bool[Tensor, ""] | Int[Tensor, ""]]:
+    """Return the solution of a damped system, and whether there is none, without a copy.
+
+    The factor is written over the lower triangle of the matrix, which is put back from the upper
+    one. On the side of the columns this is AᵀA, not K: with the roots of the weights as a diagonal
+    matrix √w, K + δI = √w (AᵀA + δ/w) √w. A Cholesky factorization is as exact in all such units. A
+    column without weight is one of the least weight there is, whose δ/w leaves nothing beside it.
+    """
+    side, root = len(right), torch.ones_like(right)
+    if matrix.on_columns:
+        root = matrix.weights.clamp(min=LEAST_WEIGHT * float(matrix.weights.amax())).sqrt()
+    entries = matrix.entries[:side]
+    corners: list[Tensor] = []
+    try:
+        factor, failed = _factorized(entries, delta / root.square(), corners)
+        return _solution(factor, right / root) / root, failed
+    finally:
+        _put_back(entries, corners)
+
+
+def _solution(
+    factor: Float[Tensor, "side side"], right: Float[Tensor, " side"]
+) -> Float[Tensor, " side"]:
+    """Return the solution of a system by its lower factor; what is above that is not read."""
+    half = torch.linalg.solve_triangular(factor, right[:, None], upper=False)
+    solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)[:, 0]
+    return solution
 
 
 def right_side(
@@ -111,26 +154,44 @@ def is_beyond(matrix: GaussNewton, gradient_weights: Float[Tensor, " a"]) -> boo
     return any_known((matrix.weights <= 0) & (gradient_weights != 0))
 
 
-def _factorized(
-    matrix: Float[Tensor, "side side"],
-) -> tuple[Float[Tensor, "side side"], Bool[Tensor, ""] | Int[Tensor, ""]]:
-    """Return a lower factor, written over the matrix, and whether there is none.
+def _is_large(matrix: Tensor) -> bool:
+    """Return whether a matrix is so long that it takes less time and memory by blocks."""
+    return len(matrix) > 2 * _block(matrix)
 
-    What lies above the diagonal is left there: of a large matrix torch's own function takes longer
-    to clear it, and for new memory, than to factorize.
+
+def _block(matrix: Tensor) -> int:
+    """Return of how many columns at a time the factor of a matrix is made."""
+    return CHOLESKY_BLOCK if matrix.is_cpu else DEVICE_BLOCK
+
+
+def _factorized(
+    matrix: Float[Tensor, "side side"], shifts: Float[Tensor, " side"], corners: list[Tensor]
+) -> tuple[Float[Tensor, "side side"], Bool[Tensor, ""]]:
+    """Return the lower factor of a matrix with shifts of its diagonal, and whether there is none.
+
+    It is written over the matrix; what lies above the blocks on the diagonal is left there. The
+    blocks are put among the ``corners`` before.
     """
-    if len(matrix) <= 2 * CHOLESKY_BLOCK or not matrix.is_cpu:
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        return factor, failed
+    block = _block(matrix)
     failures = [matrix.new_zeros((), dtype=torch.int32)]
-    for start in range(0, len(matrix), CHOLESKY_BLOCK):
+    for start in range(0, len(matrix), block):
         # Take from the next columns what the factor so far explains of them.
-        panel, end = matrix[start:, start : start + CHOLESKY_BLOCK], start + CHOLESKY_BLOCK
+        panel, end = matrix[start:, start : start + block], start + block
+        corners.append(panel[:block].clone())
+        panel[:block].diagonal().add_(shifts[start:end])
         panel.addmm_(matrix[start:, :start], matrix[start:end, :start].mT, alpha=-1)
         # Factorize the block on the diagonal, and solve for the rows below it.
-        corner, failed = torch.linalg.cholesky_ex(panel[:CHOLESKY_BLOCK])
-        rows = panel[CHOLESKY_BLOCK:]
-        below = torch.linalg.solve_triangular(corner.mT, rows, upper=True, left=False)
-        panel[:CHOLESKY_BLOCK], panel[CHOLESKY_BLOCK:] = corner, below
+        corner, failed = torch.linalg.cholesky_ex(panel[:block])
+        below = torch.linalg.solve_triangular(corner.mT, panel[block:], upper=True, left=False)
+        panel[:block], panel[block:] = corner, below
         failures.append(failed)
     return matrix, torch.stack(failures).any()
+
+
+def _put_back(matrix: Float[Tensor, "side side"], corners: Sequence[Float[Tensor, "_ _"]]) -> None:
+    """Put a symmetric matrix back over its factor, from what lies above that and the corners."""
+    block = _block(matrix)
+    for number, corner in enumerate(corners):
+        start, end = number * block, (number + 1) * block
+        matrix[start:end, start:end] = corner
+        matrix[end:, start:end] = matrix[start:end, end:].mT

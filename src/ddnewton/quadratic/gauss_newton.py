@@ -11,6 +11,7 @@ same nonzero eigenvalues. Whoever needs the matrix asks for it here; no shape te
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -19,10 +20,22 @@ from torch import Tensor
 
 from ddnewton.columns.alignment import Leaves
 from ddnewton.columns.factors import Jacobian
-from ddnewton.columns.gram import Columns, columns_of, matmat, side_by_side
+from ddnewton.columns.gram import Columns, columns_of, matmat
 from ddnewton.columns.normal_equations import NormalEquations, normal_equations
+from ddnewton.columns.tiles import side_by_side
 from ddnewton.inputs.checks import check_derivatives
+from ddnewton.inputs.groups import Block
 from ddnewton.inputs.memory import NEVER_ASKED_BYTES, check_fits
+
+FACTORIZE = (
+    "One number δ > 0 as damping, without select, is a factorization in place of eigenpairs. "
+)
+
+FEWER_COLUMNS = (
+    "Pass monte_carlo(criterion, 1, generator) or empirical_fisher(criterion) for fewer columns, "
+    "subsampling_ggn for fewer samples, or groups for smaller matrices."
+)
+"""The ways out where matrices do not fit: all that is told of them, in one place."""
 
 
 class GaussNewton(NamedTuple):
@@ -92,29 +105,65 @@ class GaussNewton(NamedTuple):
 
 
 def check_matrices_fit(
-    leaves: Sequence[Tensor], blocks: Sequence[Leaves], curvatures: Sequence[Float[Tensor, "_ _"]]
+    leaves: Sequence[Tensor], blocks: Sequence[Block], curvatures: Sequence[Float[Tensor, "_ _"]]
 ) -> None:
-    """Require the matrices of the blocks, a copy of each and its vectors to fit into memory.
+    """Require the matrices of the blocks, and what their steps make of them, to fit into memory.
 
-    ``curvatures`` are h [n, m] of every term, one for each column.
+    With a number as damping that is a factorization in place, else eigenpairs. ``curvatures`` are
+    h [n, m] of every term, one for each column.
     """
-    lengths = [sum(leaves[leaf].numel() for leaf in block) for block in blocks]
+    # What their steps hold at a time.
+    lengths = [sum(leaves[leaf].numel() for leaf in block.leaves) for block in blocks]
     count = sum(h.numel() for h in curvatures)
+    by_eigenpairs = not all(map(_is_factorized, blocks))
+    copies = [_copies(count, d, by_eigenpairs=by_eigenpairs) for d in lengths]
     sides = [min(count, d) for d in lengths]
-    size = 3 * sum(side**2 for side in sides) * torch.float64.itemsize
+    pairs = zip(copies, sides, strict=True)
+    size = int(sum(number * side**2 for number, side in pairs) * torch.float64.itemsize)
     if size <= NEVER_ASKED_BYTES:
         return
+    # Refuse what does not fit, with its figures and the ways out.
     shapes = [h.shape for h in curvatures]
     what = (
-        f"Gauss-Newton matrices of side {', '.join(map(str, sides))}, a copy and vectors of each, "
+        f"Gauss-Newton matrices of side {', '.join(map(str, sides))}, "
+        f"{'with copies and eigenvectors of each' if by_eigenpairs else 'factorized in place'}, "
         f"of N·M = {' + '.join(f'{n}·{m}' for n, m in shapes)} columns along "
         f"{', '.join(map(str, lengths))} parameters"
     )
-    remedy = (
-        "Pass monte_carlo(criterion, 1, generator) or empirical_fisher(criterion) for fewer "
-        "columns, subsampling_ggn for fewer samples, or groups for smaller matrices."
+    check_fits(
+        size,
+        what,
+        FACTORIZE + FEWER_COLUMNS if by_eigenpairs else FEWER_COLUMNS,
+        curvatures[0].device,
     )
-    check_fits(size, what, remedy, curvatures[0].device)
+
+
+def check_eigenpairs_fit(matrix: GaussNewton) -> None:
+    """Require the eigenpairs of a matrix that is there to fit into memory beside that."""
+    side, count = matrix.entries.shape[1], len(matrix.weights)
+    copies = _copies(count, count if matrix.on_columns else side, by_eigenpairs=True) - 1
+    what = f"copies and eigenvectors of a Gauss-Newton matrix of side {side}"
+    size = int(copies * side**2 * torch.float64.itemsize)
+    check_fits(size, what, FACTORIZE + FEWER_COLUMNS, matrix.weights.device)
+
+
+def _is_factorized(block: Block) -> bool:
+    """Return whether the step of a block is asked for by a factorization, if it has one."""
+    damping = block.damping
+    undamped = isinstance(damping, Real) and damping <= 0
+    return block.select is None and not (callable(damping) or undamped)
+
+
+def _copies(count: int, d: int, *, by_eigenpairs: bool) -> float:
+    """Return how many matrices of a block's side its step holds at a time, at least.
+
+    On the side of the columns a factorization takes K and a few tiles of it, on that of the
+    parameters G and G in their order. Eigenpairs take K, the matrix that is decomposed, and the
+    decomposition's three; or G and these, and the slopes of all columns twice.
+    """
+    if count <= d:
+        return 5 if by_eigenpairs else 1.125
+    return 4 + 2 * count / d if by_eigenpairs else 2
 
 
 def block_matrices(

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.columns.gram import columns_of, side_by_side
+from ddnewton.columns.gram import columns_of
+from ddnewton.columns.tiles import side_by_side
 from ddnewton.inputs.checks import check_derivatives
 from ddnewton.inputs.groups import Block
 from ddnewton.linearize.precision import resolved_in_float32

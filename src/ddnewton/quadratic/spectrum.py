@@ -27,7 +27,7 @@ from torch import Tensor
 from ddnewton.columns.gram import Columns
 from ddnewton.iterative.lanczos import leading_eigenpairs
 from ddnewton.process import ONE_THREAD
-from ddnewton.quadratic.gauss_newton import GaussNewton
+from ddnewton.quadratic.gauss_newton import GaussNewton, check_eigenpairs_fit
 from ddnewton.transforms import any_possible, is_batched
 
 COLUMN_ROUNDINGS = 32.0
@@ -71,6 +71,8 @@ def decompose(matrix: GaussNewton, leading: int | None = None) -> Spectrum:
 
     Where only the ``leading`` ones are asked for, computing these is half the work, or less.
     """
+    if matrix.on_columns or leading is None:
+        check_eigenpairs_fit(matrix)
     return _of_columns(matrix, leading) if matrix.on_columns else _of_parameters(matrix, leading)
 
 

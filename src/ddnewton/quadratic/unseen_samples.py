@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.func import jvp
 
 from ddnewton.columns.factors import Jacobian
-from ddnewton.columns.gram import columns_of, matmat, side_by_side
+from ddnewton.columns.gram import columns_of, matmat
+from ddnewton.columns.tiles import side_by_side
 from ddnewton.linearize.precision import ramp
 from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.kept import Directions
