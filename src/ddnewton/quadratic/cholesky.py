@@ -28,8 +28,8 @@ from ddnewton.transforms import any_known, is_batched
 CHOLESKY_CONDITION = 1e6
 """Up to which ratio of the largest curvature to δ all digits that matter are left."""
 
-CHOLESKY_BLOCK, DEVICE_BLOCK = 96, 1024
-"""Of how many columns at a time the factor is made, on a CPU and elsewhere."""
+CHOLESKY_BLOCK = 96
+"""Of how many columns at a time the factor is made."""
 
 LEAST_WEIGHT = 1e-200
 """The least weight of a column beside the largest in a factorization: smaller ones are as good as
@@ -156,12 +156,7 @@ def is_beyond(matrix: GaussNewton, gradient_weights: Float[Tensor, " a"]) -> boo
 
 def _is_large(matrix: Tensor) -> bool:
     """Return whether a matrix is so long that it takes less time and memory by blocks."""
-    return len(matrix) > 2 * _block(matrix)
-
-
-def _block(matrix: Tensor) -> int:
-    """Return of how many columns at a time the factor of a matrix is made."""
-    return CHOLESKY_BLOCK if matrix.is_cpu else DEVICE_BLOCK
+    return matrix.is_cpu and len(matrix) > 2 * CHOLESKY_BLOCK
 
 
 def _factorized(
@@ -172,7 +167,7 @@ def _factorized(
     It is written over the matrix; what lies above the blocks on the diagonal is left there. The
     blocks are put among the ``corners`` before.
     """
-    block = _block(matrix)
+    block = CHOLESKY_BLOCK
     failures = [matrix.new_zeros((), dtype=torch.int32)]
     for start in range(0, len(matrix), block):
         # Take from the next columns what the factor so far explains of them.
@@ -190,7 +185,7 @@ def _factorized(
 
 def _put_back(matrix: Float[Tensor, "side side"], corners: Sequence[Float[Tensor, "_ _"]]) -> None:
     """Put a symmetric matrix back over its factor, from what lies above that and the corners."""
-    block = _block(matrix)
+    block = CHOLESKY_BLOCK
     for number, corner in enumerate(corners):
         start, end = number * block, (number + 1) * block
         matrix[start:end, start:end] = corner

@@ -116,7 +116,8 @@ def check_matrices_fit(
     lengths = [sum(leaves[leaf].numel() for leaf in block.leaves) for block in blocks]
     count = sum(h.numel() for h in curvatures)
     by_eigenpairs = not all(map(_is_factorized, blocks))
-    copies = [_copies(count, d, by_eigenpairs=by_eigenpairs) for d in lengths]
+    device = curvatures[0].device
+    copies = [_copies(count, d, device, by_eigenpairs=by_eigenpairs) for d in lengths]
     sides = [min(count, d) for d in lengths]
     pairs = zip(copies, sides, strict=True)
     size = int(sum(number * side**2 for number, side in pairs) * torch.float64.itemsize)
@@ -126,25 +127,22 @@ def check_matrices_fit(
     shapes = [h.shape for h in curvatures]
     what = (
         f"Gauss-Newton matrices of side {', '.join(map(str, sides))}, "
-        f"{'with copies and eigenvectors of each' if by_eigenpairs else 'factorized in place'}, "
+        f"{'with copies and eigenvectors of each' if by_eigenpairs else 'factorized'}, "
         f"of N·M = {' + '.join(f'{n}·{m}' for n, m in shapes)} columns along "
         f"{', '.join(map(str, lengths))} parameters"
     )
-    check_fits(
-        size,
-        what,
-        FACTORIZE + FEWER_COLUMNS if by_eigenpairs else FEWER_COLUMNS,
-        curvatures[0].device,
-    )
+    remedy = FACTORIZE + FEWER_COLUMNS if by_eigenpairs else FEWER_COLUMNS
+    check_fits(size, what, remedy, device)
 
 
 def check_eigenpairs_fit(matrix: GaussNewton) -> None:
     """Require the eigenpairs of a matrix that is there to fit into memory beside that."""
-    side, count = matrix.entries.shape[1], len(matrix.weights)
-    copies = _copies(count, count if matrix.on_columns else side, by_eigenpairs=True) - 1
+    side, count, device = matrix.entries.shape[1], len(matrix.weights), matrix.weights.device
+    d = count if matrix.on_columns else side
+    copies = _copies(count, d, device, by_eigenpairs=True) - 1
     what = f"copies and eigenvectors of a Gauss-Newton matrix of side {side}"
     size = int(copies * side**2 * torch.float64.itemsize)
-    check_fits(size, what, FACTORIZE + FEWER_COLUMNS, matrix.weights.device)
+    check_fits(size, what, FACTORIZE + FEWER_COLUMNS, device)
 
 
 def _is_factorized(block: Block) -> bool:
@@ -154,16 +152,18 @@ def _is_factorized(block: Block) -> bool:
     return block.select is None and not (callable(damping) or undamped)
 
 
-def _copies(count: int, d: int, *, by_eigenpairs: bool) -> float:
+def _copies(count: int, d: int, device: torch.device, *, by_eigenpairs: bool) -> float:
     """Return how many matrices of a block's side its step holds at a time, at least.
 
     On the side of the columns a factorization takes K and a few tiles of it, on that of the
-    parameters G and G in their order. Eigenpairs take K, the matrix that is decomposed, and the
-    decomposition's three; or G and these, and the slopes of all columns twice.
+    parameters G and G in their order; off a CPU a copy of either, and its factor. Eigenpairs take
+    K, the matrix that is decomposed, and the decomposition's three; or G and these, and the slopes
+    of all columns twice.
     """
-    if count <= d:
-        return 5 if by_eigenpairs else 1.125
-    return 4 + 2 * count / d if by_eigenpairs else 2
+    if not by_eigenpairs:
+        in_place = 1.125 if count <= d else 2
+        return in_place if device.type == "cpu" else 3
+    return 5 if count <= d else 4 + 2 * count / max(1, d)
 
 
 def block_matrices(
