@@ -113,15 +113,15 @@ def newton_step(
     gram
         How the Gram matrix is formed: "structured", from what goes into the layers and what is
         pulled back to them, which refuses a model that cannot be traced; "dense", from per-sample
-        Jacobians; "free", not at all: conjugate gradients for one damping of all directions, and
-        Lanczos's method for a ``select`` multiply with it. "auto" is the faster of the first two,
-        and "free", with a warning, where they do not fit into memory; of a model from
-        `ddnewton.prepare` it is the first.
+        Jacobians; "free", not at all: solvers multiply with it. "auto" is the faster of the first
+        two, the first of a model from `ddnewton.prepare`, or, with a warning, "free" where they do
+        not fit into memory.
     tol
         With "free", the share of the exact step's decrease that may be given away; residuals of
         eigenpairs are up to 1e-4 tol λ_max. `NewtonInfo` tells.
     chunk_size
-        How many samples' temporaries may exist at once; None chooses.
+        How many samples' temporaries may exist at once; None fills some 256 MiB. With no more
+        columns N·M than parameters chunks are paired, so that time grows with their number.
     scale
         The units of the parameters (SciPy's ``x_scale``): with s / scale in place of s, directions
         are eigenvectors, damping acts, and the rank tolerance counts. A positive number; a pytree

@@ -13,6 +13,8 @@ from torch.func import jvp
 
 from ddnewton import newton_step
 from ddnewton.columns import tiles
+from ddnewton.linearize import independence
+from ddnewton.linearize.independence import evaluate
 from tests.models import normal, of_module
 from tests.reference import error, flat
 
@@ -92,6 +94,30 @@ def test_points_without_number_take_300_mebibytes():
 def test_columns_take_one_copy_of_their_matrix():
     side = 3 * 1700
     assert extra_mebibytes("classifier", 1700) <= 1.3 * 8 * side**2 / 2**20 + 150
+
+
+def test_many_samples_are_run_some_at_a_time(monkeypatch):
+    counts = []
+
+    def model_fn(p, X):
+        counts.append(len(X))
+        return (X @ p).tanh()
+
+    params, X = normal(3, 2).double(), normal(5000, 3).double()
+    model = evaluate(model_fn, params, X, None)
+    assert counts == [independence.WATCHED_SAMPLES, 5000 - independence.WATCHED_SAMPLES]
+    assert model.at_once is None or model.at_once >= 5000 - independence.WATCHED_SAMPLES
+    # Where results are large beside a chunk.
+    counts.clear()
+    monkeypatch.setattr(independence, "CHUNK_BYTES", 2**16)
+    model = evaluate(model_fn, params, X, None)
+    assert max(counts) == independence.WATCHED_SAMPLES == model.at_once
+    assert sum(counts) == 5000
+    assert error(model.outputs, (X @ params).tanh()) < 1e-14
+    # A number asked for is the number taken.
+    counts.clear()
+    assert evaluate(model_fn, params, X, 2500).at_once == 2500
+    assert counts == [2500, 2500]
 
 
 @pytest.mark.parametrize("size", [100, 1000])
