@@ -175,8 +175,9 @@ def _check_basis_fits(
         size = 2 * (1 if shared else n) * basis[0].nbytes
     what = f"the basis of the loss, {m} columns for each of {n} samples of {c} outputs"
     remedy = (
-        "Pass monte_carlo(criterion, 1, generator) or empirical_fisher(criterion), which have few "
-        "columns, or fewer samples; make one sample's many outputs samples of their own."
+        'Pass gram="free", which needs no basis; monte_carlo(criterion, 1, generator) or '
+        "empirical_fisher(criterion), which have few columns; or fewer samples. Make one sample's "
+        "many outputs samples of their own."
     )
     check_fits(size, what, remedy, outputs.device)
 

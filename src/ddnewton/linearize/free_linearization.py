@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ddnewton.inputs.checks import check_derivatives, check_outputs
+from ddnewton.inputs.memory import CHUNK_BYTES
 from ddnewton.linearize.calls import refusal
 from ddnewton.linearize.independence import check_independent, evaluate
 from ddnewton.linearize.jacobian_products import Products, graph_bytes, products_of
@@ -24,9 +25,9 @@ from ddnewton.transforms import plain_tensor, without_autocast
 from ddnewton.trees import batches, chunks, parameter_count, take, tree_flatten, tree_unflatten
 from ddnewton.types import ModelFn, PyTree
 
-KEPT_BYTES, CHUNK_BYTES = 2**29, 2**28
-"""Up to how many bytes the graphs of all samples are kept between products, and how many those of a
-chunk of samples take where they are made anew for every product."""
+KEPT_BYTES = 2**29
+"""Up to how many bytes the graphs of all samples are kept between products; where they are more,
+those of a chunk are made anew for every product."""
 
 GRAPHS = 3
 """How many times the results of a model the graphs take: its own, and that of its pullback."""

@@ -150,8 +150,8 @@ def _samples_at_once(model: Model, m: int) -> int:
     sample_bytes = 2 * width * m * d + 1
     what = f"dense columns of one sample, {m} along {d} parameters, twice"
     remedy = (
-        "Pass monte_carlo(criterion, 1, generator) or empirical_fisher(criterion), which have few "
-        'columns, or gram="structured", which holds columns as outer products.'
+        'Pass gram="free", which needs no columns, or "structured", which holds them as outer '
+        "products; or monte_carlo(criterion, 1, generator), which has few."
     )
     check_fits(sample_bytes, what, remedy, model.outputs.device)
     return samples_at_once(n, 2 * sample_bytes, min(n * m, d), model.outputs.device)

@@ -32,8 +32,9 @@ FACTORIZE = (
 )
 
 FEWER_COLUMNS = (
-    "Pass monte_carlo(criterion, 1, generator) or empirical_fisher(criterion) for fewer columns, "
-    "subsampling_ggn for fewer samples, or groups for smaller matrices."
+    'Pass gram="free", which forms no matrix; monte_carlo(criterion, 1, generator) or '
+    "empirical_fisher(criterion) for fewer columns, subsampling_ggn for fewer samples, or groups "
+    "for smaller matrices."
 )
 """The ways out where matrices do not fit: all that is told of them, in one place."""
 

@@ -42,7 +42,7 @@ def either_way(
             raise TooLarge(f'{reason} gram="free" is no way out: {refusal}') from refusal
         say(
             f'going on with gram="free", by products to tol={arguments.tol:g} of the decrease, as '
-            f'{reason} Pass gram="free" to go this way at once.'
+            f"{reason}"
         )
         return by_products(arguments)
 
