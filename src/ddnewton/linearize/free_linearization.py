@@ -22,7 +22,15 @@ from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.linearize.structured.visit import run
 from ddnewton.linearize.widening import widen_leaf
 from ddnewton.transforms import plain_tensor, without_autocast
-from ddnewton.trees import batches, chunks, parameter_count, take, tree_flatten, tree_unflatten
+from ddnewton.trees import (
+    batches,
+    chunks,
+    parameter_count,
+    take,
+    tree_flatten,
+    tree_map,
+    tree_unflatten,
+)
 from ddnewton.types import ModelFn, PyTree
 
 KEPT_BYTES = 2**29
@@ -75,7 +83,7 @@ def linearized_freely(
     model_fn: ModelFn, params: PyTree, X: PyTree, chunk_size: int | None
 ) -> Iterator[FreeLinearization]:
     """Linearize a model by products, prepared or not."""
-    X = torch.utils._pytree.tree_map(plain_tensor, X)
+    X = tree_map(plain_tensor, X)
     if isinstance(model_fn, Prepared):
         with without_autocast(X):
             yield _of_prepared(model_fn, params, X, chunk_size)

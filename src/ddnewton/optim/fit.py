@@ -62,6 +62,7 @@ def fit(
     subsampling_ggn: TermIndices | None = None,
     subsampling_curvature: TermIndices | None = None,
     gram: GramWays = "auto",
+    tol: float = 1e-2,
     chunk_size: int | None = None,
 ) -> Fit:
     r"""Fit parameters: update them until the loss is at its minimum.
@@ -113,7 +114,7 @@ def fit(
         those that it would have made itself, to the bit.
     learning_rate, momentum, weight_decay, trust_radius, complement
         As for `ddnewton.directional_newton`. Bounds do not go with momentum.
-    select, groups, subsampling_grad, subsampling_ggn, subsampling_curvature, gram, chunk_size
+    select, groups, subsampling_grad, subsampling_ggn, subsampling_curvature, gram, tol, chunk_size
         As for `ddnewton.newton_step`.
 
     Returns
@@ -221,6 +222,7 @@ def fit(
         subsampling_ggn=subsampling_ggn,
         subsampling_curvature=subsampling_curvature,
         gram=gram,
+        tol=tol,
         chunk_size=chunk_size,
     ).update
     settings = plan.settings

@@ -46,7 +46,7 @@ def fitted_model(terms: Sequence[TermArguments], params: PyTree) -> FittedModel:
 def _of_term(term: TermArguments, params: PyTree) -> tuple[ModelFn, GramWay]:
     """Return the function of a term, with layers or as it is, and how its columns are formed."""
     function: ModelFn = term.model_fn
-    if term.gram == "dense" or isinstance(function, Prepared):
+    if term.gram in ("dense", "free") or isinstance(function, Prepared):
         return function, term.gram
     # Dense products of so few numbers are done before a trace would be.
     flops = dense_flops(output_count(function, params, term.X), parameter_count(params))

@@ -24,7 +24,7 @@ from ddnewton.optim.free_directions import Along, Pull, along_of, step_along
 from ddnewton.optim.settings import Complement
 from ddnewton.quadratic.matrix_free.free_model import FreeModel
 from ddnewton.quadratic.matrix_free.operator import Operator, operator_of
-from ddnewton.quadratic.matrix_free.steps import MOST_PRODUCTS, is_linear
+from ddnewton.quadratic.matrix_free.steps import is_linear
 from ddnewton.quadratic.proximal import Proximal
 from ddnewton.trees import along_block, joined
 
@@ -32,8 +32,9 @@ FEW_PARAMETERS, PROBES = 128, 8
 """Up to how many parameters the trace is exact, and of how many random vectors else the mean: it is
 then known to a factor of two, if one eigenvalue is most of it, and better where it is not."""
 
-SPACE_BYTES = 2**30
-"""Up to which size the vectors of a Krylov space are kept, and at least how many of them."""
+SPACE_BYTES, SPACE_VECTORS = 2**30, 200
+"""Up to which size, and how many, the vectors of a Krylov space are kept. One that is cut short makes
+a shorter step, as in Steihaug's trust region, and a step is judged by the loss it leads to."""
 
 
 class FreeMatrix(NamedTuple):
@@ -167,7 +168,7 @@ def _space(trials: FreeTrials, number: int, momentum: float) -> Krylov:
             product=operator.along,
             right=right,
             rounding=operator.eps,
-            limit=max(1, min(MOST_PRODUCTS, SPACE_BYTES // right.nbytes)),
+            limit=max(1, min(SPACE_VECTORS, SPACE_BYTES // right.nbytes)),
         )
     return trials.spaces[key]
 

@@ -30,6 +30,7 @@ from ddnewton.optim.settings import (
     check_settings,
 )
 from ddnewton.quadratic.arguments import arguments_of
+from ddnewton.quadratic.matrix_free.ways import is_automatic
 from ddnewton.types import AnyModelFn, DampingRule, GramWays, Select
 
 
@@ -112,7 +113,7 @@ def directional_newton(
         `levenberg_marquardt`, but where there is ``weight_decay`` with a rule, a ``select``, a
         number as ``complement`` or ``subsampling_curvature``, and None for the others. In
         `UpdateInfo`, norms are those of s / scale and of its gradient.
-    select, groups, subsampling_grad, subsampling_ggn, subsampling_curvature, gram, chunk_size
+    select, groups, subsampling_grad, subsampling_ggn, subsampling_curvature, gram, tol, chunk_size
         As for `ddnewton.newton_step`. What a group or a rule damps by comes on top of what adapts.
         Where a criterion gives samples no losses of their own, as Σwℓ / Σw does not, that of a
         sub-sample, or of one held out, is the batch's, with all other outputs left as they are.
@@ -185,6 +186,12 @@ def directional_newton(
     )
     init = FirstState(bool(settings.momentum), isinstance(settings.scale, str))
     update = Update(
-        settings, arguments, subsampling_grad, subsampling_ggn, Notices(), scale == "auto"
+        settings,
+        arguments,
+        subsampling_grad,
+        subsampling_ggn,
+        Notices(),
+        automatic=is_automatic(gram),
+        automatic_scale=isinstance(scale, str) and scale == "auto",
     )
     return FunctionalOptimizer(init, update)

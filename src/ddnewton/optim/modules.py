@@ -63,14 +63,14 @@ def traced_terms(
     """Return the function of every term, in front of those before: as `traced_modules` does.
 
     Layers are searched for at once where columns are to be formed from them, and not at all where
-    they are to be dense.
+    they are to be dense, or free.
     """
     check_keys(one_or_several(functions), X=X)
     traced = {}
     for name, function in functions.items():
         way = gram[name] if isinstance(gram, Mapping) else gram
         traced[name] = [TracedModule(function, [], [], "", -1)]
-        if way != "dense":
+        if way in ("auto", "structured"):
             with about_term(name):
                 kept, inputs = before.get(name, []), of_term(X, name)
                 traced[name] = traced_modules(kept, function, params, inputs, way == "structured")

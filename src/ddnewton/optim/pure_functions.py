@@ -50,6 +50,7 @@ class Update:
     subsampling_grad: TermIndices | None
     subsampling_ggn: TermIndices | None
     notices: Notices
+    automatic: bool  # whether it may go by products where matrices do not fit
     automatic_scale: bool  # one by columns, which products do not give, was not asked for
 
     def __call__(
@@ -127,5 +128,6 @@ def observed_update(
         by_matrix,
         by_products,
         say=partial(plan.notices.once, "free"),
+        automatic=plan.automatic,
         unscaled=plan.automatic_scale,
     )

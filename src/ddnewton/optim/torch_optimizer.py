@@ -31,6 +31,7 @@ from ddnewton.optim.stored_state import (
     stored_draws,
     to_stored,
 )
+from ddnewton.quadratic.matrix_free.ways import is_automatic
 from ddnewton.types import AnyModelFn, DampingRule, GramWays, PyTree, Select
 
 
@@ -54,9 +55,8 @@ class DirectionalNewton(Optimizer):
     Parameters
     ----------
     module
-        The module to train, without the wrappers that `ddnewton.as_function` takes off. It is
-        called with ``X``.
-    criterion, damping, momentum, trust_radius, scale, select, complement, gram, chunk_size
+        The module to train, called with ``X``; wrappers are taken off as by `ddnewton.as_function`.
+    criterion, damping, momentum, trust_radius, scale, select, complement, gram, tol, chunk_size
         As for `ddnewton.directional_newton`.
     params
         Parameters of the module, or groups of them as in `torch.optim`; None is one group of all
@@ -111,6 +111,7 @@ class DirectionalNewton(Optimizer):
         complement: Complement = None,
         forward: Forward | Mapping[Any, Forward] | None = None,
         gram: GramWays = "auto",
+        tol: float = 1e-2,
         chunk_size: int | None = None,
     ) -> None:
         # Check the arguments that only this class has.
@@ -130,6 +131,7 @@ class DirectionalNewton(Optimizer):
             "select": select,
             "complement": complement,
             "gram": gram,
+            "tol": tol,
             "chunk_size": chunk_size,
         }
         self._group_options: list[dict[str, Any]] = []
@@ -239,14 +241,14 @@ class DirectionalNewton(Optimizer):
     def _optimizer(self, model_fn: AnyModelFn, **options: Any) -> FunctionalOptimizer:
         """Return the optimizer as pure functions, with the groups as they are now."""
         optimizer = directional_newton(
-            model_fn,
-            self._criterion,
+            *(model_fn, self._criterion),
             learning_rate="exact" if self._base_rate == "exact" else self._rate,
             weight_decay=group_decays(self.param_groups, self._trained()),
             groups=as_blocks(self.param_groups, self._group_options, self._trained()),
             **self._options | options,
         )
-        return optimizer._replace(update=replace(optimizer.update, notices=self._notices))
+        kept: Any = {"notices": self._notices, "automatic": is_automatic(self._options["gram"])}
+        return optimizer._replace(update=replace(optimizer.update, **kept))
 
     def _rate(self, updates: Tensor) -> float | Tensor:
         """Return the learning rate: that of the damping, times those of the groups."""

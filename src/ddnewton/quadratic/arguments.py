@@ -50,11 +50,6 @@ class Arguments(NamedTuple):
         """Whether the matrix is never to be formed."""
         return any(term.gram == "free" for term in self.terms)
 
-    @property
-    def is_automatic(self) -> bool:
-        """Whether the way is left to the library."""
-        return all(term.gram == "auto" for term in self.terms)
-
 
 def arguments_of(
     model_fn: AnyModelFn,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from ddnewton.errors import BadValue, sentence, warn
 from ddnewton.inputs.memory import TooLarge
 from ddnewton.quadratic.arguments import Arguments, Scaling
 from ddnewton.transforms import is_transformed
+from ddnewton.types import GramWays
 
 R = TypeVar("R")
 
@@ -19,11 +20,13 @@ def either_way(
     by_products: Callable[[Arguments], R],
     *,
     say: Callable[[str], None] = warn,
+    automatic: bool | None = None,
     unscaled: bool = False,
 ) -> R:
     """Return the result of a call by matrices or, where asked or too large, by products.
 
-    What is too large is said, and goes without a scale by columns if it may be ``unscaled``.
+    What is too large is said, and goes without a scale by columns if it may be ``unscaled``. It is
+    ``automatic`` to choose by products there, by default as the arguments say.
     """
     if arguments.is_free:
         check_free(arguments)
@@ -31,7 +34,8 @@ def either_way(
     try:
         return by_matrix(arguments)
     except TooLarge as reason:
-        if not arguments.is_automatic or is_transformed():
+        choose = is_automatic({term.name: term.gram for term in arguments.terms})
+        if not (choose if automatic is None else automatic) or is_transformed():
             raise
         if unscaled and arguments.scaling.by_columns:
             arguments = arguments._replace(scaling=Scaling(by_columns=False))
@@ -45,6 +49,12 @@ def either_way(
             f"{reason}"
         )
         return by_products(arguments)
+
+
+def is_automatic(gram: GramWays) -> bool:
+    """Return whether the way is left to the library."""
+    ways = gram.values() if isinstance(gram, Mapping) else [gram]
+    return all(way == "auto" for way in ways)
 
 
 def check_free(arguments: Arguments) -> None:
