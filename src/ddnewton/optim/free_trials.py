@@ -33,7 +33,7 @@ FEW_PARAMETERS, PROBES = 128, 8
 then known to a factor of two, if one eigenvalue is most of it, and better where it is not."""
 
 SPACE_BYTES, SPACE_VECTORS = 2**30, 200
-"""Up to which size, and how many, the vectors of a Krylov space are kept. One that is cut short makes
+"""Up to which size, and how many, the vectors of a Krylov space are kept. One cut short makes
 a shorter step, as in Steihaug's trust region, and a step is judged by the loss it leads to."""
 
 
