@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 from tests.models import normal
+from tests.reference import dense
 
 N = 5
 
@@ -324,3 +325,16 @@ CASES: dict[str, Callable[[torch.dtype], Case]] = {
 
 UNTRACEABLE = {"packed LSTM", "packed GRU", "sparse bag", "compressed rows", "sparse samples"}
 """Those that only autograd takes; of the others torch.func takes a trace."""
+
+
+def value(model_fn, params, X):
+    """The outputs, as in anyone's loop: of parameters that require a gradient."""
+    params = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
+    return model_fn(params, X).detach()
+
+
+def given_and_truth(name, dtype):
+    torch.manual_seed(0)
+    model_fn, params, X, reference = CASES[name](dtype)
+    y = torch.cos(value(model_fn, params, X) + 1)
+    return (model_fn, params, X, y, nn.MSELoss()), dense(reference, params, X, y, nn.MSELoss())

@@ -25,7 +25,9 @@ from tests.linearize.autograd_cases import (
     UNTRACEABLE,
     Checkpointed,
     Recurrent,
+    given_and_truth,
     hidden,
+    value,
     weights,
 )
 from tests.methods import FLOAT32, FLOAT64
@@ -33,19 +35,6 @@ from tests.models import normal
 from tests.reference import Dense, dense, directions, error, solve
 
 MSE = nn.MSELoss()
-
-
-def value(model_fn, params, X):
-    """The outputs, as in anyone's loop: of parameters that require a gradient."""
-    params = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
-    return model_fn(params, X).detach()
-
-
-def given_and_truth(name, dtype):
-    torch.manual_seed(0)
-    model_fn, params, X, reference = CASES[name](dtype)
-    y = torch.cos(value(model_fn, params, X) + 1)
-    return (model_fn, params, X, y, MSE), dense(reference, params, X, y, MSE)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT64, FLOAT32])
