@@ -27,6 +27,9 @@ from ddnewton.iterative.products import FLOAT64_ROUNDING, Product, checked_curva
 REPLACEMENTS = 4
 """How often the residual that was carried along is replaced by the true one, at most."""
 
+LEAST_CURVATURE = 2.0**-1022
+"""In place of none, where it divides."""
+
 NEGLIGIBLE_DRIFT = 1e-2
 """Beside the residual: up to here it is not computed anew."""
 
@@ -113,7 +116,7 @@ def conjugate_gradients(
     rounding = max(rounding, FLOAT64_ROUNDING)
     system = System(product, right, delta, preconditioner, rounding, squared)
     size = float(torch.linalg.vector_norm(right))
-    if size == 0:
+    if size == 0 or delta == math.inf:
         return Solution(torch.zeros_like(right), 0.0, 0.0, 0, True, curved=True, norm=norm)
     state, before = begin(system, start, norm), math.inf
     for _ in range(1 + REPLACEMENTS):
@@ -170,17 +173,17 @@ def descend(system: System, state: Iterate, tol: float, limit: int) -> Iterate:
         if products == 1:
             curved = curvature > rounding * norm * length
         damped = curvature + delta * length
-        if damped <= 0:
+        alpha = rz / max(damped, LEAST_CURVATURE)
+        further = path + alpha * math.sqrt(length)
+        if leads_nowhere(system, r, rounding * norm * further):
             break
-        alpha = rz / damped
         x.add_(p, alpha=alpha)
         r.sub_(image, alpha=alpha).sub_(p, alpha=alpha * delta)
-        path += alpha * math.sqrt(length)
         # What was gained, what may be left, the next direction.
         energy += alpha * rz
         z, new = preconditioned(system, r)
         lengths = alpha, new / rz
-        p, rz = p.mul_(lengths[1]).add_(z), new
+        p, rz, path = p.mul_(lengths[1]).add_(z), new, further
         error = next_bound(error, lengths, rz, energy, delta, rounding * (1 + norm / (delta or 1)))
     return Iterate(x, r, energy, error.squared, path, norm, products, curved)
 
@@ -209,6 +212,11 @@ def finished(
     return share((far + slack) ** 2, energy) <= tol or far <= slack / 10
 
 
+def leads_nowhere(system: System, r: Float[Tensor, " side"], drift: float) -> bool:
+    """Tell whether a step has no end or, undamped, makes a residual of rounding that is longer."""
+    return not drift <= (math.inf if system.delta else float(r.norm()))
+
+
 def checked(system: System, state: Iterate, limit: int) -> tuple[Iterate, float]:
     """Return the iterate with its true residual, and the bound of e² that this allows.
 
@@ -233,7 +241,7 @@ def checked(system: System, state: Iterate, limit: int) -> tuple[Iterate, float]
     size = float(r.norm())
     if root:
         total = min(total, ((size + drift) / root) ** 2)
-    elif size <= 2 * drift:
+    elif size <= 2 * drift and drift <= NEGLIGIBLE_DRIFT * float(system.right.norm()):
         total = 0.0
     bound = total_bound(total, drift, size, root)
     after = Iterate(state.x, r, energy, bound, length, norm, state.products + 1, state.curved)
