@@ -31,7 +31,7 @@ from ddnewton.quadratic.held import of_free
 from ddnewton.quadratic.leafwise import any_decayed, check_leafwise
 from ddnewton.quadratic.matrices import gauss_newton_matrices
 from ddnewton.quadratic.matrix_free.free_model import FreeModel
-from ddnewton.quadratic.matrix_free.steps import check_curved
+from ddnewton.quadratic.matrix_free.steps import check_free_slopes
 from ddnewton.quadratic.proximal import Proximal, different
 from ddnewton.quadratic.quadratic_model import QuadraticModel, gradients
 from ddnewton.transforms import any_known
@@ -125,8 +125,8 @@ def _gradients(
     curved = settings.complement is None
     if isinstance(model, FreeModel):
         of_blocks = [cast(FreeMatrix, matrix).gradient for matrix in matrices]
-        if curved and not any(bool(matrix.trace() > 0) for matrix in matrices):
-            check_curved(model, torch.cat(of_blocks))
+        followed = not curved or any(bool(matrix.trace() > 0) for matrix in matrices)
+        check_free_slopes(model, of_blocks, curved=followed)
         return of_blocks
     exact = cast("list[GaussNewton]", matrices)
     check_slopes(model, exact, curved=curved)

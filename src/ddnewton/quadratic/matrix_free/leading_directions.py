@@ -46,7 +46,8 @@ EIGENPAIR_PRODUCTS = 2000
 class FreeDirections(NamedTuple):
     """The kept directions of a block, orthonormal, in the order asked for.
 
-    A direction that is not ``live`` has no eigenvalue beyond rounding; it is zero.
+    A direction that is not ``live`` has no eigenvalue beyond rounding; it is zero. Without any
+    positive eigenvalue the matrix is not ``curved``.
     """
 
     evals: Float[Tensor, " k"]
@@ -55,6 +56,7 @@ class FreeDirections(NamedTuple):
     residuals: Float[Tensor, " k"]
     rank: int  # −1 where it is not known
     products: int
+    curved: bool
 
 
 def free_directions(
@@ -89,6 +91,7 @@ def free_directions(
         residuals=torch.where(indices >= padding, pairs.residuals[places], 0),
         rank=int(known.sum()) if every else -1,
         products=pairs.products,
+        curved=bool(largest > 0),
     )
 
 
@@ -122,7 +125,7 @@ def _of_blocks(model: FreeModel, operators: Sequence[Operator]) -> list[FreeDire
         free_directions(operator, block.select, tol, dtype)
         for operator, block in zip(operators, model.blocks, strict=True)
     ]
-    if not any(bool((block.evals > 0).any()) for block in kept):
+    if not any(block.curved for block in kept):
         check_dependence(any(depends_on_parameters(term.linearization) for term in model.terms))
     return kept
 

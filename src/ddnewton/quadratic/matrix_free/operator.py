@@ -77,6 +77,8 @@ class Operator(NamedTuple):
 
     def to_columns(self, vectors: Float[Tensor, "k d"]) -> Float[Tensor, "k i"]:
         """Return Bᵀv of every vector v, columns counted by m·N + n."""
+        if not len(vectors):
+            return vectors.new_zeros(0, self.i)
         parts = []
         for visits, n in zip(self.visits, self.counts, strict=True):
             rows: list[list[Tensor]] = [[] for _ in vectors]

@@ -10,6 +10,7 @@ damping is walked along leading directions.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,30 +57,34 @@ class FreeStep(NamedTuple):
     lost: float
     products: int
     residuals: Float[Tensor, " k"]
+    curved: bool  # whether there is any curvature: along the gradient, or of the directions
 
 
 def free_steps(arguments: Arguments) -> list[Float[Tensor, " _"]]:
     """Return the steps of all blocks, in the units of the parameters."""
-    steps = []
     with free_model(arguments) as model:
-        for block in model.blocks:
-            operator = operator_of(model, block.leaves)
-            steps.append(_in_params_units(operator, _step(model, operator, block)))
-    return steps
+        return [vector for vector, _ in _steps(model)]
 
 
 def free_steps_and_infos(
     arguments: Arguments,
 ) -> tuple[list[Float[Tensor, " _"]], list[NewtonInfo]]:
     """Return the steps of all blocks, in the units of the parameters, and their records."""
-    vectors, infos = [], []
     with free_model(arguments) as model:
-        for block in model.blocks:
-            operator = operator_of(model, block.leaves)
-            step = _step(model, operator, block)
-            infos.append(_info(model, step))
-            vectors.append(_in_params_units(operator, step))
-    return vectors, infos
+        steps = _steps(model)
+        return [vector for vector, _ in steps], [_info(model, step) for _, step in steps]
+
+
+def _steps(model: FreeModel) -> list[tuple[Float[Tensor, " _"], FreeStep]]:
+    """Return the steps of all blocks, in the units of the parameters and as they are made."""
+    steps = []
+    for block in model.blocks:
+        operator = operator_of(model, block.leaves)
+        step = _step(model, operator, block)
+        steps.append((_in_params_units(operator, step), step))
+    curved = model.arguments.complement is not None or any(step.curved for _, step in steps)
+    check_free_slopes(model, [step.gradient for _, step in steps], curved=curved)
+    return steps
 
 
 def _step(model: FreeModel, operator: Operator, block: Block) -> FreeStep:
@@ -109,11 +114,8 @@ def _linear_step(
 ) -> FreeStep:
     """Return the step of one damping of all directions."""
     assert not callable(block.damping)
-    arguments = model.arguments
     delta = float(block.damping)
     solution = solved(model, operator, gradient, delta)
-    if not solution.curved and arguments.complement is None:
-        check_curved(model, gradient)
     vector = -solution.x
     # As one direction, with the slopes and curvatures of the samples along it.
     length = vector.norm()
@@ -130,6 +132,7 @@ def _linear_step(
         lost=solution.lost,
         products=solution.products,
         residuals=solution.residual * gradient.norm()[None],
+        curved=solution.curved,
     )
 
 
@@ -184,8 +187,6 @@ def _step_along_directions(
     """Return the step along leading directions, each with its damping."""
     arguments, complement = model.arguments, model.arguments.complement
     kept = free_directions(operator, block.select, arguments.tol, model.dtype)
-    if complement is None and len(kept.evals) and not bool((kept.evals > 0).any()):
-        check_curved(model, gradient)
     # The dampings, by a rule that gets copies.
     derivatives = operator.derivatives(kept.vectors)
     rule = as_rule(block.damping)
@@ -213,13 +214,19 @@ def _step_along_directions(
         lost=math.nan,
         products=kept.products,
         residuals=kept.residuals,
+        curved=kept.curved,
     )
 
 
-def check_curved(model: FreeModel, gradient: Float[Tensor, " d"]) -> None:
-    """Refuse a block without any curvature, where there are slopes beyond rounding."""
+def check_free_slopes(
+    model: FreeModel, gradients: Sequence[Float[Tensor, " _"]], *, curved: bool
+) -> None:
+    """Require outputs that depend on parameters; unless ``curved``, no slopes beyond rounding."""
+    gradient = torch.cat(list(gradients))
     if not bool((gradient != 0).any()):
         check_dependence(any(depends_on_parameters(term.linearization) for term in model.terms))
+    if curved:
+        return
     slopes = torch.stack([term.root.gradient.abs().amax() for term in model.terms])
     size = float(gradient.norm())
     if bool((slopes > LEAST_SLOPE).any()) and size > 0:
