@@ -15,6 +15,7 @@ quadrature with applications", 2010, section 6.2).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +23,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.iterative.products import FLOAT64_ROUNDING, Product, finite
+
+VECTORS_AT_ONCE = 32
+"""Of the vectors, side by side as a matrix."""
 
 BELOW_ZERO = 1e-4
 """How far below zero the prescribed eigenvalue lies, in units of δ."""
@@ -61,16 +65,21 @@ class Krylov:
         self.vectors.append(vector)
         alpha = float(vector @ image)
         # What is left of the product outside of the space; twice, for it is a difference.
-        rest = image - alpha * vector
-        if self.further:
-            rest = rest - self.further[-1] * self.vectors[-2]
-        rest = rest - float(vector @ rest) * vector
+        rest = self._outside(self._outside(image))
         beta, largest = float(rest.norm()), float(image.norm())
         self.diagonal.append(alpha)
         self.further.append(beta)
         rounding = 8 * max(self.rounding, FLOAT64_ROUNDING)
         small = beta <= rounding * max(largest, *self.diagonal)
-        self.following = None if small else rest / beta
+        full = len(self.vectors) == len(self.right)
+        self.following = None if small or full else rest / beta
+
+    def _outside(self, vector: Float[Tensor, " side"]) -> Float[Tensor, " side"]:
+        """Return the part of a vector that is orthogonal to the space."""
+        for start in range(0, len(self.vectors), VECTORS_AT_ONCE):
+            rows = torch.stack(self.vectors[start : start + VECTORS_AT_ONCE])
+            vector = vector - rows.mT @ (rows @ vector)
+        return vector
 
     def tridiagonal(self) -> Float[Tensor, "m m"]:
         """Return T."""
@@ -101,15 +110,11 @@ class Krylov:
         if not self.vectors or delta == 0:
             return 1.0
         # T with a row more, by which it has the eigenvalue −node.
-        node, count = BELOW_ZERO * delta, len(self.vectors)
-        matrix, beta = self.tridiagonal(), self.further[-1]
-        unit = torch.eye(count, dtype=torch.float64)
-        last = torch.linalg.solve(matrix + node * unit, unit[:, -1])[-1]
-        extended = torch.zeros(count + 1, count + 1, dtype=torch.float64)
-        extended[:count, :count] = matrix
-        extended[count, count - 1] = extended[count - 1, count] = beta
-        extended[count, count] = beta**2 * last - node
-        lower, upper = (_first_entry(part, delta) for part in (matrix, extended))
+        node, beta = BELOW_ZERO * delta, self.further[-1]
+        last = _first_entry(self.diagonal[::-1], self.further[-2::-1], node)
+        diagonal = [*self.diagonal, beta**2 * last - node]
+        lower = _first_entry(self.diagonal, self.further, delta)
+        upper = _first_entry(diagonal, self.further, delta)
         return min(1.0, max(0.0, (upper - lower) / upper)) if math.isfinite(upper) else 1.0
 
     def solution(self, delta: Float[Tensor, ""]) -> Float[Tensor, " side"]:
@@ -123,10 +128,12 @@ class Krylov:
         return total
 
 
-def _first_entry(matrix: Float[Tensor, "m m"], delta: float) -> float:
-    """Return e₁ᵀ(M + δI)⁻¹e₁."""
-    unit = torch.eye(len(matrix), dtype=matrix.dtype)
-    return float(torch.linalg.solve(matrix + delta * unit, unit[:, 0])[0])
+def _first_entry(diagonal: Sequence[float], further: Sequence[float], delta: float) -> float:
+    """Return e₁ᵀ(T + δI)⁻¹e₁, of a tridiagonal T, by elimination from its end."""
+    pivot = diagonal[-1] + delta
+    for alpha, beta in zip(diagonal[-2::-1], further[len(diagonal) - 2 :: -1], strict=False):
+        pivot = alpha + delta - beta**2 / pivot if pivot else -math.inf
+    return 1 / pivot if pivot else math.inf
 
 
 def grown(space: Krylov, delta: float, tol: float) -> float:
