@@ -41,8 +41,9 @@ def products_of(
     """Return the products of a function of all leaves with its Jacobian along the wanted ones."""
     # The outputs, with a graph along the wanted leaves.
     with _differentiable_kernels(), torch.inference_mode(False), torch.enable_grad():
-        arguments = [plain_tensor(leaf).detach() for leaf in leaves]
-        primals = [arguments[leaf].requires_grad_() for leaf in wanted]
+        # Of all leaves, along which a model may differentiate inside.
+        arguments = [plain_tensor(leaf).detach().requires_grad_() for leaf in leaves]
+        primals = [arguments[leaf] for leaf in wanted]
         outputs = function(arguments)
         # The pullback of a cotangent, with a graph along that.
         cotangent = torch.zeros_like(outputs, requires_grad=True)
