@@ -30,8 +30,7 @@ from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.held import of_free
 from ddnewton.quadratic.leafwise import any_decayed, check_leafwise
 from ddnewton.quadratic.matrices import gauss_newton_matrices
-from ddnewton.quadratic.matrix_free.free_model import FreeModel
-from ddnewton.quadratic.matrix_free.steps import check_free_slopes
+from ddnewton.quadratic.matrix_free.free_model import FreeModel, check_free_slopes
 from ddnewton.quadratic.proximal import Proximal, different
 from ddnewton.quadratic.quadratic_model import QuadraticModel, gradients
 from ddnewton.transforms import any_known

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from ddnewton.criteria.batch_root import root_of_batch
 from ddnewton.criteria.root import Root
+from ddnewton.inputs.checks import check_dependence
 from ddnewton.inputs.groups import Block
 from ddnewton.inputs.terms import about_term
 from ddnewton.linearize.free_linearization import FreeLinearization, linearized_freely
 from ddnewton.linearize.jacobian_products import Products
 from ddnewton.quadratic.arguments import Arguments, Scaling, function_of, of_complex_outputs
-from ddnewton.quadratic.flat import LEAST_SLOPE
+from ddnewton.quadratic.flat import LEAST_SLOPE, depends_on_parameters, without_curvature
 from ddnewton.quadratic.term import Objective, TermLosses, output_rounding
 from ddnewton.trees import as_real, chunks
 
@@ -202,3 +203,18 @@ def _term(objective: Objective, linearization: FreeLinearization) -> FreeTerm:
     return FreeTerm(
         objective, linearization, root_of_batch(objective.loss, outputs, precise, objective.y)
     )
+
+
+def check_free_slopes(
+    model: FreeModel, gradients: Sequence[Float[Tensor, " _"]], *, curved: bool
+) -> None:
+    """Require outputs that depend on parameters; unless ``curved``, no slopes beyond rounding."""
+    gradient = torch.cat(list(gradients))
+    if not bool((gradient != 0).any()):
+        check_dependence(any(depends_on_parameters(term.linearization) for term in model.terms))
+    if curved:
+        return
+    slopes = torch.stack([term.root.gradient.abs().amax() for term in model.terms])
+    size = float(gradient.norm())
+    if bool((slopes > LEAST_SLOPE).any()) and size > 0:
+        raise without_curvature(model.names, size)

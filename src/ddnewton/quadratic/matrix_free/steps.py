@@ -10,7 +10,6 @@ damping is walked along leading directions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,16 +18,15 @@ from torch import Tensor
 
 from ddnewton.damping import as_rule, check_dampings
 from ddnewton.errors import warn
-from ddnewton.inputs.checks import check_dependence, check_derivatives
+from ddnewton.inputs.checks import check_derivatives
 from ddnewton.inputs.groups import Block
 from ddnewton.iterative.conjugate_gradients import Solution
 from ddnewton.iterative.refinement import refined
 from ddnewton.iterative.solve import solve
 from ddnewton.quadratic.arguments import Arguments
 from ddnewton.quadratic.derivatives import Derivatives
-from ddnewton.quadratic.flat import LEAST_SLOPE, depends_on_parameters, without_curvature
 from ddnewton.quadratic.info import NewtonInfo, record_of
-from ddnewton.quadratic.matrix_free.free_model import FreeModel, free_model
+from ddnewton.quadratic.matrix_free.free_model import FreeModel, check_free_slopes, free_model
 from ddnewton.quadratic.matrix_free.leading_directions import coordinates_of, free_directions
 from ddnewton.quadratic.matrix_free.operator import Operator, operator_of
 from ddnewton.quadratic.solution import coefficients_along, is_one_damping
@@ -216,21 +214,6 @@ def _step_along_directions(
         residuals=kept.residuals,
         curved=kept.curved,
     )
-
-
-def check_free_slopes(
-    model: FreeModel, gradients: Sequence[Float[Tensor, " _"]], *, curved: bool
-) -> None:
-    """Require outputs that depend on parameters; unless ``curved``, no slopes beyond rounding."""
-    gradient = torch.cat(list(gradients))
-    if not bool((gradient != 0).any()):
-        check_dependence(any(depends_on_parameters(term.linearization) for term in model.terms))
-    if curved:
-        return
-    slopes = torch.stack([term.root.gradient.abs().amax() for term in model.terms])
-    size = float(gradient.norm())
-    if bool((slopes > LEAST_SLOPE).any()) and size > 0:
-        raise without_curvature(model.names, size)
 
 
 def _in_params_units(operator: Operator, step: FreeStep) -> Float[Tensor, " d"]:
