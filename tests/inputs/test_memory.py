@@ -34,8 +34,9 @@ def case(n, classes, positions=()):
 def test_a_basis_that_does_not_fit_is_refused_with_its_figures():
     # 2 · 8 B · 2 · 6,400 outputs · 6,400 columns
     match = "6400 columns for each of 2 samples of 6400 outputs: 1.31 GB, where 0.134 GB are free"
-    with pytest.raises(MemoryError, match=match):
-        newton_step(*case(2, 64, (100,)), nn.CrossEntropyLoss(), 0.1)
+    for gram in ("dense", "structured"):
+        with pytest.raises(MemoryError, match=match):
+            newton_step(*case(2, 64, (100,)), nn.CrossEntropyLoss(), 0.1, gram=gram)
 
 
 def wide_case(n, halves, width=1200):
@@ -55,8 +56,9 @@ def test_a_matrix_that_does_not_fit_is_refused_with_its_figures():
     # 2 · 8 B · 3,000²
     problem = (*wide_case(1200, ("left", "right"), 1500), nn.CrossEntropyLoss())
     match = r"side 3000, factorized, of N·M = 1200·4 .* 3000 parameters: 0.144 GB"
-    with pytest.raises(ValueError, match=match):
-        newton_step(*problem, 0.1)
+    for gram in ("dense", "structured"):
+        with pytest.raises(ValueError, match=match):
+            newton_step(*problem, 0.1, gram=gram)
 
 
 def test_eigenpairs_that_do_not_fit_are_refused_with_their_figures():
@@ -65,13 +67,13 @@ def test_eigenpairs_that_do_not_fit_are_refused_with_their_figures():
     match = r"side 2400, with copies and eigenvectors .* 1200·4 columns .*: 0.369 GB.* One number"
     for damping in (0.0, lambda evals, *_: evals):
         with pytest.raises(ValueError, match=match):
-            newton_step(*problem, damping)
+            newton_step(*problem, damping, gram="dense")
     with pytest.raises(MemoryError, match=match):
         ggn_eigvalsh(*problem)
     # With a number, no sooner than they are asked for.
     match = "copies and eigenvectors of a Gauss-Newton matrix of side 2400: 0.323 GB"
     with pytest.raises(MemoryError, match=match):
-        newton_step_and_info(*problem, 0.1)
+        newton_step_and_info(*problem, 0.1, gram="dense")
     assert newton_step(*problem, 0.1)["left"].isfinite().all()
 
 
