@@ -58,7 +58,7 @@ def products_of(
     def push(vector: Sequence[Tensor]) -> Float[Tensor, "n c"]:
         if not images:
             return outputs.new_zeros(shape[0], outputs[0].numel())
-        parts = [vector[i] for i in numbers]
+        parts = [_aligned(vector[i]) for i in numbers]
         with torch.inference_mode(False):
             (pushed,) = _backward(images, [cotangent], parts)
         assert pushed is not None
@@ -68,7 +68,7 @@ def products_of(
         if not depends:
             return [torch.zeros_like(primal) for primal in primals]
         with torch.inference_mode(False):
-            parts = _backward([outputs], primals, [u.reshape(shape)])
+            parts = _backward([outputs], primals, [_aligned(u.reshape(shape))])
         pairs = zip(primals, parts, strict=True)
         return [torch.zeros_like(x) if part is None else _dense(part) for x, part in pairs]
 
@@ -142,6 +142,11 @@ class _Counting(TorchFunctionMode):
         tensors = [unwrapped(x) for x in tree_leaves(result) if isinstance(x, Tensor)]
         self.total += sum(x.nbytes for x in tensors if not x._is_view())
         return result
+
+
+def _aligned(part: Tensor) -> Tensor:
+    """Return a tensor that may be viewed as pairs, of complex numbers: a copy where it may not."""
+    return part.clone() if part.storage_offset() % 2 else part
 
 
 def _dense(part: Tensor) -> Tensor:
