@@ -53,17 +53,17 @@ def test_how_tight_the_bound_is():
     """It is told of matrices that may be singular: of others the truth may be far below."""
     ratios = []
     for name in PROBLEMS:
-        for delta in (1e-4, 1e-2, 0.1, 1.0, 100.0):
+        for delta in (1e-4, 0.1, 10.0):
             for tol in TOLERANCES:
                 result, info = newton_step_and_info(*problem(name), delta, gram="free", tol=tol)
                 true = lost_share(truth(name), result, delta, solve(truth(name), delta))
                 if true > 1e-20:
                     ratios.append(float(info.lost) / true)
     ratios = torch.tensor(ratios).sort().values
-    assert len(ratios) > 250
+    assert len(ratios) > 150
     assert ratios[0] >= 1 - 1e-6
-    assert ratios.median() < 1.6
-    assert ratios[int(0.7 * len(ratios))] < 10
+    assert ratios.median() < 1.2
+    assert ratios[int(0.7 * len(ratios))] < 2
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
