@@ -71,10 +71,14 @@ def root_of_parts(
     times: Callable[..., Tensor],
     transposed: Callable[..., Tensor],
     *,
+    product: Callable[..., Tensor] | None = None,
     spans: bool = True,
     squares: Float[Tensor, " n"] | None = None,
 ) -> Root:
-    """Return a root by functions of u, or v, and of parts that have a row a sample."""
+    """Return a root by functions of u, or v, and of parts that have a row a sample.
+
+    ``product`` is of v ↦ S Sᵀv where that is had for less than by both factors.
+    """
 
     def at(samples: Rows) -> Root:
         return root_of_parts(
@@ -84,17 +88,23 @@ def root_of_parts(
             columns,
             times,
             transposed,
+            product=product,
             spans=spans,
             squares=None if squares is None else squares[samples],
         )
 
+    def by_factors(v: Tensor, *parts: Tensor) -> Tensor:
+        products: Tensor = times(transposed(v, *parts), *parts)
+        return products
+
+    of_hessian = by_factors if product is None else product
     return Root(
         value=value,
         gradient=gradient,
         columns=columns,
         times=lambda u: times(u, *parts),
         transposed=lambda v: transposed(v, *parts),
-        product=lambda v: times(transposed(v, *parts), *parts),
+        product=lambda v: of_hessian(v, *parts),
         spans=spans,
         at=at,
         squares=squares,

@@ -7,7 +7,10 @@ least 1 / C, and H = τ (diag(p) − ppᵀ) = L diag(h) Lᵀ as in `cross_entrop
     (L u)_i = u_i − p_i Σ_{j<i} u_j / q_{j+1}.
 
 These are cumulative sums. A tail sum of p v is a mean of the v_i behind j, times q_{j+1}: what is
-subtracted from v_j is of its size, so that no product loses a digit to the size of p.
+subtracted from v_j is of its size, so that no product loses a digit to the size of p. The product
+with H itself takes a single sum, and loses none either where the likeliest class, l, is the zero:
+
+    (H v)_i = τ p_i (w_i − Σ_j p_j w_j),   w_i = v_i − v_l.
 """
 
 from __future__ import annotations
@@ -43,11 +46,24 @@ def softmax_root(
     q = tail_sums(p)
     h = totals[..., None] * (p[..., :-1] * (q[..., 1:] / q[..., :-1])).clamp(min=SMALLEST_CURVATURE)
     columns = h.shape[1] * h.shape[2]
-    parts = (h.sqrt(), p, q[..., 1:], likeliest)
+    # In the order of the outputs τ p, and 1 / τ, for the products with H itself.
+    curvatures = (totals[..., None] * _swapped(p, likeliest)).mT.contiguous()
+    inverse = torch.where(totals > 0, 1 / totals, 0)[:, None]
+    parts = (h.sqrt(), p, q[..., 1:], likeliest, curvatures, inverse)
     # On vectors whose entries sum to zero, as r does, H⁺ is that of diag(τ p).
-    curvatures = outputs_of(totals[..., None] * _swapped(p, likeliest))
-    squares = squares_over(gradient, curvatures)
-    return root_of_parts(value, gradient, parts, columns, _times, _transposed, squares=squares)
+    squares = squares_over(gradient, curvatures.flatten(1))
+    return root_of_parts(
+        value, gradient, parts, columns, _times, _transposed, product=_product, squares=squares
+    )
+
+
+def _product(v: Float[Tensor, "n c"], *parts: Tensor) -> Float[Tensor, "n c"]:
+    """Return H v."""
+    *_, likeliest, curvatures, inverse = parts
+    v = v.reshape(curvatures.shape)
+    w = v - v.gather(1, likeliest.mT)
+    means = inverse * (curvatures * w).sum(1, keepdim=True)
+    return (curvatures * (w - means)).flatten(1)
 
 
 def _times(
@@ -56,6 +72,7 @@ def _times(
     p: Float[Tensor, "n t v"],
     q: Float[Tensor, "n t m2"],
     likeliest: Int[Tensor, "n t 1"],
+    *_: Tensor,
 ) -> Float[Tensor, "n c"]:
     """Return L √h u."""
     w = s * u.reshape(s.shape)
@@ -69,6 +86,7 @@ def _transposed(
     p: Float[Tensor, "n t v"],
     q: Float[Tensor, "n t m2"],
     likeliest: Int[Tensor, "n t 1"],
+    *_: Tensor,
 ) -> Float[Tensor, "n m"]:
     """Return √h Lᵀ v."""
     x = _swapped(_classes_of(v, p), likeliest)
