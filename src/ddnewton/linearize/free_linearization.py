@@ -41,7 +41,7 @@ GRAPHS = 3
 """How many times the results of a model the graphs take: its own, and that of its pullback."""
 
 MEASURED_SAMPLES = 2
-"""On how many samples the size of a graph is measured."""
+"""On how many samples the size of a graph is measured, and on twice as many."""
 
 
 class FreeLinearization(NamedTuple):
@@ -184,9 +184,17 @@ def _samples_at_once(
     """Return for how many samples graphs are made at once: all, where they are kept."""
     if chunk_size is not None:
         return min(n, chunk_size)
-    first = min(n, MEASURED_SAMPLES)
-    first_samples = partial(_of_leaves, function, slice(0, first))
-    size = GRAPHS * graph_bytes(first_samples, leaves) // first + 1
+
+    # Mostly a graph of few samples shows that. It has copies of the parameters, which are as large
+    # for any number of them, so that otherwise what counts is how much a sample adds.
+    def bytes_of(count: int) -> int:
+        return GRAPHS * graph_bytes(partial(_of_leaves, function, slice(0, count)), leaves)
+
+    first = max(1, min(n // 2, MEASURED_SAMPLES))
+    few = bytes_of(first)
+    if n * few <= first * KEPT_BYTES:
+        return n
+    size = max(0, bytes_of(2 * first) - few if n > 1 else few) // first + 1
     return n if n * size <= KEPT_BYTES else max(1, min(n, CHUNK_BYTES // size))
 
 

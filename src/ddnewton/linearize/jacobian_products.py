@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -45,22 +46,26 @@ def products_of(
         arguments = [plain_tensor(leaf).detach().requires_grad_() for leaf in leaves]
         primals = [arguments[leaf] for leaf in wanted]
         outputs = function(arguments)
-        # The pullback of a cotangent, with a graph along that.
-        cotangent = torch.zeros_like(outputs, requires_grad=True)
-        depends = outputs.requires_grad
-        pulled: list[Tensor | None] = [None] * len(primals)
-        if depends:
-            pulled = list(_backward([outputs], primals, [cotangent], create_graph=True))
-    shape = outputs.shape
-    numbers = [i for i, part in enumerate(pulled) if part is not None and part.requires_grad]
-    images = [part for part in pulled if part is not None and part.requires_grad]
+    depends, shape = outputs.requires_grad, outputs.shape
+
+    # The pullback of a cotangent, with a graph along that, once it is asked for.
+    @cache
+    def pullback() -> tuple[Tensor, dict[int, Tensor]]:
+        with _differentiable_kernels(), torch.inference_mode(False), torch.enable_grad():
+            cotangent = torch.zeros_like(outputs, requires_grad=True)
+            if not depends:
+                return cotangent, {}
+            pulled = _backward([outputs], primals, [cotangent], create_graph=True)
+        images = {i: part for i, part in enumerate(pulled) if part is not None}
+        return cotangent, {i: part for i, part in images.items() if part.requires_grad}
 
     def push(vector: Sequence[Tensor]) -> Float[Tensor, "n c"]:
+        cotangent, images = pullback()
         if not images:
             return outputs.new_zeros(shape[0], outputs[0].numel())
-        parts = [_aligned(vector[i]) for i in numbers]
+        parts = [_aligned(vector[i]) for i in images]
         with torch.inference_mode(False):
-            (pushed,) = _backward(images, [cotangent], parts)
+            (pushed,) = _backward(list(images.values()), [cotangent], parts)
         assert pushed is not None
         return pushed.detach().reshape(shape[0], -1)
 
