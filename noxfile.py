@@ -111,6 +111,14 @@ def bench(session: nox.Session) -> None:
     session.run("python", "-m", "benchmarks.bench", *session.posargs)
 
 
+@nox.session
+def large(session: nox.Session) -> None:
+    """Measure what no matrix fits, beside curvlinops and SciPy; arguments go to the benchmark."""
+    install(session, "bench")
+    session.install("--no-deps", *ALONE)
+    session.run("python", "-m", "benchmarks.large_problems", *session.posargs, env=ONE_THREAD)
+
+
 # Peers of the trainings, taken without what they depend on besides torch.
 TRAINERS = ("pytorch-optimizer", "torch-levenberg-marquardt")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -174,3 +175,32 @@ def vision_transformer() -> Transformer:
 def character_gpt() -> Transformer:
     """Return a character GPT that predicts the one after 64: width 128, four blocks."""
     return Transformer(nn.Embedding(64, 128), 64, 128, 64, causal=True)
+
+
+class LanguageModel(Transformer):
+    """A transformer whose outputs are of every token, classes before positions as losses want."""
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Return the outputs [N, C, tokens]."""
+        hidden = self.norm(self.blocks(self.embed(X) + self.positions))
+        return self.head(hidden).mT
+
+
+def language_model(vocabulary: int, tokens: int = 64, width: int = 64) -> LanguageModel:
+    """Return a GPT that predicts the one after every token: four blocks of four heads."""
+    embed = nn.Embedding(vocabulary, width)
+    return LanguageModel(embed, tokens, width, vocabulary, causal=True)
+
+
+class Residuals(nn.Module):
+    """A net and, of a function of it as `benchmarks.recipes` has them, the values at its points."""
+
+    def __init__(
+        self, net: nn.Module, function: Callable[[nn.Module], Callable[..., Tensor]]
+    ) -> None:
+        super().__init__()
+        self.net, self.function = net, function(net)
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Return the function's values [N]."""
+        return self.function(dict(self.net.named_parameters()), X)

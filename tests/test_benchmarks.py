@@ -85,6 +85,44 @@ def test_small_fits():
     assert all(ms > 0 for ms in peers.values())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_large_problems(tmp_path):
+    ended = command("large_problems", "--quick", "--json", tmp_path / "large.json")
+    assert ended.returncode == 0, ended.stderr
+    records = json.loads((tmp_path / "large.json").read_text(encoding="utf-8"))["records"]
+    asked = {(r["problem"], r["quantity"], r["way"]) for r in records}
+    assert len(asked) == len(records)
+    steps = {"tiny GPT": "step, δ = 0.1 λ", "tiny PINN": "step, δ = 0.01 λ"}
+    assert asked == {
+        (problem, quantity, way)
+        for problem, step in steps.items()
+        for quantity in ("product", step, "eigenpairs")
+        for way in ("ddnewton", "curvlinops + SciPy", "ddnewton, exact")
+        if way != "ddnewton, exact" or (problem == "tiny PINN" and quantity != "product")
+    }
+    for record in records:
+        if record["way"] == "curvlinops + SciPy" and not all(
+            map(find_spec, ("curvlinops", "scipy"))
+        ):
+            assert record["status"] == "not installed"
+            continue
+        assert record["status"] == "ok"
+        assert record["runs"] == 1
+        assert record["seconds"] >= 0
+        assert record["peak"] >= 0
+        # How right it is, and that what is told of a step is no less than the truth.
+        assert record["error"] < (1e-2 if "step" in record["quantity"] else 1e-5)
+        if "told" in record:
+            assert record["error"] <= record["told"] <= 1e-2
+    assert ended.stdout.count("| tiny ") == 6
+
+
+def test_large_problems_must_be_known():
+    ended = command("large_problems", "--only", "huge")
+    assert ended.returncode == 2
+    assert "--only must name beginnings of GPT, V = 1000, N = 4" in ended.stderr
+
+
 # --- on a GPU -------------------------------------------------------------------------------
 
 GPU_PEERS = ("jacrev", "ddnewton", "curvlinops")
