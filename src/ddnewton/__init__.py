@@ -10,6 +10,7 @@ from ddnewton.criteria import (
     with_curvature,
 )
 from ddnewton.curvature import directional_derivatives, ggn_eigh, ggn_eigvalsh, gram_matrix
+from ddnewton.inputs.batches import Batches
 from ddnewton.inputs.groups import Group, per_layer, per_parameter
 from ddnewton.inputs.module_function import as_function
 from ddnewton.linearize.structured.prepare import prepare
@@ -25,6 +26,7 @@ from ddnewton.select import above, energy, top_k
 from ddnewton.uncertainty import covariance, standard_errors
 
 __all__ = [
+    "Batches",
     "Fit",
     "FunctionalOptimizer",
     "Group",

@@ -21,11 +21,12 @@ from ddnewton.quadratic.arguments import arguments_of, leaves_of
 from ddnewton.quadratic.derivatives import Derivatives
 from ddnewton.quadratic.eigenpairs import derivatives_along, eigenpairs
 from ddnewton.quadratic.flat import check_outputs_depend
-from ddnewton.quadratic.matrices import gram_matrices, matrices_of
+from ddnewton.quadratic.matrices import gram_matrices
 from ddnewton.quadratic.matrix_free.leading_directions import free_derivatives, free_eigenpairs
 from ddnewton.quadratic.matrix_free.ways import either_way, refuse_free
 from ddnewton.quadratic.quadratic_model import quadratic_model
 from ddnewton.quadratic.spectrum import eigenvalues
+from ddnewton.quadratic.summed_model import model_and_matrices
 from ddnewton.trees import unflatten
 from ddnewton.types import AnyModelFn, GramWays, PyTree, Select
 
@@ -75,8 +76,7 @@ def ggn_eigvalsh(
         gradient=False,
     )
     refuse_free(arguments, "all eigenvalues", "For leading ones pass select=top_k(k) to ggn_eigh.")
-    with quadratic_model(arguments) as model:
-        matrices = matrices_of(model)
+    with model_and_matrices(arguments, resolved=False) as (model, matrices):
         check_outputs_depend(model, matrices)
         evals = [eigenvalues(matrix).to(model.dtype) for matrix in matrices]
     return grouped(evals, groups)
@@ -136,10 +136,8 @@ def ggn_eigh(
     )
     evals, vectors, dtype = either_way(arguments, eigenpairs, free_eigenpairs)
     evals = [of_block.to(dtype) for of_block in evals]
-    evecs = [
-        unflatten([of_block], [leaves], params)
-        for of_block, leaves in zip(vectors, leaves_of(arguments), strict=True)
-    ]
+    pairs = zip(vectors, leaves_of(arguments), strict=True)
+    evecs = [unflatten([of_block], [leaves], params) for of_block, leaves in pairs]
     return grouped(list(zip(evals, evecs, strict=True)), groups)
 
 
@@ -252,6 +250,7 @@ def gram_matrix(
         gram=gram,
         chunk_size=chunk_size,
         gradient=False,
+        takes_batches=False,
     )
     refuse_free(arguments, "the Gram matrix", "ggn_eigh has its leading part, by select=top_k(k).")
     with quadratic_model(arguments) as model:

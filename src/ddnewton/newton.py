@@ -29,16 +29,11 @@ from ddnewton.quadratic.arguments import Arguments, arguments_of, leaves_of
 from ddnewton.quadratic.directions import directions_of
 from ddnewton.quadratic.flat import check_slopes
 from ddnewton.quadratic.info import NewtonInfo
-from ddnewton.quadratic.matrices import gauss_newton_matrices
 from ddnewton.quadratic.matrix_free.steps import free_steps, free_steps_and_infos
 from ddnewton.quadratic.matrix_free.ways import either_way
-from ddnewton.quadratic.quadratic_model import (
-    gradients,
-    in_params_units,
-    quadratic_model,
-    to_parameters,
-)
+from ddnewton.quadratic.quadratic_model import gradients, in_params_units, to_parameters
 from ddnewton.quadratic.solution import info_of, solve, without_eigenpairs
+from ddnewton.quadratic.summed_model import model_and_matrices
 from ddnewton.trees import unflatten
 from ddnewton.types import AnyModelFn, DampingRule, GramWays, PyTree, Select
 
@@ -82,7 +77,8 @@ def newton_step(
     params
         Pytree of floating-point tensors; complex ones, and outputs, count as pairs of reals.
     X, y
-        Tensors or pytrees of tensors with the samples on axis 0.
+        Tensors or pytrees of tensors, samples on axis 0, on any device: a chunk at a time goes
+        to that of the parameters. Or `ddnewton.Batches` as X, and None as y.
     criterion
         Loss module, function of `torch.nn.functional`, `ddnewton.criteria.Loss`, or any convex
         ``criterion(outputs, y) -> scalar`` whose Hessian has no entries between samples, such as a
@@ -180,8 +176,7 @@ def newton_step(
 
 def _steps(arguments: Arguments) -> list[Float[Tensor, " _"]]:
     """Return the steps of all blocks, by their matrices."""
-    with quadratic_model(arguments) as expanded:
-        model, matrices = gauss_newton_matrices(expanded)
+    with model_and_matrices(arguments) as (model, matrices):
         complement = arguments.complement
         check_slopes(model, matrices, curved=complement is None)
         coordinates = without_eigenpairs(model, matrices, [complement] * len(matrices))
@@ -248,8 +243,7 @@ def _steps_and_infos(
     arguments: Arguments,
 ) -> tuple[list[Float[Tensor, " _"]], list[NewtonInfo]]:
     """Return the steps of all blocks and their records, by their matrices."""
-    with quadratic_model(arguments) as expanded:
-        model, matrices = gauss_newton_matrices(expanded)
+    with model_and_matrices(arguments) as (model, matrices):
         complement = arguments.complement
         check_slopes(model, matrices, curved=complement is None)
         blocks = directions_of(model, matrices)  # all, for the rank

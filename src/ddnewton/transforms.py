@@ -96,9 +96,9 @@ def untransformed() -> AbstractContextManager[object]:
     return cleared
 
 
-def without_autocast(X: PyTree) -> AbstractContextManager[object]:
-    """Return a context in which nothing is cast to fewer digits where the samples are."""
-    device = tree_leaves(X)[0].device.type
+def without_autocast(params: PyTree) -> AbstractContextManager[object]:
+    """Return a context in which nothing is cast to fewer digits where the parameters are."""
+    device = tree_leaves(params)[0].device.type
     if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)

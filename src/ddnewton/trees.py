@@ -28,9 +28,12 @@ __all__ = [
     "as_real",
     "batches",
     "chunks",
+    "device_to_go_to",
     "flattened",
     "joined",
     "leaf_paths",
+    "moved_to",
+    "moving",
     "named_leaves",
     "on_copies",
     "on_pairs",
@@ -79,7 +82,44 @@ def parameter_count(params: PyTree) -> int:
 
 def take(X: PyTree, samples: slice | Tensor) -> PyTree:
     """Return the batch of some of the samples of a batch."""
-    return tree_map(lambda x: x[samples], X)
+    return tree_map(partial(_taken, samples), X)
+
+
+def _taken(samples: slice | Tensor, leaf: Tensor) -> Tensor:
+    """Return some rows of a leaf, whose indices may be on another device."""
+    if isinstance(samples, Tensor) and samples.device != leaf.device:
+        samples = samples.to(leaf.device)
+    return leaf[samples]
+
+
+def device_to_go_to(X: PyTree, params: PyTree) -> torch.device | None:
+    """Return where samples have to go that are on no device of the parameters, None if on one."""
+    leaves = tree_leaves(params)
+    home = leaves[0].device
+    if all(leaf.device == home for leaf in tree_leaves(X)):
+        return None
+    devices = {leaf.device for leaf in leaves}
+    return None if all(leaf.device in devices for leaf in tree_leaves(X)) else home
+
+
+def moved_to(X: PyTree, device: torch.device | None) -> PyTree:
+    """Return samples on a device, None for where they are."""
+    if device is None:
+        return X
+    # To the host a copy that nobody waits for would be read too early.
+    return tree_map(lambda leaf: leaf.to(device, non_blocking=device.type != "cpu"), X)
+
+
+def moving(function: Callable[..., Tensor], device: torch.device | None) -> Callable[..., Tensor]:
+    """Return a function of parameters and samples that moves these to a device first."""
+    return function if device is None else partial(_called_there, function, device)
+
+
+def _called_there(
+    function: Callable[..., Tensor], device: torch.device, params: PyTree, X: PyTree
+) -> Tensor:
+    """Call a function of parameters and samples with the samples moved to a device."""
+    return function(params, moved_to(X, device))
 
 
 def chunks(n: int, size: int) -> list[slice]:

@@ -195,9 +195,9 @@ def _uncertainty(
 ) -> Uncertainty:
     """Return the root of the covariance of fitted parameters."""
     _check_arguments(params, absolute_sigma)
-    options: Any = {"gram": gram, "chunk_size": chunk_size, "gradient": False}
+    ways: Any = {"gram": gram, "chunk_size": chunk_size, "gradient": False, "takes_batches": False}
     with about_noise():
-        arguments = arguments_of(model_fn, params, X, y, _likelihoods(criterion), **options)
+        arguments = arguments_of(model_fn, params, X, y, _likelihoods(criterion), **ways)
         refuse_free(arguments, "a covariance", 'Leave gram at "auto".')
     # The rows of the residuals, and what these leave undetermined.
     with about_noise(), quadratic_model(arguments) as expanded:

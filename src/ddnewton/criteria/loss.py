@@ -77,6 +77,10 @@ class Loss(NamedTuple):
 
     ``squares`` says whether the loss is a sum of squared residuals, with a noise whose variance it
     does not know; it is None where only a batch tells, for a function.
+
+    ``redrawn(number)`` returns a loss that draws random numbers with others, for a further batch of
+    the same data set; it is None for a loss that draws none. ``curvature_ratio(outputs, y)`` is by
+    what the Hessian is multiplied because of what a batch divides by; it is None for none.
     """
 
     expand: Callable[[Tensor, PyTree], Expansion]
@@ -91,6 +95,8 @@ class Loss(NamedTuple):
     root: RootOf | None = None
     fisher_root: RootOf | None = None
     position_scores: Callable[[Tensor, PyTree, int, Uniform], PositionScores] | None = None
+    redrawn: Callable[[int], Any] | None = None
+    curvature_ratio: Callable[[Tensor, PyTree], Tensor] | None = None
     made_by: Call | None = None  # by which it is pickled
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -7,24 +7,22 @@ sample, where the exact Hessian of a softmax has C − 1: fewer columns make a c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ddnewton.criteria.loss import Expansion, Loss, Uniform, name_of, value_and_gradient
+from ddnewton.criteria.loss import Expansion, Loss, name_of, value_and_gradient
+from ddnewton.criteria.random_numbers import drawn_seed, further_seed, uniform_from
 from ddnewton.criteria.root import Root, dense_root, drawn_root
 from ddnewton.criteria.torch_losses import TORCH_LOSSES, record_of
 from ddnewton.errors import BadType, BadValue, public, sentence
 from ddnewton.records import restored_draws, stored_draws
-from ddnewton.transforms import untransformed
 from ddnewton.types import Criterion, PyTree
 
 Per: TypeAlias = Literal["position", "sequence"]
-
-LEAST_UNIFORM = 2.0**-54
-"""Replaces a random number of 0, whose quantile may be infinite; `torch.rand`'s next is 2⁻⁵³."""
 
 
 class MonteCarlo(NamedTuple):
@@ -151,16 +149,18 @@ def _with_draws(
 
 def sampled(criterion: MonteCarlo) -> Loss:
     """Return a loss whose curvature is from drawn targets, the same ones at every expansion."""
-    loss, samples, generator, per = criterion
     # One seed, also under vmap: all members of an ensemble share it.
-    with untransformed():
-        device = generator.device
-        drawn = torch.randint(2**63 - 1, (), generator=generator, device=device)
-        seed = int(drawn)
+    return _sampled_from(criterion, drawn_seed(criterion.generator), 0)
+
+
+def _sampled_from(criterion: MonteCarlo, first_seed: int, number: int) -> Loss:
+    """Return the loss for a batch of a data set, each with a seed of its own from the first."""
+    loss, samples, _, per = criterion
+    seed = further_seed(first_seed, number)
 
     def scores(outputs: Tensor, y: PyTree) -> Tensor:
         assert loss.scores is not None
-        uniform = _uniform(seed, outputs.device)
+        uniform = uniform_from(seed, outputs.device)
         if per == "position":
             return loss.scores(outputs, y, samples, uniform)
         if loss.position_scores is not None:
@@ -182,7 +182,9 @@ def sampled(criterion: MonteCarlo) -> Loss:
         # The same targets by products, and S = [s_1 … s_S] / √S.
         value, gradient = value_and_gradient(loss, outputs, y)
         if loss.position_scores is not None:
-            by_products = loss.position_scores(outputs, y, samples, _uniform(seed, outputs.device))
+            by_products = loss.position_scores(
+                outputs, y, samples, uniform_from(seed, outputs.device)
+            )
             by_position = per == "position"
             return drawn_root(value, gradient, by_products, samples, by_position=by_position)
         columns = scores(outputs, y)
@@ -202,6 +204,7 @@ def sampled(criterion: MonteCarlo) -> Loss:
         root=root,
         fisher_root=None,
         position_scores=None,
+        redrawn=partial(_sampled_from, criterion, first_seed),
     )
 
 
@@ -224,20 +227,6 @@ def check_criterion(criterion: AnyCriterion) -> None:
     """Require a criterion that a step takes, before there is a batch to look at."""
     if not isinstance(criterion, MonteCarlo):
         record_of(criterion)
-
-
-def _uniform(seed: int, device: torch.device) -> Uniform:
-    """Return a source of random numbers that the seed determines, on every device alike."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-
-    def uniform(shape: Sequence[int]) -> Tensor:
-        with untransformed():
-            numbers = torch.rand(
-                tuple(shape), generator=generator, dtype=torch.float64, device="cpu"
-            )
-        return numbers.clamp(min=LEAST_UNIFORM).to(device)
-
-    return uniform
 
 
 def kind_of(criterion: AnyCriterion) -> str:

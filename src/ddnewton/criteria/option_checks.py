@@ -61,9 +61,13 @@ def check_broadcasts(name: str, weight: Tensor | None, outputs: Tensor) -> None:
         raise BadValue(sentence(rule, got, "Pass one weight for each of the last axis's outputs."))
 
 
+class NoTargets(BadValue):
+    """A batch whose mean is over no target: all of them are ignored, or of weight 0."""
+
+
 def check_denominator(denominator: float | Tensor) -> None:
     """Require a mean that does not divide by zero."""
     if any_known(torch.as_tensor(denominator) == 0):
         rule = "a weighted mean needs a target of positive weight"
         got = "targets that are all ignored or of weight 0"
-        raise BadValue(sentence(rule, got, 'Skip the batch, or use reduction="sum".'))
+        raise NoTargets(sentence(rule, got, 'Skip the batch, or use reduction="sum".'))

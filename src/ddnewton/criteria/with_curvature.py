@@ -126,4 +126,5 @@ def _with_metric(loss: Loss, metric: Loss) -> Loss:
         root=changed_root(metric.root, root_with_slopes),
         fisher_root=changed_root(metric.fisher_root, root_with_slopes),
         position_scores=position_scores if metric.position_scores else None,
+        curvature_ratio=ratio,
     )

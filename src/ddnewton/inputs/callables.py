@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ddnewton.inputs.batches import BATCHES_REMEDY, Batches
 from ddnewton.types import PyTree
 
 ORDER = "the order is model_fn, params, X, y, criterion."
@@ -59,6 +60,8 @@ def not_samples(name: str, tree: PyTree, path: str, leaf: object) -> tuple[str, 
     # What there is, by its name; a function of two arguments is most likely the criterion.
     value, place = (tree, "") if callable(leaf) and _is_record(tree) else (leaf, path)
     got = f"{name}{place}: {getattr(value, '__name__', type(value).__name__)}"
+    if isinstance(leaf, Batches):
+        return got, BATCHES_REMEDY
     if not callable(leaf):
         return got, "Convert it with torch.as_tensor."
     if not accepts_updates(leaf) and accepts_arguments(leaf, 2):

@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ddnewton.errors import BadType, BadValue, sentence
+from ddnewton.inputs.batches import Batches, check_without_targets
 from ddnewton.inputs.callables import CRITERION_REMEDY, is_function
 from ddnewton.inputs.checks import check_batch
 from ddnewton.inputs.samples import Indices, Samples, indices
@@ -38,11 +39,16 @@ class TermArguments(NamedTuple):
 
     name: Name
     model_fn: Any
-    X: PyTree
+    X: PyTree | Batches
     y: PyTree
     criterion: Any
     gram: GramWay
     samples: Samples
+
+    @property
+    def in_batches(self) -> bool:
+        """Whether the samples come in batches, of which there are several."""
+        return isinstance(self.X, Batches)
 
 
 def is_several(model_fn: object) -> bool:
@@ -123,28 +129,35 @@ def terms_of(
     criterion: Any,
     gram: GramWays,
     subsampling: Mapping[str, TermIndices | None],
+    *,
+    takes_batches: bool = False,
 ) -> list[TermArguments]:
     """Return the arguments of every term, in the order of ``model_fn``, with its samples.
 
     ``subsampling`` are the indices of the slopes, the directions and the curvatures.
     """
+    # Batches have their targets.
+    if y is None and isinstance(X, Mapping) and any(isinstance(x, Batches) for x in X.values()):
+        y = dict.fromkeys(X)
     # One key for every term, in all of them.
     shared = {"criterion": criterion, "gram": gram}
     dicts = {name: value for name, value in shared.items() if isinstance(value, Mapping)}
     check_keys(model_fn, X=X, y=y, **dicts)
-    for option, samples in subsampling.items():
-        _check_indices(option, samples, term_names(model_fn))
+    for option, some in subsampling.items():
+        _check_indices(option, some, term_names(model_fn))
+    in_batches = [isinstance(of_term(X, name), Batches) for name in term_names(model_fn)]
+    if takes_batches and any(in_batches):
+        _check_no_indices(subsampling)
     terms = []
     for name in term_names(model_fn):
         inputs, targets = of_term(X, name), of_term(y, name)
         with about_term(name):
-            # As many targets as inputs, and indices among these.
-            check_batch(X=inputs, y=targets)
-            n, device = sample_count(inputs), tree_leaves(inputs)[0].device
-            sets = (
-                indices(option, _indices_of(samples, name), n, device)
-                for option, samples in subsampling.items()
-            )
+            if isinstance(inputs, Batches) and takes_batches:
+                check_without_targets(targets)
+                samples = Samples(None, None, None)
+            else:
+                of_name = {option: _indices_of(some, name) for option, some in subsampling.items()}
+                samples = _samples(inputs, targets, of_name)
             terms.append(
                 TermArguments(
                     name=name,
@@ -153,10 +166,25 @@ def terms_of(
                     y=targets,
                     criterion=_one_for_all("criterion", criterion, name),
                     gram=_one_for_all("gram", gram, name),
-                    samples=Samples(*sets),
+                    samples=samples,
                 )
             )
     return terms
+
+
+def _samples(X: PyTree, y: PyTree, subsampling: Mapping[str, Indices | None]) -> Samples:
+    """Require as many targets as inputs, and indices among these; return the indices."""
+    check_batch(X=X, y=y)
+    n, device = sample_count(X), tree_leaves(X)[0].device
+    return Samples(*(indices(option, some, n, device) for option, some in subsampling.items()))
+
+
+def _check_no_indices(subsampling: Mapping[str, TermIndices | None]) -> None:
+    """Refuse sub-samples of batches, which are visited whole."""
+    for option, some in subsampling.items():
+        if some is not None:
+            rule, remedy = f"{option} must be None for Batches", "Sub-sample the data set instead."
+            raise BadValue(sentence(rule, "indices", remedy))
 
 
 @contextmanager

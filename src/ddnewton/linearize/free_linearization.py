@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -16,22 +16,27 @@ from ddnewton.inputs.memory import CHUNK_BYTES
 from ddnewton.linearize.calls import refusal
 from ddnewton.linearize.independence import check_independent, evaluate
 from ddnewton.linearize.jacobian_products import Products, graph_bytes, products_of
-from ddnewton.linearize.model import Model
+from ddnewton.linearize.model import Model, forgotten
 from ddnewton.linearize.precision import CHEAP_FLOPS, ramp, widened
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.linearize.structured.visit import run
 from ddnewton.linearize.widening import widen_leaf
 from ddnewton.transforms import plain_tensor, without_autocast
 from ddnewton.trees import (
+    TreeSpec,
     batches,
     chunks,
     parameter_count,
+    sample_count,
     take,
     tree_flatten,
     tree_map,
     tree_unflatten,
 )
 from ddnewton.types import ModelFn, PyTree
+
+OfSamples: TypeAlias = Callable[[Sequence[Tensor], Int[Tensor, " n"] | slice], Tensor]
+"""The outputs of some samples, as a function of leaves and indices."""
 
 KEPT_BYTES = 2**29
 """Up to how many bytes the graphs of all samples are kept between products; where they are more,
@@ -48,17 +53,20 @@ class FreeLinearization(NamedTuple):
     """A model at a batch whose Jacobian is known by products alone.
 
     ``function`` returns the outputs of some samples at parameters other than ``leaves``;
-    ``in_float64`` the same linearization in float64, None where it is so or cannot be.
+    ``in_float64`` the same linearization in float64, None where it is so or cannot be; and
+    ``at_batch`` that at another batch, without the checks that one batch is enough for.
     """
 
     outputs: Float[Tensor, "n ..."]  # in the model's own dtype
     precise: Float[Tensor, "n ..."]  # in the dtype in which they are computed
-    function: Callable[[Sequence[Tensor], Int[Tensor, " n"] | slice], Tensor]
+    function: OfSamples
     leaves: Sequence[Tensor]
     in_float64: Callable[[], FreeLinearization] | None
     complex_outputs: bool  # which are pairs of reals here
     samples_at_once: int
     eps: float  # the rounding of a product
+    at_batch: Callable[[PyTree], FreeLinearization]
+    keeps_graphs: bool = True
 
     def products(self, wanted: Sequence[int], samples: Int[Tensor, " n"] | slice) -> Products:
         """Return the products of some samples with their Jacobian along some leaves."""
@@ -66,13 +74,11 @@ class FreeLinearization(NamedTuple):
 
     def graphs_fit(self, count: int) -> bool:
         """Return whether the graphs of so many samples may be kept."""
-        return count <= self.samples_at_once
+        return self.keeps_graphs and count <= self.samples_at_once
 
 
 def _of_leaves(
-    function: Callable[[Sequence[Tensor], Int[Tensor, " n"] | slice], Tensor],
-    samples: Int[Tensor, " n"] | slice,
-    leaves: Sequence[Tensor],
+    function: OfSamples, samples: Int[Tensor, " n"] | slice, leaves: Sequence[Tensor]
 ) -> Tensor:
     """Call a function of leaves and samples with the samples first, to be bound."""
     return function(leaves, samples)
@@ -85,7 +91,7 @@ def linearized_freely(
     """Linearize a model by products, prepared or not."""
     X = tree_map(plain_tensor, X)
     if isinstance(model_fn, Prepared):
-        with without_autocast(X):
+        with without_autocast(params):
             yield _of_prepared(model_fn, params, X, chunk_size)
         return
     model = evaluate(model_fn, params, X, chunk_size)
@@ -110,28 +116,61 @@ def _of_model(model: Model, chunk_size: int | None) -> FreeLinearization:
 def _at(model: Model, narrow: Model, chunk_size: int | None) -> FreeLinearization:
     """Linearize a model, with the outputs that it has in its own dtype."""
     leaves, spec = tree_flatten(model.params)
+    of_batch = partial(_of_batch, model.function, spec)
+    function, widens = of_batch(model.X), model is not narrow
+    linearization = FreeLinearization(
+        outputs=narrow.outputs,
+        precise=model.outputs,
+        function=function,
+        leaves=leaves,
+        in_float64=None,
+        complex_outputs=narrow.complex_outputs,
+        samples_at_once=_samples_at_once(function, leaves, len(model.outputs), chunk_size),
+        eps=_rounding(model.outputs, leaves, model.rounding),
+        at_batch=forgotten,
+    )
+    # Nothing of this batch goes along to others.
+    empty = narrow.outputs.new_empty(0)
+    like = linearization._replace(outputs=empty, precise=empty, function=forgotten)
 
-    def function(leaves: Sequence[Tensor], samples: Int[Tensor, " n"] | slice) -> Tensor:
-        return model.function(tree_unflatten(leaves, spec), take(model.X, samples))
+    def at_batch(X: PyTree) -> FreeLinearization:
+        dense = tree_map(lambda x: x if x.layout == torch.strided else x.to_dense(), X)
+        dense = tree_map(plain_tensor, dense)
+        at_samples = of_batch(tree_map(widen_leaf, dense) if widens else dense)
+        return _anew(like, at_batch, at_samples, sample_count(X), chunk_size)
 
-    return _checked(
-        FreeLinearization(
-            outputs=narrow.outputs,
-            precise=model.outputs,
-            function=function,
-            leaves=leaves,
-            in_float64=None,
-            complex_outputs=narrow.complex_outputs,
-            samples_at_once=_samples_at_once(function, leaves, len(model.outputs), chunk_size),
-            eps=_rounding(model.outputs, leaves, model.rounding),
-        )
+    return _checked(linearization._replace(at_batch=at_batch))
+
+
+def _of_batch(function: ModelFn, spec: TreeSpec, X: PyTree) -> OfSamples:
+    """Return a function of parameters as one of leaves and indices of samples."""
+    return lambda leaves, samples: function(tree_unflatten(leaves, spec), take(X, samples))
+
+
+def _anew(
+    like: FreeLinearization,
+    at_batch: Callable[[PyTree], FreeLinearization],
+    function: OfSamples,
+    n: int,
+    chunk_size: int | None,
+) -> FreeLinearization:
+    """Return a linearization at another batch, with the outputs there."""
+    size = _samples_at_once(function, like.leaves, n, chunk_size)
+    outputs = torch.cat([function(like.leaves, chunk).detach() for chunk in chunks(n, size)])
+    check_outputs(outputs, n)
+    return like._replace(
+        outputs=outputs.to(like.outputs.dtype),
+        precise=outputs,
+        function=function,
+        samples_at_once=size,
+        at_batch=at_batch,
     )
 
 
 def _of_prepared(
-    prepared: Prepared, params: PyTree, X: PyTree, chunk_size: int | None
+    prepared: Prepared, params: PyTree, X: PyTree, chunk_size: int | None, wide: bool | None = None
 ) -> FreeLinearization:
-    """Linearize a prepared model, in float64 where that costs little."""
+    """Linearize a prepared model, in float64 where that costs little, or where it is said."""
     leaves, samples = prepared.leaves(params, X)
 
     def by_program(wide: bool) -> FreeLinearization:
@@ -144,7 +183,7 @@ def _of_prepared(
             own_leaves, own_samples = ([*map(widen_leaf, part)] for part in (leaves, samples))
 
         def function(leaves: Sequence[Tensor], indices: Int[Tensor, " n"] | slice) -> Tensor:
-            return run(program, leaves, take(own_samples, indices))
+            return run(program, leaves, prepared.at(own_samples, indices))
 
         n = len(own_samples[0])
         size = _samples_at_once(function, own_leaves, n, chunk_size)
@@ -160,8 +199,11 @@ def _of_prepared(
             complex_outputs=prepared.complex_outputs,
             samples_at_once=size,
             eps=_rounding(outputs, own_leaves, program.rounding),
+            at_batch=partial(_of_prepared, prepared, params, chunk_size=chunk_size, wide=wide),
         )
 
+    if wide is not None:
+        return by_program(wide)
     if prepared.wide is None:
         return by_program(wide=False)
     count = len(samples[0]) * prepared.width
@@ -176,10 +218,7 @@ def _rounding(outputs: Tensor, leaves: Sequence[Tensor], inside: float) -> float
 
 
 def _samples_at_once(
-    function: Callable[[Sequence[Tensor], Int[Tensor, " n"] | slice], Tensor],
-    leaves: Sequence[Tensor],
-    n: int,
-    chunk_size: int | None,
+    function: OfSamples, leaves: Sequence[Tensor], n: int, chunk_size: int | None
 ) -> int:
     """Return for how many samples graphs are made at once: all, where they are kept."""
     if chunk_size is not None:

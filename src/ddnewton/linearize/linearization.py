@@ -17,20 +17,14 @@ from torch import Tensor
 
 from ddnewton.columns.contraction import flops
 from ddnewton.columns.factors import Factor, Jacobian, Outer, written_out
-from ddnewton.errors import warn
 from ddnewton.inputs.checks import check_outputs
 from ddnewton.inputs.memory import samples_at_once
-from ddnewton.linearize.independence import SamplesMix, evaluate
+from ddnewton.linearize.independence import evaluate
 from ddnewton.linearize.jacobians import jacobian
-from ddnewton.linearize.model import Model, at_samples
+from ddnewton.linearize.model import Model
 from ddnewton.linearize.precision import float64_throughout, widened
 from ddnewton.linearize.sample_columns import tangents_pay
-from ddnewton.linearize.structured.prepare import (
-    TRACED_SAMPLES,
-    Untraceable,
-    no_layers,
-    prepared_model,
-)
+from ddnewton.linearize.structured.prepare import layers_of
 from ddnewton.linearize.structured.program import Program
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.linearize.structured.visit import Visit, run, visit
@@ -79,7 +73,9 @@ def linearized(
     along these.
     """
     if isinstance(model_fn, Prepared) and not _goes_dense(model_fn, params, X, gram):
-        with without_autocast(X):  # its casts are in the graph, and products of columns need none
+        with without_autocast(
+            params
+        ):  # its casts are in the graph, and products of columns need none
             yield _by_layers(model_fn, params, X, chunk_size)
         return
     yield _linearized(evaluate(model_fn, params, X, chunk_size), gram, chunk_size)
@@ -95,17 +91,10 @@ def _goes_dense(prepared: Prepared, params: PyTree, X: PyTree, gram: str) -> boo
 def _linearized(model: Model, gram: str, chunk_size: int | None) -> Linearization:
     """Linearize a model by its layers if asked to, or if that is faster and possible."""
     tiny = is_tiny(model.outputs.numel(), parameter_count(model.params))
-    if gram == "structured" or (gram == "auto" and not tiny):
-        try:
-            prepared = prepared_model(at_samples(model, slice(0, TRACED_SAMPLES)))
-            return _by_layers(prepared, model.params, model.X, chunk_size)
-        except (Untraceable, SamplesMix) as reason:
-            if gram == "structured":
-                raise
-            # Samples that mix are refused by dense Jacobians too.
-            if isinstance(reason, Untraceable):
-                warn(no_layers(reason))
-    return _by_jacobians(model, chunk_size)
+    prepared = layers_of(model, gram, tiny=tiny)
+    if prepared is None:
+        return _by_jacobians(model, chunk_size)
+    return _by_layers(prepared, model.params, model.X, chunk_size)
 
 
 def is_tiny(count: int, d: int) -> bool:
@@ -173,12 +162,12 @@ def _by_program(
         return chunk_size or _samples_at_once(program, leaves, n, m)
 
     def visit_of(indices: Int[Tensor, " n"] | slice) -> Visit:
-        return visit(program, leaves, take(samples, indices))
+        return visit(program, leaves, prepared.at(samples, indices))
 
     # Run it on all samples for the outputs; a single chunk stays ready to be pulled back.
     first_chunk, *further_chunks = chunks(n, size_of(n, prepared.width))
     first = None if further_chunks else visit_of(first_chunk)
-    parts = [take(samples, chunk) for chunk in (first_chunk, *further_chunks)]
+    parts = [prepared.at(samples, chunk) for chunk in (first_chunk, *further_chunks)]
     outputs = first.outputs if first else torch.cat([run(program, leaves, part) for part in parts])
     check_outputs(outputs, n)
     eps = max(program.rounding, *(torch.finfo(x.dtype).eps for x in (outputs, *leaves)))
@@ -212,7 +201,7 @@ def _by_program(
         outputs=outputs.to(prepared.dtype),
         precise=outputs,
         jacobian=jacobian,
-        function=lambda leaves, indices: run(program, leaves, take(samples, indices)),
+        function=lambda leaves, indices: run(program, leaves, prepared.at(samples, indices)),
         leaves=leaves,
         in_float64=None,
         complex_outputs=prepared.complex_outputs,

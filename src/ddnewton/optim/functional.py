@@ -183,6 +183,7 @@ def directional_newton(
         tol=tol,
         chunk_size=chunk_size,
         scale=settings.scale,
+        takes_batches=False,
     )
     init = FirstState(bool(settings.momentum), isinstance(settings.scale, str))
     update = Update(

@@ -14,11 +14,12 @@ from ddnewton.criteria.monte_carlo import Criteria
 from ddnewton.criteria.trained import without_params
 from ddnewton.inputs.checks import check_functions, check_options, check_params
 from ddnewton.inputs.groups import Block, Group, blocks_of
+from ddnewton.inputs.samples import Samples
 from ddnewton.inputs.scale import Scale, scale_of
 from ddnewton.inputs.terms import TermArguments, TermIndices, about_term, terms_of
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.quadratic.term import Objective
-from ddnewton.trees import on_pairs
+from ddnewton.trees import device_to_go_to, moved_to, moving, on_pairs
 from ddnewton.types import AnyModelFn, DampingRule, GramWays, ModelFn, PyTree, Select
 
 
@@ -46,6 +47,11 @@ class Arguments(NamedTuple):
     tol: float
 
     @property
+    def in_batches(self) -> bool:
+        """Whether samples of a term come in batches."""
+        return any(term.in_batches for term in self.terms)
+
+    @property
     def is_free(self) -> bool:
         """Whether the matrix is never to be formed."""
         return any(term.gram == "free" for term in self.terms)
@@ -70,10 +76,12 @@ def arguments_of(
     chunk_size: int | None = None,
     scale: Scale = None,
     gradient: bool = True,
+    takes_batches: bool = True,
 ) -> Arguments:
     """Refuse what breaks a rule, before any work; return the rest.
 
-    Columns of the gradient alone are left out where nobody asks for the ``gradient``.
+    Columns of the gradient alone are left out where nobody asks for the ``gradient``. A function
+    that needs all samples at once ``takes_batches`` by no means.
     """
     check_functions(model_fn, select)
     check_options(damping, complement, gram, chunk_size, tol)
@@ -83,7 +91,8 @@ def arguments_of(
         "subsampling_ggn": subsampling_ggn,
         "subsampling_curvature": subsampling_curvature,
     }
-    terms = terms_of(model_fn, X, y, criterion, gram, subsampling)
+    terms = terms_of(*(model_fn, X, y, criterion, gram, subsampling), takes_batches=takes_batches)
+    terms = [_where_params_are(term, params) for term in terms]
     return Arguments(
         params=params,
         terms=terms,
@@ -108,10 +117,27 @@ def _objective(term: TermArguments, params: PyTree, gradient: bool) -> Objective
     return Objective(term.name, name_of(term.criterion), loss, term.y, term.samples, gradient)
 
 
+def _where_params_are(term: TermArguments, params: PyTree) -> TermArguments:
+    """Return a term with targets and indices where the parameters are, as its outputs will be.
+
+    Inputs stay where they are, to be moved a chunk of samples at a time.
+    """
+    if term.in_batches:
+        return term
+    y = moved_to(term.y, device_to_go_to(term.y, params))
+    device = device_to_go_to(term.X, params)
+    if device is not None:
+        samples = (some if some is None else some.to(device) for some in term.samples)
+        term = term._replace(samples=Samples(*samples))
+    return term._replace(y=y)
+
+
 def function_of(term: TermArguments, params: PyTree) -> ModelFn:
-    """Return the model of a term as a function of reals."""
+    """Return the model of a term as a function of reals, wherever the samples are."""
     function: ModelFn = term.model_fn
-    return function if isinstance(function, Prepared) else on_pairs(function, params)
+    if isinstance(function, Prepared):  # which moves them by itself
+        return function
+    return moving(on_pairs(function, params), device_to_go_to(term.X, params))
 
 
 def of_complex_outputs(objective: Objective, term: TermArguments, params: PyTree) -> Objective:

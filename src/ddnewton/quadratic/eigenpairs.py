@@ -12,8 +12,8 @@ from ddnewton.quadratic.arguments import Arguments
 from ddnewton.quadratic.derivatives import Derivatives
 from ddnewton.quadratic.directions import directions_of, orthonormal
 from ddnewton.quadratic.flat import check_outputs_depend
-from ddnewton.quadratic.matrices import gauss_newton_matrices
-from ddnewton.quadratic.quadratic_model import quadratic_model, to_parameters
+from ddnewton.quadratic.quadratic_model import to_parameters
+from ddnewton.quadratic.summed_model import model_and_matrices
 
 
 class BlockEigenpairs(NamedTuple):
@@ -33,8 +33,7 @@ class BlockDerivatives(NamedTuple):
 
 def eigenpairs(arguments: Arguments) -> BlockEigenpairs:
     """Return the eigenpairs of all blocks, by their matrices."""
-    with quadratic_model(arguments) as expanded:
-        model, matrices = gauss_newton_matrices(expanded)
+    with model_and_matrices(arguments) as (model, matrices):
         check_outputs_depend(model, matrices)
         kept = [block.kept for block in directions_of(model, matrices, only_kept=True)]
         vectors = to_parameters(model, matrices, [directions.vectors.mT for directions in kept])
@@ -47,8 +46,7 @@ def eigenpairs(arguments: Arguments) -> BlockEigenpairs:
 
 def derivatives_along(arguments: Arguments) -> BlockDerivatives:
     """Return the derivatives along the directions of all blocks, by their matrices."""
-    with quadratic_model(arguments) as expanded:
-        model, matrices = gauss_newton_matrices(expanded)
+    with model_and_matrices(arguments) as (model, matrices):
         check_outputs_depend(model, matrices)
         blocks = directions_of(model, matrices, only_kept=True)
         return BlockDerivatives([block.derivatives for block in blocks], model.dtype)

@@ -167,6 +167,15 @@ def _copies(count: int, d: int, device: torch.device, *, by_eigenpairs: bool) ->
     return 5 if count <= d else 4 + 2 * count / max(1, d)
 
 
+def check_sums_fit(lengths: Sequence[int], device: torch.device) -> None:
+    """Require sums over the batches of the matrices of blocks of parameters to fit into memory."""
+    size = 3 * sum(d**2 for d in lengths) * torch.float64.itemsize
+    what = (
+        f"Gauss-Newton matrices of side {', '.join(map(str, lengths))}, a copy and vectors of each"
+    )
+    check_fits(size, what, 'Pass gram="free", or groups for smaller matrices.', device)
+
+
 def block_matrices(
     jacobians: Sequence[Jacobian],
     count: int,
@@ -187,7 +196,7 @@ def block_matrices(
     parameter_blocks = [block for block, is_on_columns in sided_blocks if not is_on_columns]
     products = iter(side_by_side(jacobians, curved, column_blocks) if column_blocks else [])
     equations = iter(
-        _equations(jacobians, count, parameter_blocks, weights, gradient_weights)
+        equations_of(jacobians, count, parameter_blocks, weights, gradient_weights)
         if parameter_blocks
         else []
     )
@@ -213,7 +222,7 @@ def block_matrices(
     ]
 
 
-def _equations(
+def equations_of(
     jacobians: Sequence[Jacobian],
     count: int,
     blocks: Sequence[Leaves],

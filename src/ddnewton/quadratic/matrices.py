@@ -31,14 +31,21 @@ def gauss_newton_matrices(
     largest of the columns so far, for a scale by them.
     """
     # As the model is, and once more in float64 where that does not resolve what counts.
-    scaled, matrices = _scaled_by_columns(model, matrices_of(model), sizes)
-    if all(term.linearization.in_float64 is None for term in model.terms):
-        return scaled, matrices
-    pairs = zip(model.blocks, matrices, strict=True)
-    if all(_resolved(block, matrix, least_damping) for block, matrix in pairs):
+    scaled, matrices = scaled_by_columns(model, matrices_of(model), sizes)
+    if is_resolved(model, matrices, least_damping):
         return scaled, matrices
     model = in_float64(model)
-    return _scaled_by_columns(model, matrices_of(model), sizes)
+    return scaled_by_columns(model, matrices_of(model), sizes)
+
+
+def is_resolved(
+    model: QuadraticModel, matrices: Sequence[GaussNewton], least_damping: float | Tensor = 0.0
+) -> bool:
+    """Return whether the precision that a model is in is enough, or the highest that it has."""
+    if all(term.linearization.in_float64 is None for term in model.terms):
+        return True
+    pairs = zip(model.blocks, matrices, strict=True)
+    return all(_resolved(block, matrix, least_damping) for block, matrix in pairs)
 
 
 def in_float64(model: QuadraticModel) -> QuadraticModel:
@@ -51,7 +58,7 @@ def in_float64(model: QuadraticModel) -> QuadraticModel:
     return expanded(linearizations, objectives, model.blocks, model.scaling)
 
 
-def _scaled_by_columns(
+def scaled_by_columns(
     model: QuadraticModel, matrices: list[GaussNewton], sizes: Float[Tensor, " d"] | None
 ) -> tuple[QuadraticModel, list[GaussNewton]]:
     """Return model and matrices in units of the sizes of the columns, where these are asked for."""

@@ -29,7 +29,15 @@ from ddnewton.quadratic.gauss_newton import (
     block_vectors,
     check_matrices_fit,
 )
-from ddnewton.quadratic.term import Objective, Term, TermLosses, expansion_of, of_samples, term_of
+from ddnewton.quadratic.term import (
+    Objective,
+    Term,
+    TermLosses,
+    expansion_of,
+    losses_of,
+    of_samples,
+    term_of,
+)
 from ddnewton.trees import as_real
 
 
@@ -81,8 +89,7 @@ class QuadraticModel(NamedTuple):
     @property
     def losses(self) -> TermLosses:
         """The losses of its terms by name, or the loss where it is one term."""
-        losses = {term.objective.term: term.losses.mean() for term in self.terms}
-        return losses.get(None, losses)
+        return losses_of(self.terms)
 
     @property
     def has_curvature_samples(self) -> bool:
@@ -164,6 +171,11 @@ def expanded(
     for parts in zip(linearizations, objectives, expansions, strict=True):
         with about_term(parts[1].term):
             terms.append(term_of(*parts))
+    return model_of(terms, blocks, scaling)
+
+
+def model_of(terms: Sequence[Term], blocks: Sequence[Block], scaling: Scaling) -> QuadraticModel:
+    """Return the sum of some terms, with their columns side by side."""
     further = [term.gradient_columns for term in terms if term.gradient_columns is not None]
     jacobians = [*(term.curvature_columns for term in terms), *further]
     weights = [term.gradient_weights.reshape(-1) for term in terms]

@@ -140,13 +140,15 @@ def _of_parameters(matrix: GaussNewton, leading: int | None) -> Spectrum:
         part: Tensor = vectors @ torch.where(live, 0, column_slopes.mT @ z)
         return part
 
+    # Of fewer columns than parameters, as many directions as columns.
+    skipped = max(0, len(evals) - i)
     return Spectrum(
         evals=evals.clamp(min=0) if len(evals) < len(matrix.entries) else _padded(evals, i),
-        evecs=evecs,
-        column_slopes=column_slopes,
-        vectors=vectors,
-        live=live,
-        faint=faint,
+        evecs=evecs[:, skipped:],
+        column_slopes=column_slopes[:, skipped:],
+        vectors=vectors[:, skipped:],
+        live=live[skipped:],
+        faint=faint[skipped:],
         resolved=resolved,
         rounding=rounding,
         sizes=lengths.sqrt(),
@@ -180,8 +182,9 @@ def eigenvalues(matrix: GaussNewton) -> Float[Tensor, " i"]:
 
 
 def _padded(evals: Float[Tensor, " side"], i: int) -> Float[Tensor, " i"]:
-    """Return eigenvalues, none of them negative, with the zeros of all other columns in front."""
-    padded: Tensor = F.pad(evals.clamp(min=0), (i - evals.shape[0], 0))
+    """Return i eigenvalues, none of them negative, with the zeros of further columns in front."""
+    skipped = max(0, len(evals) - i)
+    padded: Tensor = F.pad(evals[skipped:].clamp(min=0), (i - len(evals) + skipped, 0))
     return padded
 
 

@@ -9,7 +9,8 @@ samples are columns of their own.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +22,7 @@ from ddnewton.criteria.loss import Expansion, Loss, slopes_of
 from ddnewton.inputs.samples import Samples, rows_among
 from ddnewton.inputs.terms import Name
 from ddnewton.linearize.linearization import Linearization
+from ddnewton.linearize.model import forgotten
 from ddnewton.types import PyTree
 
 TermLosses: TypeAlias = Tensor | dict[Any, Tensor]
@@ -85,6 +87,48 @@ class Term(NamedTuple):
         """The losses of the samples that the gradient is of."""
         samples = self.objective.samples.slopes
         return self.losses if samples is None else self.losses[samples]
+
+
+class HasLosses(Protocol):
+    """What has the losses of some samples of a term, or of one of its batches."""
+
+    @property
+    def objective(self) -> Objective:
+        """The loss of the batch."""
+
+    @property
+    def losses(self) -> Float[Tensor, " n"]:
+        """The losses of all samples."""
+
+
+def losses_of(terms: Sequence[HasLosses]) -> TermLosses:
+    """Return the losses of terms by name, or the loss where it is one term.
+
+    Of a term in batches it is the sum of theirs.
+    """
+    losses: dict[Any, Tensor] = {}
+    for term in terms:
+        name, loss = term.objective.term, term.losses.mean()
+        losses[name] = losses[name] + loss if name in losses else loss
+    return losses.get(None, losses)
+
+
+def without_samples(term: Term) -> Term:
+    """Return a term that holds nothing as large as its samples or its basis."""
+    linearization, further = term.linearization, term.gradient_columns
+    return term._replace(
+        objective=term.objective._replace(y=None),
+        linearization=linearization._replace(
+            outputs=linearization.outputs[:1].clone(),
+            precise=linearization.precise[:1].clone(),
+            jacobian=forgotten,
+            function=forgotten,
+            in_float64=None if linearization.in_float64 is None else forgotten,
+        ),
+        basis=term.basis.new_zeros(()).expand(term.basis.shape),
+        curvature_columns=term.curvature_columns._replace(visit=forgotten),
+        gradient_columns=None if further is None else further._replace(visit=forgotten),
+    )
 
 
 class GradientWeights(NamedTuple):

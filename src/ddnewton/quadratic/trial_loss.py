@@ -54,6 +54,7 @@ def trial_of(term: TrialTerm, leaves: Sequence[Tensor], samples: Int[Tensor, " s
     as the mean of their parts of the gradient does. For a plain mean that is the same change.
     """
     loss, y = term.objective.loss, term.objective.y
+    samples = samples if samples is None else samples.to(term.linearization.outputs.device)
     linearization, outputs = term.linearization, term.linearization.outputs
     pairs = zip(leaves, linearization.leaves, strict=True)
     leaves = [new.to(leaf) for new, leaf in pairs]

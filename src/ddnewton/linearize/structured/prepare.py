@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.columns.factors import in_order, weighted_sums
-from ddnewton.errors import BadValue, public, sentence
+from ddnewton.errors import BadValue, public, sentence, warn
 from ddnewton.inputs.checks import (
     Independent,
     check_batch,
@@ -21,7 +21,7 @@ from ddnewton.inputs.checks import (
 from ddnewton.inputs.terms import about_term, check_keys, is_several, of_term, term_names
 from ddnewton.linearize.calls import first_line, first_sample_outputs
 from ddnewton.linearize.independence import SamplesMix, check_independent, evaluate
-from ddnewton.linearize.model import Model
+from ddnewton.linearize.model import Model, at_samples
 from ddnewton.linearize.precision import Widened, if_same_function, narrowest, pulled_back, ramp
 from ddnewton.linearize.structured.compilation import compile_program, widened_program
 from ddnewton.linearize.structured.program import Program
@@ -30,7 +30,16 @@ from ddnewton.linearize.structured.traced_model import Prepared, kept, signature
 from ddnewton.linearize.structured.visit import Visit, visit
 from ddnewton.linearize.widening import in_float64, widen_leaf
 from ddnewton.transforms import first_member
-from ddnewton.trees import as_real, on_pairs, take, tree_leaves, tree_map
+from ddnewton.trees import (
+    as_real,
+    device_to_go_to,
+    moved_to,
+    moving,
+    on_pairs,
+    take,
+    tree_leaves,
+    tree_map,
+)
 from ddnewton.types import AnyModelFn, ModelFn, PyTree
 
 TRACED_SAMPLES = 4
@@ -112,9 +121,25 @@ def _prepared(model_fn: ModelFn, params: PyTree, X: PyTree) -> Prepared:
     if isinstance(model_fn, Prepared):
         model_fn.leaves(params, X)
         return model_fn
-    # From here on all parameters are real.
-    model_fn, params = on_pairs(model_fn, params), as_real(params)
+    # From here on all parameters are real, and samples are taken to where they are.
+    model_fn = moving(on_pairs(model_fn, params), device_to_go_to(X, params))
+    params = as_real(params)
     return kept(prepared_model(evaluate(model_fn, params, X, None, TRACED_SAMPLES)))
+
+
+def layers_of(model: Model, gram: str, *, tiny: bool) -> Prepared | None:
+    """Return a model with its layers if asked to, or if that is faster and possible."""
+    if gram == "dense" or (gram == "auto" and tiny):
+        return None
+    try:
+        return prepared_model(at_samples(model, slice(0, TRACED_SAMPLES)))
+    except (Untraceable, SamplesMix) as reason:
+        if gram == "structured":
+            raise
+        # Samples that mix are refused by dense Jacobians too.
+        if isinstance(reason, Untraceable):
+            warn(no_layers(reason))
+        return None
 
 
 def prepared_model(model: Model) -> Prepared:
@@ -124,7 +149,8 @@ def prepared_model(model: Model) -> Prepared:
     they differ on the batch.
     """
     # Of an ensemble, its first member; and the model on the first sample alone.
-    params, X, outputs = tree_map(first_member, (model.params, model.X, model.outputs))
+    X = moved_to(model.X, device_to_go_to(model.X, model.params))
+    params, X, outputs = tree_map(first_member, (model.params, X, model.outputs))
     model = model._replace(params=params, X=X, outputs=outputs)
     on_one_sample = model._replace(X=take(X, slice(0, 1)), outputs=first_sample_outputs(model))
     # The program is made from the first sample, and must agree with the model there.

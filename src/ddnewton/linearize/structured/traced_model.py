@@ -24,7 +24,9 @@ from ddnewton.transforms import vmap
 from ddnewton.trees import (
     TreeSpec,
     as_real,
+    moved_to,
     named_leaves,
+    take,
     tree_flatten,
     tree_structure,
     tree_unflatten,
@@ -66,18 +68,30 @@ class Prepared:
     def __call__(self, params: PyTree, X: PyTree) -> Inexact[Tensor, "n ..."]:
         """Return the model's outputs."""
         leaves, samples = self.leaves(params, X)
+        samples = self.at(samples, slice(None))
         mapped = (*(None for _ in leaves), *(0 for _ in samples))
         outputs: Tensor = vmap(self.sample, mapped)(*leaves, *samples)
         return torch.view_as_complex(outputs) if self.complex_outputs else outputs
 
     def leaves(self, params: PyTree, X: PyTree) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the leaves of both arguments; raise where they do not fit their signatures."""
-        leaves, samples = _checked(self.params, as_real(params)), _checked(self.X, X)
+        """Return the leaves of both arguments; raise where they do not fit their signatures.
+
+        Samples may be on another device than the model, to be moved there some at a time.
+        """
+        leaves = _checked(self.params, as_real(params))
+        samples = _checked(self.X, X, anywhere=True)
         if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
             # What was made in inference mode, autograd refuses outside.
             leaves = [leaf.clone() if leaf.is_inference() else leaf for leaf in leaves]
             samples = [leaf.clone() if leaf.is_inference() else leaf for leaf in samples]
         return leaves, samples
+
+    def at(self, samples: Sequence[Tensor], indices: Tensor | slice) -> list[Tensor]:
+        """Return some of the samples, where the model is."""
+        some: list[Tensor] = take(list(samples), indices)
+        devices = [device for *_, device in self.X.leaves]
+        pairs = zip(some, devices, strict=True)
+        return [x if x.device == device else moved_to(x, device) for x, device in pairs]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The trace says all: the programs, which hold functions, are compiled of it anew.
@@ -140,8 +154,11 @@ def _signature_like(name: str, tree: PyTree, skip: int, leaves: Sequence[Any]) -
     return Signature(name, tree_structure(tree), skip, leaves)
 
 
-def _checked(expected: Signature, tree: PyTree) -> list[Tensor]:
-    """Return the leaves of an argument; raise where it does not fit its signature."""
+def _checked(expected: Signature, tree: PyTree, *, anywhere: bool = False) -> list[Tensor]:
+    """Return the leaves of an argument; raise where it does not fit its signature.
+
+    With ``anywhere`` it may be on any device.
+    """
     # The structure of the tree, then its leaves one by one.
     leaves, structure = tree_flatten(tree)
     name, remedy = expected.name, "Prepare the model anew for these."
@@ -153,7 +170,7 @@ def _checked(expected: Signature, tree: PyTree) -> list[Tensor]:
         if not isinstance(leaf, Tensor):
             rule = f"{name} must hold tensors"
             raise BadType(sentence(rule, f"{name}{path}: {type(leaf).__name__}", remedy))
-        actual = (leaf.shape[expected.skip :], leaf.dtype, leaf.device)
+        actual = (leaf.shape[expected.skip :], leaf.dtype, device if anywhere else leaf.device)
         if actual != (shape, dtype, device) or leaf.ndim < expected.skip:
             per = " a sample" if expected.skip else ""
             rule = f"{name}{path} must be {dtype}{list(shape)}{per} on {device}, as prepared"

@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ddnewton.quadratic.derivatives import Derivatives, over_all_samples
-from ddnewton.quadratic.matrix_free.free_model import FreeModel, FreeTerm, Visit
+from ddnewton.quadratic.matrix_free.free_model import FreeModel
+from ddnewton.quadratic.matrix_free.free_term import FreeTerm, Visit
 from ddnewton.trees import along_block
 
 Visits = Callable[[], Iterator[Visit]]

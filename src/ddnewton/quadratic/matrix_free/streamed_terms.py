@@ -1,0 +1,179 @@
+"""Terms whose samples come in batches, by products: every product goes through the loader.
+
+A batch is a term of its own. What is kept of it are the losses of its samples; its outputs, and the
+roots of its losses, are made anew in every pass, and so are the graphs of its products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ddnewton.criteria.denominators import Share, denominator_of, divided_by, share_of
+from ddnewton.criteria.root import Product, Root, Rows
+from ddnewton.inputs.batches import Pair, about_batch
+from ddnewton.inputs.terms import about_term
+from ddnewton.linearize.free_linearization import FreeLinearization, linearized_freely
+from ddnewton.linearize.model import forgotten
+from ddnewton.linearize.structured.traced_model import Prepared
+from ddnewton.quadratic.arguments import Arguments, function_of
+from ddnewton.quadratic.matrix_free.free_term import FreeTerm, free_term
+from ddnewton.quadratic.streams import Source, Stream, sources_of
+from ddnewton.transforms import without_autocast
+from ddnewton.trees import as_real
+
+
+class StreamedRoot(NamedTuple):
+    """The root of the losses of a batch, of which only the losses themselves are at hand."""
+
+    value: Float[Tensor, " n"]
+    columns: int
+    spans: bool
+    squares: Float[Tensor, " n"] | None
+    factored: bool
+    term: Callable[[], FreeTerm]  # the batch, visited again
+
+    @property
+    def gradient(self) -> Float[Tensor, "n c"]:
+        """The gradients of the losses in the outputs."""
+        return self.term().root.gradient
+
+    @property
+    def times(self) -> Product | None:
+        """Products with the roots, None where there are none."""
+        return self._multiplied if self.factored else None
+
+    @property
+    def transposed(self) -> Product | None:
+        """Products with the transposed roots, None where there are none."""
+        return self._multiplied if self.factored else None
+
+    def product(self, v: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+        """Return ∇²ℓ v."""
+        return self.term().root.product(v)
+
+    def at(self, samples: Rows) -> Root:
+        """Return the root of some samples."""
+        return self.term().root.at(samples)
+
+    def _multiplied(self, vector: Tensor) -> Tensor:
+        """Refuse a product with all samples at once: they are visited in parts."""
+        raise AssertionError(vector.shape)
+
+
+class Batch(NamedTuple):
+    """A batch of which the samples are forgotten, and its share of the denominator."""
+
+    term: FreeTerm
+    share: Share
+
+
+def streamed_terms(arguments: Arguments, stack: ExitStack) -> list[FreeTerm]:
+    """Return a term for every batch of every term, after a pass over all of them."""
+    terms: list[FreeTerm] = []
+    for source in sources_of(arguments, stack):
+        with about_term(source.term.name):
+            terms += _of_source(arguments, source, stack)
+    return terms
+
+
+def _of_source(arguments: Arguments, source: Source, stack: ExitStack) -> list[FreeTerm]:
+    """Return a term for every batch of a source."""
+    at: list[Callable[[Any], FreeLinearization]] = []
+    batches: list[Batch] = []
+    for pair in source.passes.each():
+        number = len(batches)
+        with about_batch(number), _at_batch(arguments, source, at, number, pair, 1.0) as term:
+            loss = source.loss_of(
+                arguments, number, complex_outputs=term.linearization.complex_outputs
+            )
+            outputs, precise = term.linearization.outputs, term.linearization.precise
+            before = [batch.share for batch in batches]
+            share = share_of(loss, outputs, precise, term.objective.y, before)
+            batches.append(Batch(_without_samples(term), share))
+        del pair, term, outputs, precise  # before the next one is made
+    total = denominator_of([batch.share for batch in batches])
+
+    def again(number: int, pair: Pair) -> Any:
+        return _at_batch(arguments, source, at, number, pair, total)
+
+    stream = Stream(source, again)
+    stack.callback(stream.close)
+    return [_streamed(batch.term, total, stream, k) for k, batch in enumerate(batches)]
+
+
+@contextmanager
+def _at_batch(
+    arguments: Arguments,
+    source: Source,
+    at: list[Callable[[Any], FreeLinearization]],
+    number: int,
+    pair: Pair,
+    total: float,
+) -> Iterator[FreeTerm]:
+    """Linearize the term at a batch, as a part that is divided by a total."""
+    term, params = source.at_batch(arguments, pair), arguments.params
+    # At the first batch with all checks, and at any other in the same way.
+    function = function_of(term, params)
+    with ExitStack() as contexts:
+        if at:
+            if isinstance(function, Prepared):
+                contexts.enter_context(without_autocast(params))
+            linearization = at[0](term.X)
+        else:
+            first = linearized_freely(function, as_real(params), term.X, arguments.chunk_size)
+            linearization = contexts.enter_context(first)
+            at.append(linearization.at_batch)
+        loss = source.loss_of(arguments, number, complex_outputs=linearization.complex_outputs)
+        objective = source.objective._replace(loss=divided_by(loss, total), y=term.y)
+        yield free_term(objective, linearization)
+
+
+def _without_samples(term: FreeTerm) -> FreeTerm:
+    """Return a term that holds nothing as large as its samples or its outputs."""
+    linearization, root = term.linearization, term.root
+    return FreeTerm(
+        objective=term.objective._replace(y=None),
+        linearization=linearization._replace(
+            outputs=linearization.outputs[:1].clone(),
+            precise=linearization.precise[:1].clone(),
+            function=forgotten,
+            at_batch=forgotten,
+            in_float64=None,
+            keeps_graphs=False,
+        ),
+        root=StreamedRoot(
+            value=root.value,
+            columns=root.columns,
+            spans=root.spans,
+            squares=root.squares,
+            factored=root.times is not None,
+            term=forgotten,
+        ),
+        steepest=term.steepness,
+        uncurved=term.is_uncurved,
+    )
+
+
+def _streamed(term: FreeTerm, total: float, stream: Stream[FreeTerm], number: int) -> FreeTerm:
+    """Return a batch as a term divided by a total, made of the samples anew where need be."""
+
+    def outputs(leaves: Sequence[Tensor], samples: Any) -> Tensor:
+        return stream.at(number).linearization.function(leaves, samples)
+
+    root, steepest = term.root, term.steepest
+    assert isinstance(root, StreamedRoot)
+    assert steepest is not None
+    return term._replace(
+        linearization=term.linearization._replace(function=outputs),
+        root=root._replace(
+            value=root.value / total,
+            squares=None if root.squares is None else root.squares / total,
+            term=lambda: stream.at(number),
+        ),
+        steepest=steepest / total,
+    )
