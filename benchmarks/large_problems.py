@@ -61,15 +61,20 @@ def measured(name: str, options: argparse.Namespace, folder: Path) -> list[Recor
     status = process(folder, options, name)
     left = folder / "times.json"
     times = json.loads(left.read_text(encoding="utf-8")) if left.exists() else {}
-    records = []
-    for quantity in RECIPES[name].quantities:
-        for way, found in times.get(quantity, {OURS: {"status": status}}).items():
-            record: Record = {"problem": name, "quantity": quantity, "way": way} | found
-            records.append(record)
-            if record["status"] == "ok":
-                where = ("--quantity", quantity, "--way", way)
-                record["memory"] = process(folder, options, name, *where)
-                left = folder / f"{quantity}, {way}.json"
+    records: list[Record] = [
+        {"problem": name, "quantity": quantity, "way": way} | record
+        for quantity in RECIPES[name].quantities
+        for way, record in times.get(quantity, {OURS: {"status": status}}).items()
+    ]
+    # The memory of every answer in a process of its own; of small ones of a way in the same.
+    for way in (OURS, PEER, EXACT):
+        timed = [r for r in records if r["way"] == way and r["status"] == "ok"]
+        for part in [timed] if options.quick else [[record] for record in timed]:
+            if quantities := [record["quantity"] for record in part]:
+                status = process(folder, options, name, "--way", way, "--quantity", *quantities)
+            for record in part:
+                left = folder / f"{record['quantity']}, {way}.json"
+                record["memory"] = status
                 if left.exists():
                     record.update(json.loads(left.read_text(encoding="utf-8")))
     return records

@@ -22,7 +22,7 @@ FEW_PARAMETERS = 3000
 SAMPLES_AT_ONCE = 500
 """Of the Jacobians that the matrix is formed of."""
 
-ACCURACY, MOST_PRODUCTS = 1e-9, 3000
+ACCURACY, MOST_PRODUCTS = 1e-7, 3000
 """The relative residual of a solution, and after how many products it is taken as it is."""
 
 KRYLOV = 30
