@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from ddnewton.process import ONE_THREAD
 from ddnewton.transforms import plain_tensor, unwrapped, without_saving_hooks
@@ -114,39 +113,44 @@ def graph_bytes(function: Callable[[Sequence[Tensor]], Tensor], leaves: Sequence
         sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    # By what autograd keeps; with derivatives inside by torch.func, which take no hooks, by what
-    # the operations return.
+    # By what autograd keeps, as it keeps it; derivatives inside by torch.func take no hooks, and
+    # the graph is looked through afterwards.
     with torch.inference_mode(False), torch.enable_grad(), _attention_by_products():
         arguments = [plain_tensor(leaf).detach().requires_grad_() for leaf in leaves]
         try:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 outputs = function(arguments)
         except RuntimeError:
-            counting = _Counting()
-            with counting:
-                outputs = function(arguments)
-            return counting.total
+            outputs = function(arguments)
+            sizes = _saved_sizes(outputs)
     return outputs.nbytes + sum(size for place, size in sizes.items() if place not in given)
 
 
-class _Counting(TorchFunctionMode):
-    """Add up the sizes of all results but views."""
+def _saved_sizes(outputs: Tensor) -> dict[int, int]:
+    """Return the sizes of all that the graph of some outputs has saved, by where these are."""
+    sizes: dict[int, int] = {}
+    nodes, visited = [outputs.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        nodes += [further for further, _ in node.next_functions]
+        # Tensors are attributes of a node, or lists of them are.
+        for name in dir(node):
+            if name.startswith("_saved_"):
+                saved = tree_leaves(getattr(node, name))
+                sizes |= dict(_placed(unwrapped(x)) for x in saved if isinstance(x, Tensor))
+    return sizes
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tensors = [unwrapped(x) for x in tree_leaves(result) if isinstance(x, Tensor)]
-        self.total += sum(x.nbytes for x in tensors if not x._is_view())
-        return result
+def _placed(tensor: Tensor) -> tuple[int, int]:
+    """Return where a tensor is, and its size; one that is dead for torch.func is by itself."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except RuntimeError:
+        return id(tensor), tensor.numel() * tensor.element_size()
 
 
 def _aligned(part: Tensor) -> Tensor:
