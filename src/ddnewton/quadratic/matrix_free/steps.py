@@ -47,7 +47,7 @@ class FreeStep(NamedTuple):
 
     vector: Float[Tensor, " d"]
     evals: Float[Tensor, " k"]
-    derivatives: Derivatives
+    derivatives: Derivatives | None  # None until they are asked for
     dampings: Float[Tensor, " k"]
     coefficients: Float[Tensor, " k"]
     gradient: Float[Tensor, " d"]
@@ -61,7 +61,7 @@ class FreeStep(NamedTuple):
 def free_steps(arguments: Arguments) -> list[Float[Tensor, " _"]]:
     """Return the steps of all blocks, in the units of the parameters."""
     with free_model(arguments) as model:
-        return [vector for vector, _ in _steps(model)]
+        return [vector for vector, _ in _steps(model, along=False)]
 
 
 def free_steps_and_infos(
@@ -69,16 +69,20 @@ def free_steps_and_infos(
 ) -> tuple[list[Float[Tensor, " _"]], list[NewtonInfo]]:
     """Return the steps of all blocks, in the units of the parameters, and their records."""
     with free_model(arguments) as model:
-        steps = _steps(model)
+        steps = _steps(model, along=True)
         return [vector for vector, _ in steps], [_info(model, step) for _, step in steps]
 
 
-def _steps(model: FreeModel) -> list[tuple[Float[Tensor, " _"], FreeStep]]:
-    """Return the steps of all blocks, in the units of the parameters and as they are made."""
+def _steps(model: FreeModel, *, along: bool) -> list[tuple[Float[Tensor, " _"], FreeStep]]:
+    """Return the steps of all blocks, in the units of the parameters and as they are made.
+
+    Derivatives ``along`` a step that solves a linear system are for its record alone.
+    """
     steps = []
     for block in model.blocks:
         operator = operator_of(model, block.leaves)
         step = _step(model, operator, block)
+        step = _with_derivatives(operator, step) if along else step
         steps.append((_in_params_units(operator, step), step))
     curved = model.arguments.complement is not None or any(step.curved for _, step in steps)
     check_free_slopes(model, [step.gradient for _, step in steps], curved=curved)
@@ -114,15 +118,11 @@ def _linear_step(
     assert not callable(block.damping)
     delta = float(block.damping)
     solution = solved(model, operator, gradient, delta)
-    vector = -solution.x
-    # As one direction, with the slopes and curvatures of the samples along it.
-    length = vector.norm()
-    direction = torch.where(length > 0, vector / length, 0)[None]
-    derivatives = operator.derivatives(direction)
+    length = solution.x.norm()
     return FreeStep(
-        vector=vector,
-        evals=derivatives.lambdas.mean(0),
-        derivatives=derivatives,
+        vector=-solution.x,
+        evals=length.new_zeros(0),
+        derivatives=None,
         dampings=torch.full_like(length, delta)[None],
         coefficients=length[None],
         gradient=gradient,
@@ -132,6 +132,15 @@ def _linear_step(
         residuals=solution.residual * gradient.norm()[None],
         curved=solution.curved,
     )
+
+
+def _with_derivatives(operator: Operator, step: FreeStep) -> FreeStep:
+    """Return a step with slopes and curvatures along it: of a linear system as one direction."""
+    if step.derivatives is not None:
+        return step
+    direction = torch.where(step.coefficients > 0, step.vector / step.coefficients, 0)[None]
+    derivatives = operator.derivatives(direction)
+    return step._replace(derivatives=derivatives, evals=derivatives.lambdas.mean(0))
 
 
 def solved(
@@ -224,6 +233,7 @@ def _in_params_units(operator: Operator, step: FreeStep) -> Float[Tensor, " d"]:
 def _info(model: FreeModel, step: FreeStep) -> NewtonInfo:
     """Return the record of the step of a block."""
     number = torch.as_tensor(step.rank, device=step.vector.device)
+    assert step.derivatives is not None
     return record_of(
         step.derivatives,
         torch.ones_like(step.evals, dtype=torch.bool),
