@@ -119,13 +119,24 @@ class Krylov:
 
     def solution(self, delta: Float[Tensor, ""]) -> Float[Tensor, " side"]:
         """Return x(δ) in the space so far."""
-        total = torch.zeros_like(self.right)
+        return self.image_and_solution(delta)[1]
+
+    def image_and_solution(
+        self, delta: Float[Tensor, ""]
+    ) -> tuple[Float[Tensor, " side"], Float[Tensor, " side"]]:
+        """Return G x(δ), which takes no further product, and x(δ) in the space so far."""
+        image, solution = torch.zeros_like(self.right), torch.zeros_like(self.right)
         if not self.vectors:
-            return total
-        numbers = self.coefficients(delta[None])[0].tolist()
-        for number, vector in zip(numbers, self.vectors, strict=True):
-            total += number * vector
-        return total
+            return image, solution
+        # G Q c = Q T c + β c_m q.
+        c = self.coefficients(delta[None])[0]
+        pairs = zip((self.tridiagonal() @ c).tolist(), c.tolist(), self.vectors, strict=True)
+        for of_image, of_solution, vector in pairs:
+            image.add_(vector, alpha=of_image)
+            solution.add_(vector, alpha=of_solution)
+        if self.following is not None:
+            image.add_(self.following, alpha=self.further[-1] * float(c[-1]))
+        return image, solution
 
 
 def _first_entry(diagonal: Sequence[float], further: Sequence[float], delta: float) -> float:

@@ -21,37 +21,34 @@ from ddnewton.errors import BadValue, sentence
 from ddnewton.inputs.groups import Block
 from ddnewton.iterative.krylov import Krylov, grown
 from ddnewton.optim.free_directions import Along, Pull, along_of, step_along
+from ddnewton.optim.free_matrices import FreeMatrix
 from ddnewton.optim.settings import Complement
 from ddnewton.quadratic.matrix_free.free_model import FreeModel
-from ddnewton.quadratic.matrix_free.operator import Operator, operator_of
+from ddnewton.quadratic.matrix_free.operator import operator_of
 from ddnewton.quadratic.matrix_free.steps import is_linear
 from ddnewton.quadratic.proximal import Proximal
 from ddnewton.trees import along_block, joined
 
-FEW_PARAMETERS, PROBES = 128, 8
-"""Up to how many parameters the trace is exact, and of how many random vectors else the mean: it is
-then known to a factor of two, if one eigenvalue is most of it, and better where it is not."""
+SAME_ROUNDINGS = 1e-14
+"""Up to which share of its length a vector may be off a multiple of another, and count as one."""
 
 SPACE_BYTES, SPACE_VECTORS = 2**30, 200
 """Up to which size, and how many, the vectors of a Krylov space are kept. One cut short makes
 a shorter step, as in Steihaug's trust region, and a step is judged by the loss it leads to."""
 
 
-class FreeMatrix(NamedTuple):
-    """The Gauss-Newton matrix of a block, known by products; its diagonal is not."""
+class Space(NamedTuple):
+    """The Krylov space of a right side, and G of the centre that this is made with."""
 
-    operator: Operator
-    gradient: Float[Tensor, " d"]
-    estimated_trace: Float[Tensor, ""]
+    krylov: Krylov
+    of_centre: Float[Tensor, " d"]
 
-    @property
-    def side(self) -> int:
-        """How many eigenvalues can be positive."""
-        return min(self.operator.i, self.operator.d)
 
-    def trace(self) -> Float[Tensor, ""]:
-        """Return the trace, by a few random vectors."""
-        return self.estimated_trace
+class Tried(NamedTuple):
+    """A step s, and G s of all parameters."""
+
+    step: Float[Tensor, " d"]
+    image: Float[Tensor, " d"]
 
 
 class FreeTrials(NamedTuple):
@@ -62,35 +59,10 @@ class FreeTrials(NamedTuple):
     complement: Complement
     proximal: Proximal | None
     free: Bool[Tensor, " d"] | None  # the parameters that no bound holds, None for all
-    spaces: dict[tuple[int, float], Krylov]  # of every block and momentum
+    spaces: dict[tuple[int, float], Space]  # of every block and momentum
     directions: dict[int, Along]  # of every block
+    tried: list[Tried]  # the step of the last trial, where its product came with it
     exact: bool = False
-
-
-def free_matrices(model: FreeModel, free: Bool[Tensor, " d"] | None = None) -> list[FreeMatrix]:
-    """Return the matrices of the blocks by products, with their gradients and traces.
-
-    Parameters that are not ``free`` have no slopes and no curvature.
-    """
-    matrices = []
-    for block in model.blocks:
-        operator = operator_of(model, block.leaves)
-        if free is not None:
-            mask = along_block(free, block.leaves, model.sizes).double()
-            scale = mask if operator.scale is None else mask * operator.scale
-            operator = operator._replace(scale=scale)
-        matrices.append(FreeMatrix(operator, operator.gradient(), _trace(operator)))
-    return matrices
-
-
-def _trace(operator: Operator) -> Float[Tensor, ""]:
-    """Return the trace of G: the mean of vᵀG v over vectors of random signs (Hutchinson, 1990)."""
-    if operator.d <= FEW_PARAMETERS:
-        unit = torch.eye(operator.d, dtype=torch.float64, device=operator.device)
-        return operator.curvatures(unit).sum()
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (PROBES, operator.d), generator=generator).double() * 2 - 1
-    return operator.curvatures(signs.to(operator.device)).mean()
 
 
 def free_trial_step(
@@ -113,10 +85,7 @@ def _step_of_block(
     block = trials.model.blocks[number]
     # Of a linear system, in the space of its right side.
     if _is_linear(trials, block):
-        space = _space(trials, number, momentum)
-        damping = _damping(trials, block, delta)
-        grown(space, float(damping), trials.model.arguments.tol)
-        return _centre(trials, block, momentum) - space.solution(damping)
+        return _linear_step(trials, number, delta, momentum)
     # Along directions, computed in the first trial.
     if number not in trials.directions:
         operator, gradient, _ = trials.matrices[number]
@@ -124,6 +93,26 @@ def _step_of_block(
     centre, params = _centre(trials, block, momentum), _decayed_params(trials, block)
     pull = Pull(centre, params, _decay(trials))
     return step_along(trials.directions[number], block, pull, delta, trials.complement)
+
+
+def _linear_step(
+    trials: FreeTrials, number: int, delta: Tensor, momentum: float
+) -> Float[Tensor, " d"]:
+    """Return the step of a block that solves a linear system; note G s, which comes with it."""
+    block = trials.model.blocks[number]
+    krylov, of_centre = _space(trials, number, momentum)
+    damping = _damping(trials, block, delta)
+    grown(krylov, float(damping), trials.model.arguments.tol)
+    image, solution = krylov.image_and_solution(damping)
+    step: Tensor = _centre(trials, block, momentum) - solution
+    if len(trials.model.blocks) == 1 and _is_all(trials):
+        trials.tried[:] = [Tried(step, of_centre - image)]
+    return step
+
+
+def _is_all(trials: FreeTrials) -> bool:
+    """Return whether the first block has all parameters in their order."""
+    return list(trials.model.leaves[0]) == list(range(len(trials.model.sizes)))
 
 
 def _is_linear(trials: FreeTrials, block: Block) -> bool:
@@ -151,7 +140,7 @@ def _decay(trials: FreeTrials) -> float | Tensor:
     return proximal.decay
 
 
-def _space(trials: FreeTrials, number: int, momentum: float) -> Krylov:
+def _space(trials: FreeTrials, number: int, momentum: float) -> Space:
     """Return the Krylov space of a block, begun in the first trial with a momentum."""
     key = (number, momentum if trials.proximal is not None else 0.0)
     if key not in trials.spaces:
@@ -162,14 +151,15 @@ def _space(trials: FreeTrials, number: int, momentum: float) -> Krylov:
         theta = _decayed_params(trials, block)
         if theta is not None:
             right = right + decay * (theta + centre)
-        if bool((centre != 0).any()):
-            right = right + operator.along(centre)
-        trials.spaces[key] = Krylov(
+        of_centre = operator.along(centre) if bool((centre != 0).any()) else 0 * centre
+        right = right + of_centre
+        krylov = Krylov(
             product=operator.along,
             right=right,
             rounding=operator.eps,
             limit=max(1, min(SPACE_VECTORS, SPACE_BYTES // right.nbytes)),
         )
+        trials.spaces[key] = Space(krylov, of_centre)
     return trials.spaces[key]
 
 
@@ -208,7 +198,7 @@ def free_lengths(trials: FreeTrials) -> Lengths | None:
         return None
     if not all(_is_linear(trials, block) for block in model.blocks):
         return None
-    spaces = [_space(trials, number, 0.0) for number in range(len(model.blocks))]
+    spaces = [_space(trials, number, 0.0).krylov for number in range(len(model.blocks))]
 
     # ‖s(δ)‖, of all blocks together.
     def lengths(deltas: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
@@ -233,9 +223,24 @@ def free_lengths(trials: FreeTrials) -> Lengths | None:
 def along_all(trials: FreeTrials, vectors: Float[Tensor, "k d"]) -> tuple[Tensor, Tensor]:
     """Return slopes gᵀv and curvatures vᵀG v' of the loss between vectors of all parameters."""
     model = trials.model
-    every = range(len(model.sizes))
     operator, gradient = trials.matrices[0].operator, trials.matrices[0].gradient
-    if len(model.blocks) > 1 or list(model.leaves[0]) != list(every):
-        operator = operator_of(model, every)
+    if len(model.blocks) > 1 or not _is_all(trials):
+        operator = operator_of(model, range(len(model.sizes)))
         gradient = operator.gradient()
-    return vectors @ gradient, vectors @ operator.product(vectors).mT
+    images = _images_of_tried(trials, vectors)
+    if images is None:
+        images = operator.product(vectors)
+    return vectors @ gradient, vectors @ images.mT
+
+
+def _images_of_tried(
+    trials: FreeTrials, vectors: Float[Tensor, "k d"]
+) -> Float[Tensor, "1 d"] | None:
+    """Return G v of a vector that is a multiple of the last step, None where it is none."""
+    if len(vectors) != 1 or not trials.tried:
+        return None
+    ((step, image),), vector = trials.tried, vectors[0]
+    square = step.square().sum()
+    multiple = torch.where(square > 0, step @ vector / square, 0)
+    same = (vector - multiple * step).norm() <= SAME_ROUNDINGS * vector.norm()
+    return multiple * image[None] if bool(same) else None

@@ -12,7 +12,8 @@ from torch import Tensor
 from ddnewton.linearize.precision import narrowest
 from ddnewton.optim.adaptation import Curvature
 from ddnewton.optim.box import Box, clipped_to
-from ddnewton.optim.free_trials import FreeMatrix, FreeTrials
+from ddnewton.optim.free_matrices import FreeMatrix
+from ddnewton.optim.free_trials import FreeTrials
 from ddnewton.optim.trial_steps import TrialSteps
 from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.matrix_free.free_model import FreeModel

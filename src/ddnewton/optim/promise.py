@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ddnewton.columns.gram import rmatmat
 from ddnewton.optim.adaptation import Curvature
-from ddnewton.optim.free_trials import FreeMatrix, FreeTrials, along_all
+from ddnewton.optim.free_matrices import FreeMatrix
+from ddnewton.optim.free_trials import FreeTrials, along_all
 from ddnewton.optim.trial_steps import TrialSteps
 from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.solution import damped_blocks

@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ddnewton.optim.box import is_free
-from ddnewton.optim.free_trials import FreeMatrix, FreeTrials, free_matrices
+from ddnewton.optim.free_matrices import FreeMatrix, free_matrices
+from ddnewton.optim.free_trials import FreeTrials
 from ddnewton.optim.local_model import (
     LocalModel,
     by_block,
@@ -154,7 +155,9 @@ def _trials(
     complement = settings.complement
     if isinstance(model, FreeModel):
         products = cast("list[FreeMatrix]", matrices)
-        return FreeTrials(model, products, complement, proximal, free, spaces={}, directions={})
+        return FreeTrials(
+            model, products, complement, proximal, free, spaces={}, directions={}, tried=[]
+        )
     exact_matrices = cast("list[GaussNewton]", matrices)
     return trial_steps(model, exact_matrices, complement, proximal, free, exact=exact)
 

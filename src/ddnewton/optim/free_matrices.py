@@ -1,0 +1,61 @@
+"""The Gauss-Newton matrices of the blocks, known by products: their gradients and traces."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ddnewton.quadratic.matrix_free.free_model import FreeModel
+from ddnewton.quadratic.matrix_free.operator import Operator, operator_of
+from ddnewton.trees import along_block
+
+FEW_PARAMETERS, PROBES = 128, 2
+"""Up to how many parameters the trace is exact, and of how many random vectors else the mean: it is
+then known to a factor of three or so if one eigenvalue is most of it, and better where none is;
+the vectors are the same in every update, so that the mean does not jump between batches."""
+
+
+class FreeMatrix(NamedTuple):
+    """The Gauss-Newton matrix of a block, known by products; its diagonal is not."""
+
+    operator: Operator
+    gradient: Float[Tensor, " d"]
+    estimated_trace: Float[Tensor, ""]
+
+    @property
+    def side(self) -> int:
+        """How many eigenvalues can be positive."""
+        return min(self.operator.i, self.operator.d)
+
+    def trace(self) -> Float[Tensor, ""]:
+        """Return the trace, by a few random vectors."""
+        return self.estimated_trace
+
+
+def free_matrices(model: FreeModel, free: Bool[Tensor, " d"] | None = None) -> list[FreeMatrix]:
+    """Return the matrices of the blocks by products, with their gradients and traces.
+
+    Parameters that are not ``free`` have no slopes and no curvature.
+    """
+    matrices = []
+    for block in model.blocks:
+        operator = operator_of(model, block.leaves)
+        if free is not None:
+            mask = along_block(free, block.leaves, model.sizes).double()
+            scale = mask if operator.scale is None else mask * operator.scale
+            operator = operator._replace(scale=scale)
+        matrices.append(FreeMatrix(operator, operator.gradient(), _trace(operator)))
+    return matrices
+
+
+def _trace(operator: Operator) -> Float[Tensor, ""]:
+    """Return the trace of G: the mean of vᵀG v over vectors of random signs (Hutchinson, 1990)."""
+    if operator.d <= FEW_PARAMETERS:
+        unit = torch.eye(operator.d, dtype=torch.float64, device=operator.device)
+        return operator.curvatures(unit).sum()
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (PROBES, operator.d), generator=generator).double() * 2 - 1
+    return operator.curvatures(signs.to(operator.device)).mean()
