@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ddnewton.columns.column_sums import inner_products, weighted_sums
 from ddnewton.columns.contraction import inner
-from ddnewton.columns.factors import Outer, dense_columns, inner_products, weighted_sums
+from ddnewton.columns.factors import Outer, dense_columns
 from tests.methods import DTYPES, FLOAT32, FLOAT64
 from tests.models import normal
 from tests.reference import error
@@ -101,6 +102,7 @@ def test_inner_products_in_every_order(name, dtype):
 def test_inner_products_in_small_blocks(name, monkeypatch):
     monkeypatch.setattr("ddnewton.columns.contraction.INTERMEDIATE_BYTES", 2**9)
     monkeypatch.setattr("ddnewton.columns.factors.INTERMEDIATE_BYTES", 2**9)
+    monkeypatch.setattr("ddnewton.columns.column_sums.INTERMEDIATE_BYTES", 2**9)
     check_contraction(SHAPES[name], 5)
 
 

@@ -20,6 +20,7 @@ from ddnewton.columns.factors import (
     Factor,
     Jacobian,
     Outer,
+    Stack,
     dense_columns,
     in_order,
     pieces,
@@ -141,6 +142,7 @@ def _same_entries(
 
 def _fit(left: Factor, right: Factor) -> bool:
     """Return whether two factors along the same entries are outer products of the same shapes."""
+    left, right = (x.parts[0] if isinstance(x, Stack) else x for x in (left, right))
     if not (isinstance(left, Outer) and isinstance(right, Outer)):
         return not isinstance(left, Outer) and not isinstance(right, Outer)
     same_kind = left.a.is_floating_point() == right.a.is_floating_point()

@@ -12,6 +12,7 @@ no columns. Columns of a single position need neither order: there it is (a · a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,9 @@ def inner(
     if isinstance(left, Outer) and isinstance(right, Outer):
         if single_position(left) and single_position(right):
             return _of_single_positions(left, right)
+        # The order that ends with fewer positions on the left is the cheaper one.
+        if left.b.shape[4] > right.b.shape[4]:
+            return inner(right, left, (columns[1], columns[0])).permute(2, 3, 0, 1)
         contract = _columns_first if _columns_are_cheaper(left, right) else _positions_first
         if contract is _positions_first and left.b.shape[4] == right.b.shape[4] == 1:
             contract = _in_groups_of_one_position
@@ -91,8 +95,14 @@ def _flops(left: Outer, right: Outer, order: Sequence[tuple[int, int]]) -> float
     """Return the cost of an order of contraction, half of which symmetry saves."""
     p = sum(left.widths)
     shapes = [shape for x in (left, right) for shape in ((*x.a.shape[:3], p), tuple(x.b.shape))]
+    return _path_flops(tuple(shapes), tuple(order)) / (2 if left is right else 1)
+
+
+@lru_cache(maxsize=4096)
+def _path_flops(shapes: Sequence[Sequence[int]], order: Sequence[tuple[int, int]]) -> float:
+    """Return the cost of an order of contraction of tensors of these shapes."""
     _, path = contract_path(INNER_PRODUCTS, *shapes, shapes=True, optimize=list(order))
-    return float(path.opt_cost) / (2 if left is right else 1)
+    return float(path.opt_cost)
 
 
 def _of_single_positions(left: Outer, right: Outer) -> Float[Tensor, "n m n2 m2"]:

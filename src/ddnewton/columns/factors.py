@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -32,7 +33,17 @@ class Outer(NamedTuple):
     widths: tuple[int, ...]  # of the pieces, a weight and its bias, that make up axis p
 
 
-Factor: TypeAlias = Tensor | Outer
+class Stack(NamedTuple):
+    """Columns of every sample, some after the others, each part with positions of its own.
+
+    A column of one position of the outputs reaches few positions of a layer, in a causal net none
+    behind it. All parts have the same groups, outputs and widths.
+    """
+
+    parts: tuple[Outer, ...]
+
+
+Factor: TypeAlias = Tensor | Outer | Stack
 """Columns of some samples along some parameters: dense [n·m, d], or as outer products."""
 
 
@@ -72,37 +83,20 @@ def written_out(jacobian: Jacobian, factors: Sequence[Factor]) -> Jacobian:
     return jacobian._replace(visit=lambda _: [columns], pieces=[pieces])
 
 
-def weighted_sums(factor: Factor, weights: Float[Tensor, "k n m"]) -> list[Float[Tensor, "k _"]]:
-    """Return the sums of columns with every row of weights, in float64, one tensor a piece."""
-    if isinstance(factor, Outer):
-        count = _vectors_at_once(factor)
-        if len(weights) <= count:
-            return _weighted_sums_outer(factor, weights)
-        sums = [_weighted_sums_outer(factor, rows) for rows in weights.split(count)]
-        return [torch.cat(pieces) for pieces in zip(*sums, strict=True)]
-    w = weights.flatten(1)
-    return [w @ part.double() for part in factor.split(entries_at_once(factor), 1)]
-
-
-def inner_products(factor: Factor, vectors: Float[Tensor, "k _"]) -> Float[Tensor, "nm k"]:
-    """Return the inner products of columns with vectors, in float64.
-
-    This is the transpose of `weighted_sums`: a vector holds the pieces that it returns, one after
-    the other.
-    """
-    if not isinstance(factor, Outer):
-        width = entries_at_once(factor)
-        parts = zip(factor.split(width, 1), vectors.split(width, 1), strict=True)
-        return torch.as_tensor(sum(part.double() @ vector.double().T for part, vector in parts))
-    groups = vectors.split(_vectors_at_once(factor))
-    return torch.cat([_inner_products_outer(factor, group) for group in groups], 1)
-
-
 def entry_count(factor: Factor) -> int:
     """Return the number of parameters along which the columns are."""
+    if isinstance(factor, Stack):
+        return entry_count(factor.parts[0])
     if not isinstance(factor, Outer):
         return factor.shape[1]
     return math.prod(factor.b.shape[2:4]) * sum(factor.widths)
+
+
+def device_of(factor: Factor) -> torch.device:
+    """Return where columns are."""
+    if isinstance(factor, Stack):
+        return factor.parts[0].b.device
+    return factor.b.device if isinstance(factor, Outer) else factor.device
 
 
 def pieces(factor: Factor, wanted: Sequence[bool], sizes: Sequence[int]) -> Factor | None:
@@ -111,6 +105,10 @@ def pieces(factor: Factor, wanted: Sequence[bool], sizes: Sequence[int]) -> Fact
         return factor
     if not any(wanted):
         return None
+    # All parts of a stack alike; of outer products, the entries of a.
+    if isinstance(factor, Stack):
+        cut_parts = (pieces(part, wanted, sizes) for part in factor.parts)
+        return Stack(tuple(part for part in cut_parts if isinstance(part, Outer)))
     if not isinstance(factor, Outer):
         parts = zip(factor.split(list(sizes), 1), wanted, strict=True)
         return torch.cat([part for part, keep in parts if keep], 1)
@@ -119,15 +117,59 @@ def pieces(factor: Factor, wanted: Sequence[bool], sizes: Sequence[int]) -> Fact
     return Outer(torch.cat([part for part, keep in parts if keep], -1), factor.b, widths)
 
 
+def of_samples(factor: Factor, samples: slice, m: int) -> Factor:
+    """Return the factor of some of its samples, of m columns each, without a copy."""
+    if isinstance(factor, Stack):
+        return Stack(
+            tuple(part._replace(a=part.a[samples], b=part.b[samples]) for part in factor.parts)
+        )
+    if isinstance(factor, Outer):
+        return factor._replace(a=factor.a[samples], b=factor.b[samples])
+    return factor[samples.start * m : samples.stop * m]
+
+
+def of_columns(factor: Factor, columns: slice, m: int) -> Factor:
+    """Return the factor of some of every sample's m columns; of a stack, those of one part."""
+    if isinstance(factor, Stack):
+        stops = accumulate(part.b.shape[1] for part in factor.parts)
+        return factor.parts[list(stops).index(columns.stop)]
+    if isinstance(factor, Outer):
+        return factor._replace(b=factor.b[:, columns])
+    rows: Tensor = factor.unflatten(0, (-1, m))[:, columns].flatten(0, 1)
+    return rows
+
+
+def without_zeros(outer: Outer) -> Outer:
+    """Return columns without the positions at which all their b are zero."""
+    t = outer.b.shape[4]
+    kept = outer.b.ne(0).flatten(0, 3).any(0).nonzero()[:, 0]
+    if len(kept) == t:
+        return outer
+    if len(kept) == 0:
+        kept = kept.new_zeros(1)
+    # Positions that follow each other are a view of a, which all parts of a stack then share.
+    first, last = int(kept[0]), int(kept[-1])
+    if len(kept) == last - first + 1:
+        span = slice(first, last + 1)
+        return outer._replace(a=outer.a[:, :, span], b=outer.b[..., span].contiguous())
+    return outer._replace(a=outer.a[:, :, kept], b=outer.b[..., kept])
+
+
 def dense_columns(factor: Factor) -> Float[Tensor, "nm _"]:
     """Return columns as the rows of a matrix, outer products summed over positions."""
-    return torch.cat(dense_pieces(factor), 1) if isinstance(factor, Outer) else factor
+    return factor if isinstance(factor, Tensor) else torch.cat(dense_pieces(factor), 1)
 
 
 def dense_pieces(factor: Factor) -> list[Float[Tensor, "nm _"]]:
     """Return columns as rows along every piece, to be put beside those of other factors."""
-    if not isinstance(factor, Outer):
+    if isinstance(factor, Tensor):
         return [factor]
+    if isinstance(factor, Stack):
+        n, by_part = len(factor.parts[0].b), map(dense_pieces, factor.parts)
+        return [
+            torch.cat([part.unflatten(0, (n, -1)) for part in piece], 1).flatten(0, 1)
+            for piece in zip(*by_part, strict=True)
+        ]
     columns = formed(factor.b, rows_of(factor))
     return [part.flatten(2).flatten(0, 1) for part in columns.split(factor.widths, -1)]
 
@@ -162,62 +204,6 @@ def from_order(
     return entries.index_add(-1, order, vectors)[..., :-1]
 
 
-def _weighted_sums_outer(
-    outer: Outer, weights: Float[Tensor, "k n m"]
-) -> list[Float[Tensor, "k _"]]:
-    """Return Σ_nm w_nm Σ_t b_nmt ⊗ a_nt for every row w of the weights."""
-    k, shape = weights.shape[0], outer.b.shape[2:]
-    g, o, _ = shape
-    # First Σ_m w_nm b_nmt [n k g o t], then the sum over samples and positions with a. A product of
-    # many small matrices takes several times as long as one of their entries.
-    by_sample = weights.to(outer.b.dtype).transpose(0, 1)
-    if outer.b.shape[1] == 1:
-        b = by_sample[..., None, None] * outer.b
-    else:
-        b = (by_sample @ outer.b.flatten(2)).unflatten(2, shape)
-    if single_position(outer):
-        total = (b.flatten(1).T @ outer.a[:, 0, 0]).unflatten(0, (k, o))
-    elif outer.a.is_floating_point():
-        total = torch.einsum("nkgot,ngtp->kgop", b, outer.a)
-    else:
-        # A row of a has a single one: add b at its place, or, without one, in a row cut off below.
-        size = sum(outer.widths)
-        rows = b.permute(0, 4, 1, 2, 3).flatten(0, 1).flatten(1)
-        places = torch.where(outer.a < 0, size, outer.a).flatten()
-        sums = rows.new_zeros(size + 1, k * g * o).index_add(0, places, rows)
-        total = sums[:-1].T.unflatten(0, (k, g * o))
-    # The pieces, a weight and its bias, are summed at once and cut apart at the end.
-    return [part.reshape(k, -1).double() for part in total.split(outer.widths, -1)]
-
-
-def _inner_products_outer(outer: Outer, vectors: Float[Tensor, "k _"]) -> Float[Tensor, "nm k"]:
-    """Return Σ_t b_nmtᵀ E_k a_nt, with every vector as a matrix E_k [g o p]."""
-    _, _, g, o, _ = outer.b.shape
-    parts = vectors.to(outer.b.dtype).split([g * o * width for width in outer.widths], 1)
-    E = torch.cat([part.unflatten(1, (g, o, -1)) for part in parts], -1)
-    if single_position(outer) and outer.b.shape[1] == 1:
-        return _inner_products_single(outer.a[:, 0, 0], outer.b[:, 0, 0, :, 0], E[:, 0]).double()
-    # First E a [n k g o t], which is a column of E where a is a one at a place.
-    if outer.a.is_floating_point():
-        Ea = torch.einsum("kgop,ngtp->nkgot", E, outer.a)
-    else:
-        size = sum(outer.widths)
-        places = torch.where(outer.a < 0, size, outer.a)[:, 0]
-        Ea = F.pad(E, (0, 1))[..., places].movedim(3, 0)
-    products: Tensor = outer.b.flatten(2) @ Ea.flatten(2).mT
-    return products.flatten(0, 1).double()
-
-
-def _inner_products_single(
-    a: Float[Tensor, "n p"], b: Float[Tensor, "n o"], E: Float[Tensor, "k o p"]
-) -> Float[Tensor, "n k"]:
-    """Return b_nᵀE_k a_n, one large product with the longer of a and b before sums of the other."""
-    if b.shape[1] > a.shape[1]:
-        a, b, E = b, a, E.mT
-    products: Tensor = (a @ E.flatten(0, 1).mT).unflatten(1, E.shape[:2]) * b[:, None]
-    return products.sum(2)
-
-
 def single_position(outer: Outer) -> bool:
     """Return whether every column is one outer product: a single position, and one group."""
     _, _, g, _, t = outer.b.shape
@@ -227,11 +213,6 @@ def single_position(outer: Outer) -> bool:
 def entries_at_once(rows: Tensor) -> int:
     """Return the number of entries which, taken of all rows, fit into an intermediate."""
     return max(1, INTERMEDIATE_BYTES // (2 * rows.shape[0]))
-
-
-def _vectors_at_once(outer: Outer) -> int:
-    """Return the number of vectors k for which sums of b, [n k g o t], fit into an intermediate."""
-    return max(1, INTERMEDIATE_BYTES // (outer.b[:, 0].numel() * outer.b.element_size()))
 
 
 def rows_of(outer: Outer) -> Float[Tensor, "n g t p"]:

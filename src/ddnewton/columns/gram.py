@@ -21,14 +21,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ddnewton.columns.alignment import Leaves, cut_to
+from ddnewton.columns.column_sums import inner_products, weighted_sums
 from ddnewton.columns.factors import (
     Factor,
     Jacobian,
     entry_count,
     from_order,
     in_order,
-    inner_products,
-    weighted_sums,
 )
 from ddnewton.trees import along_block
 

@@ -21,9 +21,12 @@ from ddnewton.columns.factors import (
     Factor,
     Jacobian,
     Outer,
+    dense_columns,
+    device_of,
     entry_count,
     formed,
     in_order,
+    of_samples,
     rows_of,
 )
 from ddnewton.columns.gram import columns_first, cuts_to, of_chunk, order_of, scale_along
@@ -175,7 +178,7 @@ def _reader(factor: Factor, m: int) -> Callable[[slice], Float[Tensor, "nm _"]]:
     Where each entry of an outer product is, `_by_piece` tells.
     """
     if not isinstance(factor, Outer):
-        return lambda samples: factor[samples.start * m : samples.stop * m].double()
+        return lambda samples: dense_columns(of_samples(factor, samples, m)).double()
     b, a = factor.b, rows_of(factor)
     if b.shape[4] > 1:
         return lambda samples: formed(b[samples], a[samples]).flatten(2).flatten(0, 1).double()
@@ -201,9 +204,8 @@ def _places(factors: Sequence[Factor], order: Int[Tensor, " d"] | None) -> Int[T
     places: list[Tensor] = []
     start = 0
     for factor in factors:
-        device = factor.b.device if isinstance(factor, Outer) else factor.device
         count = entry_count(factor)
-        places += _by_piece(factor, torch.arange(start, start + count, device=device))
+        places += _by_piece(factor, torch.arange(start, start + count, device=device_of(factor)))
         start += count
     all_places = torch.cat([*places, places[0].new_full((1,), start)])
     return all_places[:-1] if order is None else all_places[order]

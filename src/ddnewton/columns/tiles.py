@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial, reduce
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ddnewton.columns.alignment import Leaves, Pairing, paired
 from ddnewton.columns.contraction import inner
-from ddnewton.columns.factors import Factor, Jacobian, Outer
+from ddnewton.columns.factors import Factor, Jacobian, Stack, of_columns, of_samples
 from ddnewton.columns.units import in_units
 from ddnewton.transforms import is_batched, summed
 from ddnewton.trees import chunks
@@ -157,7 +157,36 @@ def _products(
     pairs = pairs_of(left, right)
     if not pairs:  # a block that the model makes no use of
         return torch.zeros(shape, dtype=torch.float64, device=device)
-    return reduce(summed, (inner(x, y, (shape[1], shape[3])) for x, y in pairs))
+    m, m2 = shape[1], shape[3]
+    rows, columns = _stacked([x for x, _ in pairs], m), _stacked([y for _, y in pairs], m2)
+    if len(rows) == len(columns) == 1:
+        return reduce(summed, (inner(x, y, (m, m2)) for x, y in pairs))
+    # Part by part of stacked columns, which take no more than their place in the matrix.
+    products = torch.empty(shape, dtype=torch.float64, device=device)
+    symmetric = left is right
+    for r, row in enumerate(rows):
+        left_parts = [of_columns(x, row, m) for x, _ in pairs]
+        for c, column in enumerate(columns):
+            if symmetric and c < r:
+                continue
+            diagonal = symmetric and c == r
+            right_parts = left_parts if diagonal else [of_columns(y, column, m2) for _, y in pairs]
+            counts = (row.stop - row.start, column.stop - column.start)
+            parts = zip(left_parts, right_parts, strict=True)
+            part = reduce(summed, (inner(x, y, counts) for x, y in parts))
+            products[:, row, :, column] = part
+            if symmetric and not diagonal:
+                products[:, column, :, row] = part.permute(2, 3, 0, 1)
+    return products
+
+
+def _stacked(factors: Sequence[Factor], m: int) -> list[slice]:
+    """Return the columns of the parts of factors that are stacked; all m where none is."""
+    for factor in factors:
+        if isinstance(factor, Stack):
+            stops = accumulate((part.b.shape[1] for part in factor.parts), initial=0)
+            return [slice(start, stop) for start, stop in pairwise(stops)]
+    return [slice(0, m)]
 
 
 def _parts(
@@ -172,14 +201,7 @@ def _parts(
     return [
         (
             slice(chunk.start + part.start, chunk.start + part.stop),
-            [_of_samples(factor, part, m) for factor in factors],
+            [of_samples(factor, part, m) for factor in factors],
         )
         for part in parts
     ]
-
-
-def _of_samples(factor: Factor, samples: slice, m: int) -> Factor:
-    """Return the factor of some of its samples, without a copy."""
-    if isinstance(factor, Outer):
-        return factor._replace(a=factor.a[samples], b=factor.b[samples])
-    return factor[samples.start * m : samples.stop * m]

@@ -19,6 +19,7 @@ from ddnewton.columns.factors import (
     Factor,
     Jacobian,
     Outer,
+    Stack,
     dense_pieces,
     from_order,
     in_order,
@@ -74,6 +75,8 @@ def in_units(jacobian: Jacobian) -> Jacobian:
 
 def _units(factor: Factor, entries: Float[Tensor, " _"]) -> Tensor | OuterUnits | None:
     """Return the numbers along a factor's entries; None where they are no product of two."""
+    if isinstance(factor, Stack):
+        return _units(factor.parts[0], entries)
     if not isinstance(factor, Outer):
         return entries
     g, o = factor.b.shape[2:4]
@@ -81,6 +84,7 @@ def _units(factor: Factor, entries: Float[Tensor, " _"]) -> Tensor | OuterUnits 
     numbers = torch.cat([part.reshape(g, o, -1) for part in parts], -1)
     if 0 in numbers.shape:
         return OuterUnits(numbers.new_ones(g, o, 1), numbers.new_ones(g, 1, numbers.shape[2]))
+    # The first column and row of the numbers make all of them, if u and v do.
     u, v = numbers[:, :, :1], numbers[:, :1] / numbers[:, :1, :1]
     tolerance = PRODUCT_ROUNDINGS * torch.finfo(numbers.dtype).eps * numbers
     return None if any_possible(~((u * v - numbers).abs() <= tolerance)) else OuterUnits(u, v)
@@ -88,10 +92,17 @@ def _units(factor: Factor, entries: Float[Tensor, " _"]) -> Tensor | OuterUnits 
 
 def _scaled(factor: Factor, units: Tensor | OuterUnits) -> Factor:
     """Return a factor with its entries times their numbers."""
-    if not isinstance(factor, Outer):
+    if isinstance(factor, Tensor):
         assert isinstance(units, Tensor)
         return factor * units.to(factor.dtype)
     assert isinstance(units, OuterUnits)
+    if isinstance(factor, Stack):
+        return Stack(tuple(_scaled_outer(part, units) for part in factor.parts))
+    return _scaled_outer(factor, units)
+
+
+def _scaled_outer(factor: Outer, units: OuterUnits) -> Outer:
+    """Return outer products with the numbers taken into a and b."""
     u, v = (numbers.to(factor.b.dtype) for numbers in units)
     b = factor.b * u
     if factor.a.is_floating_point():

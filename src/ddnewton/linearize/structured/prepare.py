@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.columns.factors import in_order, weighted_sums
+from ddnewton.columns.column_sums import weighted_sums
+from ddnewton.columns.factors import in_order
 from ddnewton.errors import BadValue, public, sentence, warn
 from ddnewton.inputs.checks import (
     Independent,
