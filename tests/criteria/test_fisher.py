@@ -21,6 +21,7 @@ from ddnewton import (
     weighted,
 )
 from ddnewton.criteria import Loss, as_loss, expand_batch, heteroscedastic_nll
+from ddnewton.linearize.basis import written_out
 from tests.methods import CLASSES, FLOAT32, FLOAT64, REDUCTIONS, TORCH_LOSSES, seeded
 from tests.reference import autograd_derivatives, dense, error, solve
 
@@ -32,7 +33,8 @@ EXACT_GAUSSIAN = partial(F.gaussian_nll_loss, eps=0.0)
 
 def second_order(criterion, f, y):
     """Value, gradients and curvatures of the batch's loss."""
-    value, L, z, h, R = expand_batch(as_loss(criterion), f, f, y)
+    value, basis, z, h, R = expand_batch(as_loss(criterion), f, f, y)
+    L = written_out(basis)
     slopes = torch.einsum("ncm,nm->nc", L, z) + R.sum(2)
     return value.mean(), slopes, torch.einsum("ncm,nm,nbm->ncb", L, h, L)
 

@@ -16,6 +16,7 @@ from torch.func import vmap
 
 from ddnewton import criteria, newton_step
 from ddnewton.criteria import as_loss, expand_batch
+from ddnewton.linearize.basis import combined, stored, written_out
 from tests.methods import DTYPES, FLOAT64, REDUCTIONS, TORCH_LOSSES
 from tests.reference import as_double, autograd_derivatives, dense, error, solve
 
@@ -168,7 +169,8 @@ def torchs(name, options):
 
 def derivatives(expansion):
     """The mean loss and its gradient and Hessian blocks, as an expansion of a batch has them."""
-    value, L, z, h, R = expansion
+    value, basis, z, h, R = expansion
+    L = written_out(basis)
     slopes = torch.einsum("ncm,nm->nc", L, z) + R.sum(2)
     return value.mean(), slopes / len(L), torch.einsum("ncm,nm,nbm->ncb", L, h, L) / len(L)
 
@@ -196,8 +198,8 @@ def test_the_closed_form_is_torchs_loss(name, shape, reduction, dtype):
 def test_gradients_alone_are_those_of_the_expansion(name, shape):
     f, y, options = batch(name, shape, FLOAT64)
     loss = as_loss(partial(CASES[name].function, **options))
-    value, L, z, _, _ = loss.expand(f, y)
-    check_close(loss.gradient(f, y), (value, torch.einsum("ncm,nm->nc", L, z)))
+    value, basis, z, _, _ = loss.expand(f, y)
+    check_close(loss.gradient(f, y), (value, combined(basis, z)))
 
 
 MODULES = {loss.function: loss.module for loss in TORCH_LOSSES.values()}
@@ -382,7 +384,7 @@ def test_an_ensemble_is_its_members(name, shape):
 
     def expanded(f):
         expansion = expand_batch(loss, f, f, y)
-        return *expansion, *loss.gradient(f, y)
+        return stored(expansion.basis), *expansion[2:], *expansion[:1], *loss.gradient(f, y)
 
     found = vmap(expanded)(members)
     for n, member in enumerate(members):

@@ -10,6 +10,7 @@ from ddnewton.criteria.loss import Expansion, Loss, slopes_of
 from ddnewton.criteria.monte_carlo import AnyCriterion, undrawn
 from ddnewton.criteria.root import Root, changed_root
 from ddnewton.errors import public
+from ddnewton.linearize.basis import Basis, PositionBlocks
 from ddnewton.records import pickled_as_call
 from ddnewton.transforms import any_known
 from ddnewton.types import PyTree
@@ -78,8 +79,11 @@ def _if_never_negative(root: Root, outputs: Tensor, y: PyTree) -> Root | None:
     return root if root.times is not None else None
 
 
-def _orthonormal(basis: Tensor) -> bool:
+def _orthonormal(basis: Basis) -> bool:
     """Return whether the columns of every L are orthonormal, and as many as its rows."""
+    # The columns of a block of a softmax are not.
+    if isinstance(basis, PositionBlocks):
+        return False
     c, m = basis.shape[1:]
     identity = torch.eye(m, dtype=basis.dtype, device=basis.device)
     return c == m and not any_known((basis.mT @ basis - identity).abs() > ORTHONORMAL)

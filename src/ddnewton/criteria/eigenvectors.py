@@ -8,11 +8,12 @@ from torch import Tensor
 
 from ddnewton.criteria.hessian_blocks import HESSIAN_ROUNDINGS
 from ddnewton.criteria.loss import Expansion, spanned
+from ddnewton.linearize.basis import written_out
 
 
 def hessians_of(expansion: Expansion) -> Float[Tensor, "n c c"]:
     """Return the Hessians L diag(h) Lᵀ."""
-    _, basis, _, h, _ = expansion
+    basis, h = written_out(expansion.basis), expansion.h
     hessians: Tensor = torch.einsum("ncm,nm,nbm->ncb", basis, h, basis)
     return hessians
 

@@ -70,6 +70,7 @@ def empirical_fisher(criterion: AnyCriterion) -> Loss:
         scores=None,
         fisher=None,
         columns=lambda outputs: 1,
+        positions=None,
         squares=False,
         root=root,
         fisher_root=None,

@@ -16,6 +16,7 @@ from ddnewton.criteria.residuals import is_robust
 from ddnewton.criteria.torch_losses import record_of
 from ddnewton.errors import BadType, BadValue, NotFinite, sentence
 from ddnewton.inputs.memory import NEVER_ASKED_BYTES, check_fits, free_bytes
+from ddnewton.linearize.basis import Basis, stored
 from ddnewton.linearize.calls import first_line
 from ddnewton.linearize.precision import loss_in_float64
 from ddnewton.transforms import any_known, any_not_finite, first_member, unwrapped
@@ -98,7 +99,8 @@ def checked_expansion(
     """Return the expansions of a batch that fits the loss, as `expand_batch` scales them."""
     _check_basis_fits(loss, outputs, precise, y)
     expansion, denominator = differentiated(lambda f: loss.expand(f, y), loss, outputs, precise, y)
-    check_finite(*(part for part in expansion if part.numel()))
+    parts = (expansion.value, stored(expansion.basis), *expansion[2:])
+    check_finite(*(part for part in parts if part.numel()))
     _check_convex(loss, outputs, y, expansion.h)
     # ℓ, ∇ℓ and ∇²ℓ all scale, and L stays; an eigenvalue h below zero is rounding by now.
     scale = outputs.shape[0] / denominator
@@ -165,14 +167,16 @@ def _check_basis_fits(
     """Require the bases L of all samples, and as many cotangents, to fit into memory."""
     n, c = outputs.shape[0], outputs[0].numel()
     m = c if loss.columns is None else loss.columns(outputs)
-    size = 2 * n * c * m * torch.float64.itemsize
+    blocks = 1 if loss.positions is None else max(1, loss.positions(outputs))
+    size = 2 * n * c * (m // blocks) * torch.float64.itemsize
     if size <= NEVER_ASKED_BYTES or torch.compiler.is_compiling():
         return
     # It may be fewer columns, or one basis for all samples: two of them show it, if they fit.
     if n > 2 and 2 * size // n <= free_bytes(outputs.device):
         basis = _basis_of_two(loss, *tree_map(first_member, (precise, y)))
-        m, shared = basis.shape[2], basis.stride(0) == 0
-        size = 2 * (1 if shared else n) * basis[0].nbytes
+        entries = stored(basis)
+        m, shared = basis.shape[2], entries.stride(0) == 0
+        size = 2 * (1 if shared else n) * entries[0].nbytes
     what = f"the basis of the loss, {m} columns for each of {n} samples of {c} outputs"
     remedy = (
         'Pass gram="free", which needs no basis; monte_carlo(criterion, 1, generator) or '
@@ -182,10 +186,10 @@ def _check_basis_fits(
     check_fits(size, what, remedy, outputs.device)
 
 
-def _basis_of_two(loss: Loss, f: Float[Tensor, "n ..."], y: PyTree) -> Float[Tensor, "2 c m"]:
+def _basis_of_two(loss: Loss, f: Float[Tensor, "n ..."], y: PyTree) -> Basis:
     """Return the basis of the first two samples, without those of the others."""
 
-    def basis(two: Float[Tensor, "2 ..."]) -> Tensor:
+    def basis(two: Float[Tensor, "2 ..."]) -> Basis:
         # Of samples that have no losses of their own, the others stay at their outputs.
         unmoved = f[2:].to(two.dtype)
         batch_loss = None

@@ -18,13 +18,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad_and_value
 
 from ddnewton.criteria.root import PositionScores, RootOf
 from ddnewton.errors import BadValue, sentence
+from ddnewton.linearize.basis import Basis, combined
 from ddnewton.records import Call, reduced
 from ddnewton.types import PyTree
 
@@ -38,7 +38,7 @@ class Expansion(NamedTuple):
     """Losses around their outputs: ℓ(f + u) ≈ value + (L z + R 1)ᵀu + ½ uᵀL diag(h) Lᵀu."""
 
     value: Float[Tensor, " n"]
-    basis: Float[Tensor, "n c m"]  # L
+    basis: Basis  # L [n, c, m], or its blocks where the loss sums over positions
     z: Float[Tensor, "n m"]  # z
     h: Float[Tensor, "n m"]  # h
     R: Float[Tensor, "n c q"]  # R, with q = 0 or 1
@@ -62,7 +62,8 @@ class Loss(NamedTuple):
     ``fisher(outputs, y)`` is ``expand`` with the Fisher information for the Hessian; it is None
     where the two are the same, as they are for a loss with ``scores``, or where there is none.
     ``columns(outputs)`` is the largest m that a sample's L may have, which is asked for before L is
-    made; it is None for as many as outputs.
+    made; it is None for as many as outputs. ``positions(outputs)`` is the number of blocks of equal
+    size that L is made of, which are all that is stored of it; it is None for a single one.
 
     ``root(outputs, y)`` returns the `Root` of the same losses, not yet averaged either: products
     with their Hessian that need no L. It is None, or returns None, where the expansion is as good.
@@ -91,6 +92,7 @@ class Loss(NamedTuple):
     joint: Callable[[Tensor, PyTree], Callable[[Tensor], Tensor] | None] | None = None
     fisher: Callable[[Tensor, PyTree], Expansion] | None = None
     columns: Callable[[Tensor], int] | None = None
+    positions: Callable[[Tensor], int] | None = None
     squares: bool | None = False
     root: RootOf | None = None
     fisher_root: RootOf | None = None
@@ -103,8 +105,13 @@ class Loss(NamedTuple):
         return reduced(self)
 
 
-PRODUCTS_OF = {"root": "expand", "fisher_root": "fisher", "position_scores": "scores"}
-"""Which functions of a record are another's by products."""
+PRODUCTS_OF = {
+    "root": "expand",
+    "fisher_root": "fisher",
+    "position_scores": "scores",
+    "positions": "expand",
+}
+"""Which functions of a record are another's by products, or tell the form of its results."""
 
 
 def without_stale_products(loss: Loss) -> Loss:
@@ -126,19 +133,18 @@ def without_stale_products(loss: Loss) -> Loss:
 
 def spanned(
     value: Float[Tensor, " n"],
-    basis: Float[Tensor, "n c m"],
+    basis: Basis,
     z: Float[Tensor, "n m"],
     h: Float[Tensor, "n m"],
 ) -> Expansion:
     """Return the expansion of losses whose gradient is L z."""
-    return Expansion(value, basis, z, h, R=basis[:, :, :0])
+    return Expansion(value, basis, z, h, R=z.new_zeros(*basis.shape[:2], 0))
 
 
 def slopes_of(expansion: Expansion) -> Float[Tensor, "n c"]:
     """Return the gradients of the losses in the outputs, L z + R 1."""
     _, basis, z, _, R = expansion
-    gradients: Tensor = torch.einsum("ncm,nm->nc", basis, z) + R.sum(2)
-    return gradients
+    return combined(basis, z) + R.sum(2)
 
 
 def value_and_gradient(

@@ -103,6 +103,7 @@ def majorized(criterion: AnyCriterion) -> Loss:
         check=check,
         scores=None,
         fisher=None,
+        positions=None,
         root=lambda outputs, y: diagonal_root(*of_chords(outputs, y)),
         fisher_root=None,
         position_scores=None,

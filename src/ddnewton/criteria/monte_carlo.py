@@ -200,6 +200,7 @@ def _sampled_from(criterion: MonteCarlo, first_seed: int, number: int) -> Loss:
         scores=None,
         fisher=None,
         columns=columns,
+        positions=None,
         squares=False,
         root=root,
         fisher_root=None,

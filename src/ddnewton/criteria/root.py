@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ddnewton.linearize.basis import Basis, combined, projected, stored, with_stored
 from ddnewton.types import PyTree
 
 Rows: TypeAlias = slice | Tensor
@@ -147,7 +148,7 @@ def column_root(value: Float[Tensor, " n"], gradient: Float[Tensor, "n c"]) -> R
 def dense_root(
     value: Float[Tensor, " n"],
     gradient: Float[Tensor, "n c"],
-    basis: Float[Tensor, "n c m"],
+    basis: Basis,
     h: Float[Tensor, "n m"],
     *,
     spans: bool = True,
@@ -157,10 +158,10 @@ def dense_root(
     return root_of_parts(
         value,
         gradient,
-        (basis, h.sqrt()),
+        (stored(basis), h.sqrt()),
         h.shape[1],
-        times=lambda u, L, s: torch.einsum("ncm,nm->nc", L, s * u),
-        transposed=lambda v, L, s: s * torch.einsum("ncm,nc->nm", L, v),
+        times=lambda u, L, s: combined(with_stored(basis, L), s * u),
+        transposed=lambda v, L, s: s * projected(with_stored(basis, L), v[..., None])[..., 0],
         spans=spans,
         squares=squares,
     )

@@ -33,6 +33,7 @@ from ddnewton.criteria.softmax_products import (
     softmax_scores,
 )
 from ddnewton.criteria.target_checks import check_classes
+from ddnewton.linearize.basis import PositionBlocks, of_positions, written_out
 from ddnewton.records import pickled_as_call
 from ddnewton.types import PyTree
 
@@ -66,7 +67,7 @@ def cross_entropy(
 
     No formula subtracts numbers that nearly cancel, so h and z keep all their digits on saturated
     nets, where p_y − 1 and p_y (1 − p_y) lose them. Each position has C − 1 columns of L, with
-    zeros at the outputs of all other positions.
+    zeros at the outputs of all other positions, which are not stored.
 
     Examples
     --------
@@ -97,7 +98,7 @@ def cross_entropy(
         parts = _position_expansions(logits.reshape(-1, c), t.reshape(-1, c))
         value, basis, z, h = (x.reshape(*t.shape[:2], *x.shape[1:]) for x in parts)
         # The sample's loss is the sum over its positions, and L is block-diagonal in them.
-        return spanned(value.sum(1), _block_diagonal(basis), z.flatten(1), h.flatten(1))
+        return spanned(value.sum(1), of_positions(basis), z.flatten(1), h.flatten(1))
 
     def gradient(
         f: Float[Tensor, "n ..."], y: Num[Tensor, "n ..."]
@@ -132,8 +133,11 @@ def cross_entropy(
         expand,
         denominator,
         check,
-        scores=lambda *drawn: _block_diagonal(score_columns(*position_scores(*drawn).parts)),
+        scores=lambda *drawn: written_out(
+            PositionBlocks(score_columns(*position_scores(*drawn).parts))
+        ),
         gradient=gradient,
+        positions=lambda outputs: 1 if outputs.shape[1] == 1 else outputs.shape[2:].numel(),
         root=lambda f, y: softmax_root(*gradient(f, y), classes_last(f), targets(f, y).sum(2)),
         position_scores=position_scores,
     )
@@ -180,18 +184,6 @@ def _position_expansions(
     unit = torch.eye(c, c - 1, dtype=f.dtype, device=f.device) - lower
     basis = unit.gather(1, order.argsort(1)[:, :, None].expand(unit.shape))
     return -(t * log_p).sum(1), basis, z, h
-
-
-def _block_diagonal(columns: Float[Tensor, "n t c m"]) -> Float[Tensor, "n c*t t*m"]:
-    """Return the columns of all positions as one matrix, zero at the outputs of other positions.
-
-    Its rows run over the outputs [C, T] as the model returns them, positions fastest.
-    """
-    n, t, c, m = columns.shape
-    if t == 1:
-        return columns[:, 0]
-    identity = torch.eye(t, dtype=columns.dtype, device=columns.device)[:, :, None]
-    return (columns.movedim(1, 2)[:, :, :, None] * identity).reshape(n, c * t, t * m)
 
 
 def _tail_sums(

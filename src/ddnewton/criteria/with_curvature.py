@@ -123,6 +123,7 @@ def _with_metric(loss: Loss, metric: Loss) -> Loss:
         gradient=partial(sample_gradient, loss),
         fisher=with_slopes(metric.fisher) if metric.fisher else None,
         joint=loss.joint,
+        positions=metric.positions,
         root=changed_root(metric.root, root_with_slopes),
         fisher_root=changed_root(metric.fisher_root, root_with_slopes),
         position_scores=position_scores if metric.position_scores else None,

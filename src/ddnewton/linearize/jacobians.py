@@ -19,6 +19,7 @@ from torch import Tensor
 from ddnewton.columns.factors import Jacobian, written_out
 from ddnewton.inputs.checks import check_derivatives
 from ddnewton.inputs.memory import TooLarge, check_fits, samples_at_once
+from ddnewton.linearize.basis import Basis, basis_at, combined, stored, with_stored
 from ddnewton.linearize.calls import refusal
 from ddnewton.linearize.independence import SamplesMix, check_independent
 from ddnewton.linearize.model import Model, at_samples, pullback_of
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 def jacobian(
     models: Sequence[Model],
-    basis: Float[Tensor, "n c m"],
+    basis: Basis,
     samples: Int[Tensor, " n"] | None,
     chunk_size: int | None,
 ) -> Jacobian:
@@ -50,7 +51,8 @@ def jacobian(
             by = "torch.func" if is_transformed() else "plain autograd"
             logger.info("Jacobian columns by %s: %s", cost.format(by), errors[-1])
         try:
-            return _jacobian_by(way, model, basis.to(model.outputs.dtype), chunk_size)
+            in_dtype = with_stored(basis, stored(basis).to(model.outputs.dtype))
+            return _jacobian_by(way, model, in_dtype, chunk_size)
         except (torch.OutOfMemoryError, TooLarge):
             raise
         except Exception as error:  # noqa: BLE001 - torch raises all kinds, and one is told
@@ -60,9 +62,7 @@ def jacobian(
     raise mixing[0] if mixing else refusal(models[-1], errors[-1])
 
 
-def _jacobian_by(
-    way: Way, model: Model, basis: Float[Tensor, "n c m"], chunk_size: int | None
-) -> Jacobian:
+def _jacobian_by(way: Way, model: Model, basis: Basis, chunk_size: int | None) -> Jacobian:
     """Return the columns of all samples, those of the first and the last chunk checked."""
     # The columns of the first chunk, of two samples at least: one cannot show that samples mix.
     n, _, m = basis.shape
@@ -84,11 +84,9 @@ def _jacobian_by(
     return record(lambda chunk: _columns(way, model, chunk, basis), parts)
 
 
-def _columns(
-    way: Way, model: Model, chunk: slice, basis: Float[Tensor, "n c m"]
-) -> list[Float[Tensor, "nm _"]]:
+def _columns(way: Way, model: Model, chunk: slice, basis: Basis) -> list[Float[Tensor, "nm _"]]:
     """Return the columns of some samples along every leaf, each sample evaluated by itself."""
-    X, basis = take(model.X, chunk), basis[chunk]
+    X, basis = take(model.X, chunk), basis_at(basis, chunk)
     of_samples, leaves = way(model.function, model.params, X, basis)
     of_batch = model.outputs[chunk]
     # Residuals may be differences of terms as large as parameters times their derivatives.
@@ -107,21 +105,19 @@ def _largest(tensor: Tensor) -> Float[Tensor, ""]:
     return largest
 
 
-def _check_pullback(
-    model: Model, chunk: slice, basis: Float[Tensor, "n c m"], columns: Sequence[Tensor]
-) -> None:
+def _check_pullback(model: Model, chunk: slice, basis: Basis, columns: Sequence[Tensor]) -> None:
     """Compare a pullback of a batch with the sum of its samples' pullbacks.
 
     Outputs may agree by chance: where samples mix through a weight that is zero, say.
     """
     # Σ_i w_i a_i of the batch, as the pullback of Σ_m w_nm L_nm, with weights w of any sign.
-    X, basis = take(model.X, chunk), basis[chunk]
+    X, basis = take(model.X, chunk), basis_at(basis, chunk)
     n, _, m = basis.shape
     weights = torch.arange(1, n * m + 1, device=basis.device, dtype=basis.dtype).cos()
     outputs, pullback = model.outputs, model.pullback
     if pullback is None or n < len(outputs):
         outputs, pullback = pullback_of(lambda p: model.function(p, X), model.params)
-    cotangent = torch.einsum("ncm,nm->nc", basis, weights.reshape(n, m)).reshape(outputs.shape)
+    cotangent = combined(basis, weights.reshape(n, m)).reshape(outputs.shape)
     # The scale of the sum, were all its terms as large as the largest: what may cancel.
     sizes = [
         n * m * torch.linalg.vector_norm(leaf, math.inf) if leaf.numel() else leaf.new_zeros(())

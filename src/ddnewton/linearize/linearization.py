@@ -19,6 +19,7 @@ from ddnewton.columns.contraction import flops
 from ddnewton.columns.factors import Factor, Jacobian, Outer, written_out
 from ddnewton.inputs.checks import check_outputs
 from ddnewton.inputs.memory import samples_at_once
+from ddnewton.linearize.basis import Basis, basis_at
 from ddnewton.linearize.independence import evaluate
 from ddnewton.linearize.jacobians import jacobian
 from ddnewton.linearize.model import Model
@@ -56,7 +57,7 @@ class Linearization(NamedTuple):
 
     outputs: Float[Tensor, "n ..."]  # in the model's own dtype
     precise: Float[Tensor, "n ..."]  # in the dtype in which they are computed
-    jacobian: Callable[[Float[Tensor, "n c m"], Int[Tensor, " n"] | None], Jacobian]
+    jacobian: Callable[[Basis, Int[Tensor, " n"] | None], Jacobian]
     function: Callable[[Sequence[Tensor], Int[Tensor, " n"] | slice], Tensor]
     leaves: Sequence[Tensor]
     in_float64: Callable[[], Linearization] | None
@@ -172,13 +173,13 @@ def _by_program(
     check_outputs(outputs, n)
     eps = max(program.rounding, *(torch.finfo(x.dtype).eps for x in (outputs, *leaves)))
 
-    def jacobian(basis: Float[Tensor, "n c m"], indices: Int[Tensor, " n"] | None) -> Jacobian:
+    def jacobian(basis: Basis, indices: Int[Tensor, " n"] | None) -> Jacobian:
         parts = chunks(basis.shape[0], size_of(basis.shape[0], basis.shape[2]))
         factors: Sequence[Factor] = []
 
         def of_chunk(chunk: slice) -> Sequence[Factor]:
             visited = visit_of(chunk if indices is None else indices[chunk])
-            return visited.pullback(basis[chunk])
+            return visited.pullback(basis_at(basis, chunk))
 
         # The factors of a single chunk are kept, those of several are computed at every visit.
         if len(parts) == 1:
@@ -236,8 +237,7 @@ def _cost(program: Program, n: int, m: int) -> float:
 def _samples_at_once(program: Program, leaves: Sequence[Tensor], n: int, m: int) -> int:
     """Return so many samples that their results and cotangents, each twice, fill a chunk.
 
-    Twice, as the results stay while cotangents of theirs are made, and as what is pulled back to
-    the sites is written into one tensor for all columns.
+    Twice, as results stay beside their cotangents, and as these are written into one tensor.
     """
     inputs = sum(
         layer.positions * sum(index.shape[0] * index.shape[2] for index in layer.indices)

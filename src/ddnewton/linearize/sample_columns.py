@@ -19,15 +19,22 @@ from torch import Tensor
 from torch.func import jacfwd
 
 from ddnewton.inputs.checks import check_sample_axis
+from ddnewton.linearize.basis import (
+    Basis,
+    PositionBlocks,
+    projected,
+    stored,
+    with_stored,
+    written_columns,
+    written_out,
+)
 from ddnewton.linearize.model import pullback_of
 from ddnewton.linearize.structured.trace import trace
-from ddnewton.transforms import linear_map, one_by_one, vmap
-from ddnewton.trees import as_batch, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from ddnewton.transforms import concatenated, linear_map, one_by_one, vmap
+from ddnewton.trees import as_batch, chunks, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from ddnewton.types import ModelFn, PyTree
 
-Way: TypeAlias = Callable[
-    [ModelFn, PyTree, PyTree, Float[Tensor, "n c m"]], tuple[Tensor, list[Tensor]]
-]
+Way: TypeAlias = Callable[[ModelFn, PyTree, PyTree, Basis], tuple[Tensor, list[Tensor]]]
 """A way from a function, its parameters, samples and their basis to outputs and columns."""
 
 TRACE_PAYS = 100
@@ -37,20 +44,24 @@ MANY_COTANGENTS = 1e5
 """From how many numbers in all cotangents on these take longer than forward mode's overhead."""
 
 
+WRITTEN_COTANGENTS = 2**22
+"""How many numbers the cotangents have that are written out at once."""
+
+
 def tangents_pay(samples: int, columns: int, parameters: int) -> bool:
     """Return whether one tangent a parameter takes less time than one cotangent a column."""
     return parameters < columns and samples * columns**2 > MANY_COTANGENTS
 
 
 def _by_vmap(
-    function: ModelFn, params: PyTree, X: PyTree, basis: Float[Tensor, "n c m"]
+    function: ModelFn, params: PyTree, X: PyTree, basis: Basis
 ) -> tuple[Tensor, list[Tensor]]:
     """Return outputs and columns by ``vmap`` over the samples."""
     return _mapped(partial(_sample_outputs, function), params, X, basis)
 
 
 def _by_tangents(
-    function: ModelFn, params: PyTree, X: PyTree, basis: Float[Tensor, "n c m"]
+    function: ModelFn, params: PyTree, X: PyTree, basis: Basis
 ) -> tuple[Tensor, list[Tensor]]:
     """Return outputs and columns by forward mode, with one tangent for every parameter."""
 
@@ -58,17 +69,18 @@ def _by_tangents(
         f = _sample_outputs(function, params, x)
         return f, f
 
-    def of_sample(x: PyTree, L: Float[Tensor, "c m"]) -> tuple[Tensor, list[Tensor]]:
+    def of_sample(x: PyTree, entries: Tensor) -> tuple[Tensor, list[Tensor]]:
         jacobians, f = jacfwd(outputs_twice, has_aux=True)(params, x)
-        rows = (J.reshape(len(L), -1) for J in tree_leaves(jacobians))
-        return f, [L.mT @ J for J in rows]
+        L = with_stored(basis, entries[None])
+        rows = (J.reshape(1, f.numel(), -1) for J in tree_leaves(jacobians))
+        return f, [projected(L, J)[0] for J in rows]
 
-    outputs, columns = vmap(of_sample)(X, basis)
+    outputs, columns = vmap(of_sample)(X, stored(basis))
     return outputs, columns
 
 
 def _by_trace(
-    function: ModelFn, params: PyTree, X: PyTree, basis: Float[Tensor, "n c m"]
+    function: ModelFn, params: PyTree, X: PyTree, basis: Basis
 ) -> tuple[Tensor, list[Tensor]]:
     """Return outputs and columns by ``vmap`` over a trace of the first sample."""
     graph = trace(function, params, tree_map(lambda x: x[0], X))
@@ -81,7 +93,7 @@ def _by_trace(
 
 
 def _mapped(
-    function: ModelFn, params: PyTree, X: PyTree, basis: Float[Tensor, "n c m"]
+    function: ModelFn, params: PyTree, X: PyTree, basis: Basis
 ) -> tuple[Tensor, list[Tensor]]:
     """Return outputs and columns by ``vmap`` over samples of a function of one.
 
@@ -94,8 +106,15 @@ def _mapped(
         return vmap(lambda p, x: function(tree_unflatten(p, spec), x))(list(copies), X), ()
 
     outputs, pullback, _ = linear_map(of_copies, *(leaf.expand(n, *leaf.shape) for leaf in leaves))
-    cotangents = basis.movedim(2, 0).reshape(m, *outputs.shape)
-    return outputs, [pulled.transpose(0, 1) for pulled in pullback(cotangents)]
+    # Columns of positions are written out some at a time.
+    size = m
+    if isinstance(basis, PositionBlocks):
+        size = max(1, WRITTEN_COTANGENTS // outputs.numel())
+    parts = []
+    for columns in chunks(m, size):
+        cotangents = written_columns(basis, columns).movedim(2, 0)
+        parts.append(pullback(cotangents.reshape(-1, *outputs.shape)))
+    return outputs, [concatenated(pulled).transpose(0, 1) for pulled in zip(*parts, strict=True)]
 
 
 def _by_loop(
@@ -103,7 +122,7 @@ def _by_loop(
     function: ModelFn,
     params: PyTree,
     X: PyTree,
-    basis: Float[Tensor, "n c m"],
+    basis: Basis,
 ) -> tuple[Tensor, list[Tensor]]:
     """Return outputs and columns sample by sample, so many columns of it at once, None for all."""
 
@@ -112,7 +131,7 @@ def _by_loop(
         parts = [pullback(part.reshape(-1, *f.shape)) for part in L.mT.split(at_once or L.shape[1])]
         return f, [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
 
-    outputs, columns = one_by_one(of_sample, X, basis)
+    outputs, columns = one_by_one(of_sample, X, written_out(basis))
     return outputs, columns
 
 

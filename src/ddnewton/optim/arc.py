@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ddnewton.columns.gram import rmatmat
+from ddnewton.linearize.basis import projected
 from ddnewton.optim.free_trials import FreeTrials
 from ddnewton.optim.trial_steps import TrialSteps, further_step
 from ddnewton.quadratic.term import Term
@@ -143,5 +144,6 @@ def _changes(trials: TrialSteps, outputs: Sequence[Float[Tensor, "_ ..."]]) -> F
 
 def _of_term(term: Term, outputs: Float[Tensor, "n ..."]) -> Float[Tensor, " i"]:
     """Return Lᵀ(f′ − f) along the columns of a term, in their order."""
-    change = (outputs - term.linearization.outputs).to(term.basis)
-    return torch.einsum("ncm,nc->mn", term.basis, change.reshape(len(change), -1)).reshape(-1)
+    change = (outputs - term.linearization.outputs).to(term.z)
+    along_columns = projected(term.basis, change.reshape(len(change), -1, 1))
+    return along_columns[..., 0].T.reshape(-1)

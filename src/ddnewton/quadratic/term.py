@@ -21,6 +21,7 @@ from ddnewton.criteria.expand import expand_batch
 from ddnewton.criteria.loss import Expansion, Loss, slopes_of
 from ddnewton.inputs.samples import Samples, rows_among
 from ddnewton.inputs.terms import Name
+from ddnewton.linearize.basis import Basis, stored, with_stored
 from ddnewton.linearize.linearization import Linearization
 from ddnewton.linearize.model import forgotten
 from ddnewton.types import PyTree
@@ -51,7 +52,7 @@ class Unseen(NamedTuple):
     """Samples whose curvature is asked for along directions that other samples give."""
 
     samples: Int[Tensor, " n"]
-    basis: Float[Tensor, "n c m"]  # L
+    basis: Basis  # L
     h: Float[Tensor, "m n"]
 
 
@@ -61,7 +62,7 @@ class Term(NamedTuple):
     objective: Objective
     linearization: Linearization
     losses: Float[Tensor, " n"]
-    basis: Float[Tensor, "n2 c m"]  # L, of the samples that give the directions
+    basis: Basis  # L, of the samples that give the directions
     z: Float[Tensor, "m n2"]
     h: Float[Tensor, "m n2"]
     gradient_weights: Float[Tensor, "m n2"]  # z / N, 0 for samples not of the gradient
@@ -203,7 +204,11 @@ def output_rounding(
 
 def of_samples(expansion: Expansion, samples: Int[Tensor, " _"] | None) -> Expansion:
     """Return the expansions of some samples, None for all."""
-    return expansion if samples is None else Expansion(*(part[samples] for part in expansion))
+    if samples is None:
+        return expansion
+    value, basis, z, h, R = expansion
+    of_basis = with_stored(basis, stored(basis)[samples])
+    return Expansion(value[samples], of_basis, z[samples], h[samples], R[samples])
 
 
 def _gradient_weights(

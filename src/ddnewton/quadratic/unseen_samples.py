@@ -18,6 +18,7 @@ from torch.func import jvp
 from ddnewton.columns.factors import Jacobian
 from ddnewton.columns.gram import columns_of, matmat
 from ddnewton.columns.tiles import side_by_side
+from ddnewton.linearize.basis import projected
 from ddnewton.linearize.precision import ramp
 from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.kept import Directions
@@ -83,9 +84,10 @@ def _pushed(
         return torch.as_tensor(tangent)
 
     # Push as many of them at once as fit together, through a chunk of samples at a time.
-    cotangent = ramp(unseen.basis[:, :, :1])
+    n, c, _ = unseen.basis.shape
+    cotangent = ramp(unseen.h.new_empty(n, c, 1))
     columns = linearization.jacobian(cotangent, unseen.samples)
-    size = max(sum(leaf.numel() for leaf in leaves), unseen.basis[:, :, 0].numel())
+    size = max(sum(leaf.numel() for leaf in leaves), n * c)
     at_once = max(1, PUSHED_AT_ONCE // size)
     parts = []
     for chunk in columns.chunks:
@@ -94,7 +96,8 @@ def _pushed(
     tangents = torch.cat(parts, 1)
     _check_adjoint(columns, cotangent, directions, tangents)
     # a_iᵀe_k = L_nmᵀ J_n e_k.
-    slopes = torch.einsum("ncm,knc->mnk", unseen.basis, tangents.to(unseen.basis)).flatten(0, 1)
+    by_sample = projected(unseen.basis, tangents.to(unseen.h).movedim(0, 2))
+    slopes = by_sample.transpose(0, 1).flatten(0, 1)
     return list(slopes.split([directions.vectors.shape[1] for directions in kept], 1))
 
 

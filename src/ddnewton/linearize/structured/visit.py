@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -10,20 +10,34 @@ import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
-from ddnewton.columns.factors import Factor, Outer
+from ddnewton.columns.factors import Factor, Outer, Stack, without_zeros
+from ddnewton.linearize.basis import Basis, PositionBlocks, written_columns
 from ddnewton.linearize.structured.program import Layer, Program
 from ddnewton.linearize.structured.pulled_back import pulled_back
-from ddnewton.transforms import concatenated, linear_map, vmap
+from ddnewton.transforms import concatenated, is_batched, linear_map, vmap
+from ddnewton.trees import chunks
 
 COTANGENTS_AT_ONCE = 2**20
 """The number of cotangents pulled back at once: more of them leave the processor's cache."""
+
+MOST_PARTS, PART_COLUMNS = 32, 64
+"""Of columns of positions, into how many parts of a stack they are cut, and how many columns of all
+samples a part has at least: products of small parts take longer than what they leave out."""
 
 
 class Visit(NamedTuple):
     """A model at some samples: its outputs, and the pullback of a basis to factors of columns."""
 
     outputs: Float[Tensor, "n ..."]
-    pullback: Callable[[Float[Tensor, "n c m"]], list[Factor]]
+    pullback: Callable[[Basis], list[Factor]]
+
+
+class Pulled(NamedTuple):
+    """What some columns are pulled back to: layers, uses of derived weights, rows of copies."""
+
+    layers: list[Outer]
+    derived: list[list[Outer]]
+    rows: list[Float[Tensor, "n m ..."]]
 
 
 def run(
@@ -69,35 +83,91 @@ def visit(program: Program, leaves: Sequence[Tensor], samples: Sequence[Tensor])
 
     outputs, pull, sources = linear_map(forward, *probes, *copies)
 
-    def pullback(basis: Float[Tensor, "n c m"]) -> list[Factor]:
-        # Pull back column m of every sample's basis at a time, or several of them.
-        cotangents = basis.to(outputs).movedim(-1, 0).reshape(-1, *outputs.shape)
-        pulled = _by_groups(pull, cotangents, max(1, COTANGENTS_AT_ONCE // (n * program.size)))
+    at_once = max(1, COTANGENTS_AT_ONCE // (n * program.size))
+
+    def pulled_columns(basis: Basis, columns: slice) -> Pulled:
         # Read b off the probes and a off the sources; a copy's cotangents are columns themselves.
-        at_sites, rows = pulled[: len(probes)], pulled[len(probes) :]
-        outer = partial(_outer, at_sites, sources)
+        cotangents = (
+            written_columns(basis, part).to(outputs).movedim(-1, 0).reshape(-1, *outputs.shape)
+            for part in _groups(columns, at_once)
+        )
+        pulled = _together(pull, cotangents, columns.stop - columns.start)
+        outer = partial(_outer, pulled[: len(probes)], sources)
         firsts = [leaves[pieces[0][0]] for pieces in program.pieces[: len(program.layers)]]
-        factors: list[Factor] = list(map(outer, program.layers, firsts))
-        for derived in program.derived_leaves:
-            first = leaves[derived.leaves[0]]
-            factors += pulled_back(derived, [outer(x, first) for x in derived.layers], leaves)
+        uses = [
+            [outer(layer, leaves[derived.leaves[0]]) for layer in derived.layers]
+            for derived in program.derived_leaves
+        ]
+        return Pulled(list(map(outer, program.layers, firsts)), uses, pulled[len(probes) :])
+
+    def pullback(basis: Basis) -> list[Factor]:
+        factors, uses, rows = _in_parts(partial(pulled_columns, basis), _parts(basis))
+        for derived, of_weights in zip(program.derived_leaves, uses, strict=True):
+            factors += pulled_back(derived, of_weights, leaves)
         return [*factors, *(row.reshape(row.shape[0] * row.shape[1], -1) for row in rows)]
 
     return Visit(outputs, pullback)
 
 
-def _by_groups(
-    pull: Callable[[Tensor], list[Tensor]], cotangents: Float[Tensor, "m n ..."], size: int
+def _parts(basis: Basis) -> list[slice]:
+    """Return which columns are pulled back to a part of a stack, those of some positions; or all.
+
+    No branch may depend on the values under ``vmap``, where all are one part.
+    """
+    n, _, m = basis.shape
+    if not isinstance(basis, PositionBlocks) or is_batched(basis.blocks):
+        return [slice(0, m)]
+    t, columns = basis.blocks.shape[1], basis.blocks.shape[3]
+    positions = max(-(-t // MOST_PARTS), -(-PART_COLUMNS // max(1, n * columns)))
+    return chunks(m, positions * columns)
+
+
+def _in_parts(
+    pulled_columns: Callable[[slice], Pulled], parts: Sequence[slice]
+) -> tuple[list[Factor], list[list[Outer]], list[Tensor]]:
+    """Pull columns back part by part: layers are stacks of what the columns of each reach."""
+    if len(parts) == 1:
+        whole = pulled_columns(parts[0])
+        return list(whole.layers), whole.derived, whole.rows
+    # The zeros of a part are left out before the next one is made.
+    pulled = []
+    for columns in parts:
+        layers, derived, rows = pulled_columns(columns)
+        pulled.append(Pulled([without_zeros(layer) for layer in layers], derived, rows))
+    stacks: list[Factor] = [
+        Stack(layers) for layers in zip(*(part.layers for part in pulled), strict=True)
+    ]
+    # What is pulled back further is put together again.
+    derived = [
+        [
+            uses[0]._replace(b=torch.cat([use.b for use in uses], 1))
+            for uses in zip(*of_weights, strict=True)
+        ]
+        for of_weights in zip(*(part.derived for part in pulled), strict=True)
+    ]
+    rows = [torch.cat(of_leaf, 1) for of_leaf in zip(*(part.rows for part in pulled), strict=True)]
+    return stacks, derived, rows
+
+
+def _groups(columns: slice, size: int) -> list[slice]:
+    """Cut a range of columns into groups."""
+    starts = range(columns.start, columns.stop, size)
+    return [slice(start, min(start + size, columns.stop)) for start in starts] or [columns]
+
+
+def _together(
+    pull: Callable[[Tensor], list[Tensor]], groups: Iterable[Float[Tensor, "_ n ..."]], m: int
 ) -> list[Tensor]:
-    """Return the pullbacks of so many cotangents at a time, samples first: [n m ...]."""
-    if len(cotangents) <= size:
-        return [piece.transpose(0, 1) for piece in _pulled(pull, cotangents)]
-    n, start = cotangents.shape[1], 0
+    """Return the pullbacks of m cotangents, some of them at a time, samples first: [n m ...]."""
     pullbacks: list[Tensor] = []
-    for group in cotangents.split(size):
+    start = 0
+    for group in groups:
         pieces, stop = _pulled(pull, group), start + group.shape[0]
+        if stop - start == m:
+            return [piece.transpose(0, 1) for piece in pieces]
         # In place, column by column, for all of them are most of what a step takes of memory.
-        pullbacks = pullbacks or [x.new_empty(n, len(cotangents), *x.shape[2:]) for x in pieces]
+        n = group.shape[1]
+        pullbacks = pullbacks or [x.new_empty(n, m, *x.shape[2:]) for x in pieces]
         for pullback, piece in zip(pullbacks, pieces, strict=True):
             pullback[:, start:stop] = piece.transpose(0, 1)
         start = stop
