@@ -36,7 +36,14 @@ def test_a_basis_that_does_not_fit_is_refused_with_its_figures():
     match = "6400 columns for each of 2 samples of 6400 outputs: 1.31 GB, where 0.134 GB are free"
     for gram in ("dense", "structured"):
         with pytest.raises(MemoryError, match=match):
-            newton_step(*case(2, 64, (100,)), nn.CrossEntropyLoss(), 0.1, gram=gram)
+            newton_step(*case(2, 6400), nn.CrossEntropyLoss(), 0.1, gram=gram)
+
+
+def test_of_positions_only_blocks_are_counted_and_columns_as_they_are():
+    # 2 · 8 B · 6,300 columns · 256 parameters would be 26 MB for a sample, the blocks 13 MB.
+    for gram in ("dense", "structured"):
+        step = newton_step(*case(2, 64, (100,)), nn.CrossEntropyLoss(), 0.1, gram=gram)
+        assert step.isfinite().all()
 
 
 def wide_case(n, halves, width=1200):
