@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import vmap
 
-from ddnewton import Group, ggn_eigvalsh, newton_step
+from ddnewton import Batches, Group, ggn_eigvalsh, newton_step
 from ddnewton.columns import factors
 from ddnewton.columns.factors import Outer, Stack
 from ddnewton.columns.gram import rmatmat
@@ -185,3 +185,12 @@ def test_eigenvalues_are_those_of_the_whole_basis():
         for criterion in (cross_entropy(), with_all_zeros(cross_entropy()))
     ]
     assert error(*spectra) < 1e-12
+
+
+def test_batches_are_the_whole_set():
+    model_fn, params, X, y, _ = pixels(4)
+    batches = Batches([(X[:3], y[:3]), (X[3:], y[3:])])
+    loss = cross_entropy()
+    whole = newton_step(model_fn, params, X, y, loss, 0.1, gram="structured")
+    in_parts = newton_step(model_fn, params, batches, None, loss, 0.1, gram="structured")
+    assert error(flat(in_parts), flat(whole)) < 1e-12

@@ -117,6 +117,7 @@ def losses_of(terms: Sequence[HasLosses]) -> TermLosses:
 def without_samples(term: Term) -> Term:
     """Return a term that holds nothing as large as its samples or its basis."""
     linearization, further = term.linearization, term.gradient_columns
+    entries = stored(term.basis)
     return term._replace(
         objective=term.objective._replace(y=None),
         linearization=linearization._replace(
@@ -126,7 +127,7 @@ def without_samples(term: Term) -> Term:
             function=forgotten,
             in_float64=None if linearization.in_float64 is None else forgotten,
         ),
-        basis=term.basis.new_zeros(()).expand(term.basis.shape),
+        basis=with_stored(term.basis, entries.new_zeros(()).expand(entries.shape)),
         curvature_columns=term.curvature_columns._replace(visit=forgotten),
         gradient_columns=None if further is None else further._replace(visit=forgotten),
     )
