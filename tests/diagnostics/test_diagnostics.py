@@ -207,6 +207,13 @@ def test_a_step_without_an_optimizer_has_the_totals_of_its_blocks(tmp_path):
     assert together["gradient_share"] == min(block.gradient_share for block in blocks)
 
 
+def test_the_rank_of_leading_directions_is_not_known(tmp_path):
+    blocks = record(groups=True)
+    unknown = (blocks[0]._replace(rank=torch.tensor(-1)), *blocks[1:])
+    append(tmp_path, unknown)
+    assert read(tmp_path)[0]["rank"] == -1
+
+
 @pytest.mark.parametrize("wrong", [told(), [told()], [], (), {"evals": 1.0}, 1.0])
 def test_directions_are_those_of_a_step(wrong, tmp_path):
     with pytest.raises(TypeError, match=r"^append: directions must be what newton_step_and_info"):

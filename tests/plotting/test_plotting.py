@@ -51,6 +51,17 @@ def test_the_spectrum_is_the_records_and_marks_its_rank():
     assert mark.get_xdata()[0] == 9.5
 
 
+def test_leading_eigenvalues_alone_are_all_drawn():
+    info = record(top_k(4), torch.float64, gram="free")
+    assert info.rank == -1
+    with plotting.panels(1, 2) as (_, (left, right)):
+        plotting.spectrum(left, info)
+        plotting.curvatures(right, info)
+    (line,) = left.get_lines()
+    assert line.get_ydata().tolist() == info.evals.flip(0).tolist()
+    assert len(right.get_lines()[-1].get_xdata()) == 4
+
+
 def test_curvatures_average_to_the_eigenvalues():
     info = record(everything, torch.float64)
     with plotting.panels(1, 1) as (_, (ax,)):

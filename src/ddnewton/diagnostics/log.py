@@ -161,12 +161,14 @@ def _scalars(info: object) -> dict[str, Any]:
     flat = [
         block.flat_share.double() * norm.square() for block, norm in zip(blocks, norms, strict=True)
     ]
+    # A rank of −1 is not known, nor is then that of all.
+    ranks = torch.stack([block.rank for block in blocks])
     totals = {
         "loss": blocks[0].loss,
         "predicted_decrease": decreases.sum(0),
         "gradient_norm": norms.square().sum(0).sqrt(),
         "gradient_share": torch.stack([block.gradient_share for block in blocks]).amin(0),
-        "rank": torch.stack([block.rank for block in blocks]).sum(0),
+        "rank": torch.where((ranks < 0).any(0), -1, ranks.sum(0)),
         "flat_share": torch.stack(flat).sum(0) / norms.square().sum(0).clamp(min=SMALLEST_SQUARE),
     }
     return {name: to_json(name, value) for name, value in totals.items()} | of_terms

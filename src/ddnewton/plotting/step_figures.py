@@ -31,7 +31,7 @@ def spectrum(ax: Axes, info: Info, *, color: str = COLORS[0], label: str | None 
     A dotted line marks the numerical rank. Eigenvalues beyond it, which are there only if
     ``select`` asked for them, are rounding, and drawn faint.
     """
-    evals, rank = info.evals.detach().double().cpu().sort(descending=True).values, int(info.rank)
+    evals, rank = info.evals.detach().double().cpu().sort(descending=True).values, _rank(info)
     _log_line(ax, evals[:rank], color=color, label=label)
     if rank < len(evals):
         _log_line(ax, evals[rank:], start=rank + 1, color=color, alpha=0.35)
@@ -133,8 +133,14 @@ def curvature_bias(
 
 def _in_rank(values: Float[Tensor, "*n k"], info: Info) -> Float[Tensor, "*n r"]:
     """Return the values of the directions within the numerical rank, the leading one first."""
-    order = info.evals.argsort(descending=True)[: int(info.rank)]
+    order = info.evals.argsort(descending=True)[: _rank(info)]
     return values.detach()[..., order].double().cpu()
+
+
+def _rank(info: Info) -> int:
+    """Return the numerical rank or, where leading eigenvalues alone are known, their number."""
+    rank = int(info.rank)
+    return len(info.evals) if rank < 0 else rank
 
 
 def _sample_bands(ax: Axes, values: Float[Tensor, "n k"], color: str, label: str) -> None:
