@@ -20,6 +20,7 @@ from ddnewton import (
     top_k,
 )
 from ddnewton.damping import signal_to_noise
+from ddnewton.linearize import free_linearization
 from ddnewton.quadratic.matrix_free import leading_directions, steps
 from tests.methods import FLOAT32, FLOAT64, SMALL_AND_LARGE, seeded, truth
 from tests.models import PROBLEMS, problem
@@ -129,6 +130,15 @@ def test_eigenpairs_that_have_not_converged_are_told_and_returned(monkeypatch):
     exact, _ = ggn_eigh(*deep(), select=top_k(3))
     assert (evals <= exact + 1e-12).all()
     assert evals[-1] > exact[-1] / 2
+
+
+def test_eigenpairs_of_products_with_too_few_digits_are_told(monkeypatch):
+    monkeypatch.setattr(free_linearization, "CHEAP_FLOPS", 0)
+    arguments = {"select": top_k(3), "gram": "free", "tol": 1e-4}
+    with pytest.warns(UserWarning, match=r"asks for 1\.0e-08\. That is the rounding of products"):
+        evals, _ = ggn_eigh(*deep(dtype=FLOAT32), **arguments)
+    exact, _ = ggn_eigh(*deep(), **arguments)
+    assert error(evals, exact) < 1e-5
 
 
 @pytest.mark.parametrize("first", [1, 2, 16])

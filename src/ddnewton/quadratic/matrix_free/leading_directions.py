@@ -209,10 +209,12 @@ def _leading(
     )
     if not pairs.converged:
         worst = float(pairs.residuals.amax() / pairs.evals.amax())
+        remedy = "Eigenvalues that lie close together need fewer, or more, of them."
+        if pairs.products + BLOCK <= EIGENPAIR_PRODUCTS:
+            remedy = "That is the rounding of products: pass params and X in float64."
         warn(
             f"{k} leading eigenpairs have not converged after {pairs.products} products: residuals "
             f"are up to {worst:.1e} of the largest eigenvalue, where tol={tol:g} asks for "
-            f"{RESIDUAL_SHARE * tol:.1e}. Eigenvalues that lie close together need fewer, or more, "
-            "of them."
+            f"{RESIDUAL_SHARE * tol:.1e}. {remedy}"
         )
     return pairs
