@@ -158,7 +158,11 @@ def test_sub_samples_directions_and_slopes(device):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("damping", [0.1, levenberg_marquardt(), held_out()], ids=str)
+@pytest.mark.parametrize(
+    "damping",
+    [0.1, levenberg_marquardt(), held_out()],
+    ids=["number", "levenberg_marquardt", "held_out"],
+)
 def test_training(damping, device):
     given = problem("relu_mlp", FLOAT64)
 
