@@ -55,6 +55,36 @@ def test_no_more_is_lost_than_is_told(seed, rank, decades, vectors, delta, insid
     assert lost_of(G, right, x, delta) <= space.lost(delta) * (1 + 1e-6) + 1e-12
 
 
+@given(
+    st.integers(0, 9),
+    st.integers(2, 30),
+    st.integers(0, 5),
+    st.integers(1, 30),
+    st.floats(-6, 3).map(lambda power: 10.0**power),
+    st.floats(1, 3),
+)
+def test_no_more_is_lost_than_is_told_of_a_gradient(seed, rank, decades, vectors, delta, factor):
+    G, _, right = system(30, rank, decades, seed)
+    squared = factor * float(right @ torch.linalg.pinv(G, rtol=1e-10, hermitian=True) @ right)
+    space = space_of(G, right)
+    space.squared = squared
+    for _ in range(vectors):
+        if not space.is_complete:
+            space.grow()
+    x = space.solution(torch.tensor(delta, dtype=FLOAT64))
+    assert lost_of(G, right, x, delta) <= space.lost(delta) * (1 + 1e-6) + 1e-12
+
+
+def test_what_is_known_of_a_gradient_saves_products():
+    G, _, right = system(200, 200, 1)
+    alone, told = space_of(G, right), space_of(G, right)
+    told.squared = float(right @ torch.linalg.solve(G, right))
+    counts = [grown(space, 1e-6, 1e-2) and len(space.vectors) for space in (alone, told)]
+    assert counts[1] < 0.7 * counts[0]
+    delta = torch.tensor(1e-6, dtype=FLOAT64)
+    assert lost_of(G, right, told.solution(delta), 1e-6) <= 1e-2
+
+
 @pytest.mark.parametrize("tol", [0.3, 1e-2, 1e-6])
 @pytest.mark.parametrize("delta", DELTAS)
 def test_a_space_grows_until_its_solution_is_accurate(delta, tol):

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ddnewton.iterative.energy_bounds import RANGE_ROUNDINGS, SPOILT_SHARE
 from ddnewton.iterative.products import FLOAT64_ROUNDING, Product, finite
 
 VECTORS_AT_ONCE = 32
@@ -35,13 +36,15 @@ BELOW_ZERO = 1e-4
 class Krylov:
     """The space of a vector b so far; it grows where more accuracy is asked for.
 
-    ``limit`` is the most vectors that it may have.
+    ``limit`` is the most vectors that it may have. ``squared`` is bᵀG⁺b or more, for a b in the
+    range of G, as in `conjugate_gradients`.
     """
 
     product: Product
     right: Float[Tensor, " side"]
     rounding: float
     limit: int
+    squared: float = math.inf
     vectors: list[Float[Tensor, " side"]] = field(default_factory=list)
     diagonal: list[float] = field(default_factory=list)  # of T
     further: list[float] = field(default_factory=list)  # β, below the diagonal; the last one is q's
@@ -114,8 +117,30 @@ class Krylov:
         last = _first_entry(self.diagonal[::-1], self.further[-2::-1], node)
         diagonal = [*self.diagonal, beta**2 * last - node]
         lower = _first_entry(self.diagonal, self.further, delta)
-        upper = _first_entry(diagonal, self.further, delta)
+        upper = min(_first_entry(diagonal, self.further, delta), self._upper_by_range(delta))
         return min(1.0, max(0.0, (upper - lower) / upper)) if math.isfinite(upper) else 1.0
+
+    def _upper_by_range(self, delta: float) -> float:
+        """Return an upper bound on bᵀ(G + δI)⁻¹b / ‖b‖² by bᵀG⁺b ≤ c².
+
+        It is c² − δ ∫ dν / (λ + δ) with dν = dμ / λ of the measure dμ of b, which c² is the mass
+        of. Of T = LᵀL with L₀₀² = ‖b‖² / c² follows the matrix LLᵀ of ν, and of that the Gauss
+        quadrature, from below (as in energy_bounds.py).
+        """
+        if not 0 < self.squared < math.inf:
+            return math.inf
+        mass = self.squared / self.size**2
+        rows, below = [1 / mass], []  # the squares of L's diagonal, and of what is below it
+        for alpha, beta in zip(self.diagonal, self.further, strict=True):
+            square = alpha - rows[-1]
+            if square <= SPOILT_SHARE * alpha:
+                break
+            below.append(square)
+            rows.append(beta**2 / square)
+        diagonal = [row + under for row, under in zip(rows, [0.0, *below], strict=True)]
+        further = [math.sqrt(row * under) for row, under in zip(rows, below, strict=False)]
+        floor = RANGE_ROUNDINGS * max(self.rounding, FLOAT64_ROUNDING)
+        return mass * (1 - delta * _first_entry(diagonal, further, delta) + floor)
 
     def solution(self, delta: Float[Tensor, ""]) -> Float[Tensor, " side"]:
         """Return x(δ) in the space so far."""

@@ -10,6 +10,7 @@ whose right side is the same for every δ: all trials of a batch share a space (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -153,11 +154,14 @@ def _space(trials: FreeTrials, number: int, momentum: float) -> Space:
             right = right + decay * (theta + centre)
         of_centre = operator.along(centre) if bool((centre != 0).any()) else 0 * centre
         right = right + of_centre
+        # With g = B t it is B (t + Bᵀ μ s'), but for weight decay.
+        length = trials.model.square**0.5 + max(0.0, float(centre @ of_centre)) ** 0.5
         krylov = Krylov(
             product=operator.along,
             right=right,
             rounding=operator.eps,
             limit=max(1, min(SPACE_VECTORS, SPACE_BYTES // right.nbytes)),
+            squared=length**2 if theta is None else math.inf,
         )
         trials.spaces[key] = Space(krylov, of_centre)
     return trials.spaces[key]

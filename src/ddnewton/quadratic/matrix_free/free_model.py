@@ -82,6 +82,11 @@ class FreeModel(NamedTuple):
         """Whether the gradient is known to lie in the range of G."""
         return all(term.spans for term in self.terms)
 
+    @property
+    def square(self) -> float:
+        """A number that gᵀG⁺g does not exceed, for a gradient in the range of G, else infinity."""
+        return sum(term.square for term in self.terms)
+
     def in_float64(self) -> FreeModel | None:
         """Return the same model in float64, None where it is so already or cannot be."""
         if all(term.linearization.in_float64 is None for term in self.terms):

@@ -157,7 +157,7 @@ def solved(
         generator=torch.Generator().manual_seed(0),
         rounding=operator.eps,
         memory=SKETCH_BYTES,
-        squared=sum(term.square for term in model.terms),
+        squared=model.square,
     )
     # Where products have too few digits, residuals in float64 give more.
     if not solution.converged and solution.products < MOST_PRODUCTS:
