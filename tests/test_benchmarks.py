@@ -203,7 +203,8 @@ def test_tests_that_fail_or_do_not_end_are_told_of(tmp_path):
 
 
 def test_the_marked_tests_are_the_ones_of_cuda():
-    assert gpu_tests.marked_files() == ["tests/test_cuda.py"]
+    files = ["tests/test_cuda.py", "tests/whole/test_host_data.py"]
+    assert gpu_tests.marked_files() == files
 
 
 def test_only_what_is_missing_is_unpacked(tmp_path):
