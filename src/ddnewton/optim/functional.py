@@ -30,7 +30,7 @@ from ddnewton.optim.settings import (
     check_settings,
 )
 from ddnewton.quadratic.arguments import arguments_of
-from ddnewton.quadratic.matrix_free.ways import is_automatic
+from ddnewton.quadratic.matrix_free.ways import check_free_scale, is_automatic
 from ddnewton.types import AnyModelFn, DampingRule, GramWays, Select
 
 
@@ -158,18 +158,19 @@ def directional_newton(
         scale=scale,
         box=None,
     )
+    free = "free" in (gram.values() if isinstance(gram, Mapping) else [gram])
     if isinstance(scale, str) and scale == "auto":
         rules = [adaptation.rule, *(group.damping for group in groups or ())]
         options = [select, subsampling_curvature, *(group.select for group in groups or ())]
         by_directions = any(map(callable, rules)) or complement not in (None, "damping")
         by_directions |= any(option is not None for option in options)
-        ways = list(gram.values()) if isinstance(gram, Mapping) else [gram]
         of_damping = automatic_scale(settings, by_directions=by_directions)
-        settings = settings._replace(scale=None if "free" in ways else of_damping)
+        settings = settings._replace(scale=None if free else of_damping)
     check_settings(settings)
     check_functions(model_fn, select)
     number = None if complement == "damping" else complement
     check_options(adaptation.rule, number, gram, chunk_size, tol)
+    check_free_scale(by_columns=free and isinstance(settings.scale, str))
     arguments = partial(
         arguments_of,
         model_fn,

@@ -62,7 +62,12 @@ def check_free(arguments: Arguments) -> None:
     if is_transformed():
         rule, got = 'gram="free" must be outside of torch.func and torch.compile', "a call inside"
         raise BadValue(sentence(rule, got, "Loop over the members of an ensemble."))
-    if arguments.scaling.by_columns:
+    check_free_scale(by_columns=arguments.scaling.by_columns)
+
+
+def check_free_scale(*, by_columns: bool) -> None:
+    """Refuse a scale by the columns, whose sizes products do not give."""
+    if by_columns:
         rule, got = 'gram="free" must have a scale that is given', 'scale="jac"'
         remedy = "The sizes of the columns are not known: pass a pytree of numbers, or None."
         raise BadValue(sentence(rule, got, remedy))
