@@ -177,7 +177,7 @@ def memory(recipe: Large, folder: Path, quantity: str, way: str) -> None:
     asked = Asked(**torch.load(folder / "asked.pt")[quantity])
     small = build(RECIPES["tiny PINN" if recipe.squares else "tiny GPT"])
     numbers = sum(p.numel() for p in small.problem.params.values())
-    vector = None if asked.vector is None else asked.vector[:numbers]
+    vector = None if asked.vector is None else torch.ones(numbers)
     WAYS[way](small, asked._replace(vector=vector, iterations=2))()
     instance = build(recipe)
     peak = watch("cpu")
