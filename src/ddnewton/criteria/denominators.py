@@ -37,7 +37,7 @@ class Share(NamedTuple):
     denominator: float
     counts_samples: bool  # whether it is that of a mean, which adds up over batches
     ratio: float  # by what its curvature is multiplied besides, in this batch
-    some: tuple[Tensor, PyTree] | None  # outputs and targets to hold others against
+    probe: tuple[Tensor, PyTree] | None  # outputs and targets to hold others against
 
 
 def share_of(
@@ -59,12 +59,12 @@ def _share(
 ) -> Share:
     """Return the share of a batch with some outputs."""
     # A function is looked at, on the batch and beside the first one.
-    some = None
+    probe = None
     if loss.joint is not None:
-        few = slice(0, DOUBLED_SAMPLES)
-        some = outputs[few].clone(), tree_map(torch.clone, take(y, few))
-        together = _beside(before[0].some, some) if before else None
-        for f, target in filter(None, [(outputs, y), together]):
+        head = slice(0, DOUBLED_SAMPLES)
+        probe = outputs[head].clone(), tree_map(torch.clone, take(y, head))
+        combined = _beside(before[0].probe, probe) if before else None
+        for f, target in filter(None, [(outputs, y), combined]):
             if loss.joint(f, target) is not None:
                 got = "one that divides by what the samples have in y"
                 raise BadValue(sentence(BATCHES_RULE, got, WHOLE_REMEDY))
@@ -78,8 +78,8 @@ def _share(
         got = f"one that divides by {once:.6g} for some samples, and by {twice:.6g} for them twice"
         raise BadValue(sentence(BATCHES_RULE, got, WHOLE_REMEDY))
     ratio = 1.0 if loss.curvature_ratio is None else float(loss.curvature_ratio(outputs, y))
-    some = None if before else some
-    return Share(float(loss.denominator(outputs, y)), twice == 2 * once, ratio, some)
+    probe = None if before else probe
+    return Share(float(loss.denominator(outputs, y)), twice == 2 * once, ratio, probe)
 
 
 def _beside(

@@ -143,8 +143,8 @@ def terms_of(
     shared = {"criterion": criterion, "gram": gram}
     dicts = {name: value for name, value in shared.items() if isinstance(value, Mapping)}
     check_keys(model_fn, X=X, y=y, **dicts)
-    for option, some in subsampling.items():
-        _check_indices(option, some, term_names(model_fn))
+    for option, subset in subsampling.items():
+        _check_indices(option, subset, term_names(model_fn))
     in_batches = [isinstance(of_term(X, name), Batches) for name in term_names(model_fn)]
     if takes_batches and any(in_batches):
         _check_no_indices(subsampling)
@@ -156,7 +156,9 @@ def terms_of(
                 check_without_targets(targets)
                 samples = Samples(None, None, None)
             else:
-                of_name = {option: _indices_of(some, name) for option, some in subsampling.items()}
+                of_name = {
+                    option: _indices_of(subset, name) for option, subset in subsampling.items()
+                }
                 samples = _samples(inputs, targets, of_name)
             terms.append(
                 TermArguments(
@@ -176,13 +178,13 @@ def _samples(X: PyTree, y: PyTree, subsampling: Mapping[str, Indices | None]) ->
     """Require as many targets as inputs, and indices among these; return the indices."""
     check_batch(X=X, y=y)
     n, device = sample_count(X), tree_leaves(X)[0].device
-    return Samples(*(indices(option, some, n, device) for option, some in subsampling.items()))
+    return Samples(*(indices(option, subset, n, device) for option, subset in subsampling.items()))
 
 
 def _check_no_indices(subsampling: Mapping[str, TermIndices | None]) -> None:
     """Refuse sub-samples of batches, which are visited whole."""
-    for option, some in subsampling.items():
-        if some is not None:
+    for option, subset in subsampling.items():
+        if subset is not None:
             rule, remedy = f"{option} must be None for Batches", "Sub-sample the data set instead."
             raise BadValue(sentence(rule, "indices", remedy))
 

@@ -78,12 +78,12 @@ def total_bound(bound: float, drift: float, size: float, root: float) -> float:
 class RangeBound(NamedTuple):
     """The bound of e² by ‖u‖² ≤ c², as far as the iteration is; in the letters above.
 
-    The last pivot of LLᵀ + δI is α² + ``rest``, its weight in the quadrature ``weight``.
+    The last pivot of LLᵀ + δI is α² + ``excess``, its weight in the quadrature ``weight``.
     """
 
     squared: float  # c²
     alpha: float  # α_j², of the last row of L
-    rest: float
+    excess: float
     weight: float
     gauss: float  # ∫ dμ / (λ + δ), by the quadrature
     carried: float  # β_k / α_{k−1} of the iteration
@@ -118,11 +118,11 @@ def next_range_bound(
         return None
     # The next row of L, and the pivots of LLᵀ + δI without a difference.
     following = beta / alpha**2 / subdiagonal
-    pivot = before.alpha + before.rest
+    pivot = before.alpha + before.excess
     weight = before.weight * before.alpha * subdiagonal / pivot**2
-    rest = delta + subdiagonal * before.rest / pivot
-    gauss = before.gauss + before.squared * weight / (following + rest)
-    return RangeBound(before.squared, following, rest, weight, gauss, beta / alpha)
+    excess = delta + subdiagonal * before.excess / pivot
+    gauss = before.gauss + before.squared * weight / (following + excess)
+    return RangeBound(before.squared, following, excess, weight, gauss, beta / alpha)
 
 
 class ErrorBound(NamedTuple):

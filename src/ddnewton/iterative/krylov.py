@@ -68,14 +68,14 @@ class Krylov:
         self.vectors.append(vector)
         alpha = float(vector @ image)
         # What is left of the product outside of the space; twice, for it is a difference.
-        rest = self._outside(self._outside(image))
-        beta, largest = float(rest.norm()), float(image.norm())
+        remainder = self._outside(self._outside(image))
+        beta, largest = float(remainder.norm()), float(image.norm())
         self.diagonal.append(alpha)
         self.further.append(beta)
         rounding = 8 * max(self.rounding, FLOAT64_ROUNDING)
         small = beta <= rounding * max(largest, *self.diagonal)
         full = len(self.vectors) == len(self.right)
-        self.following = None if small or full else rest / beta
+        self.following = None if small or full else remainder / beta
 
     def _outside(self, vector: Float[Tensor, " side"]) -> Float[Tensor, " side"]:
         """Return the part of a vector that is orthogonal to the space."""

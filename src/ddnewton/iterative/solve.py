@@ -63,21 +63,21 @@ def solve(
     """
     # With a sketch at once, or without one for a hundred products.
     precondition = None if approximation is None else preconditioner(approximation, delta)
-    alone = approximation is None and delta > 0
+    unaided = approximation is None and delta > 0
     norm = 0.0 if approximation is None else float(approximation.evals[0])
     first = conjugate_gradients(
         product,
         right,
         delta,
         tol=tol,
-        limit=min(limit, PLAIN_PRODUCTS) if alone else limit,
+        limit=min(limit, PLAIN_PRODUCTS) if unaided else limit,
         preconditioner=precondition,
         rounding=rounding,
         start=start,
         norm=norm,
         squared=squared,
     )
-    if first.converged or first.products >= limit or not alone:
+    if first.converged or first.products >= limit or not unaided:
         return first, approximation
     # A sketch, that leaves half of the products for the rest of the way.
     made = affordable(product, right, limit - first.products, generator, rounding, memory)

@@ -230,10 +230,10 @@ def _samples_at_once(
         return GRAPHS * graph_bytes(partial(_of_leaves, function, slice(0, count)), leaves)
 
     first = max(1, min(n // 2, MEASURED_SAMPLES))
-    few = bytes_of(first)
-    if n * few <= first * KEPT_BYTES:
+    first_bytes = bytes_of(first)
+    if n * first_bytes <= first * KEPT_BYTES:
         return n
-    size = max(0, bytes_of(2 * first) - few if n > 1 else few) // first + 1
+    size = max(0, bytes_of(2 * first) - first_bytes if n > 1 else first_bytes) // first + 1
     return n if n * size <= KEPT_BYTES else max(1, min(n, CHUNK_BYTES // size))
 
 
@@ -245,13 +245,13 @@ def _checked(linearization: FreeLinearization) -> FreeLinearization:
     # The first samples among twice as many, and by themselves.
     first = min(n // 2, MEASURED_SAMPLES)
     every = range(len(leaves))
-    alone = linearization.products(every, slice(0, first))
+    separate = linearization.products(every, slice(0, first))
     among = linearization.products(every, slice(0, 2 * first))
-    size = alone.outputs.abs().amax()
-    check_independent(linearization.precise[:first], alone.outputs, size, size, "outputs")
+    size = separate.outputs.abs().amax()
+    check_independent(linearization.precise[:first], separate.outputs, size, size, "outputs")
     cotangent = ramp(among.outputs).reshape(len(among.outputs), -1)
     cotangent[first:] = 0
-    pairs = zip(among.pull(cotangent), alone.pull(cotangent[:first]), strict=True)
+    pairs = zip(among.pull(cotangent), separate.pull(cotangent[:first]), strict=True)
     for of_batch, of_samples in pairs:
         check_derivatives(of_batch)
         if of_batch.numel():

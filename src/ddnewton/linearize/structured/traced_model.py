@@ -88,9 +88,9 @@ class Prepared:
 
     def at(self, samples: Sequence[Tensor], indices: Tensor | slice) -> list[Tensor]:
         """Return some of the samples, where the model is."""
-        some: list[Tensor] = take(list(samples), indices)
+        taken: list[Tensor] = take(list(samples), indices)
         devices = [device for *_, device in self.X.leaves]
-        pairs = zip(some, devices, strict=True)
+        pairs = zip(taken, devices, strict=True)
         return [x if x.device == device else moved_to(x, device) for x, device in pairs]
 
     def __reduce__(self) -> tuple[Any, ...]:

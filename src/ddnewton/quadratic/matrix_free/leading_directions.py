@@ -71,13 +71,13 @@ def free_directions(
     live = pairs.evals > _rounding(operator, side) * largest
     every = len(pairs.evals) == side
     padding = max(0, operator.i - side) if every else 0
-    evals, known = (F.pad(part, (padding, 0)) for part in (pairs.evals.clamp(min=0), live))
+    evals, positive = (F.pad(part, (padding, 0)) for part in (pairs.evals.clamp(min=0), live))
     if select is None:
-        indices = known.nonzero()[:, 0]
+        indices = positive.nonzero()[:, 0]
     else:
         indices, _ = checked_selection(select(evals.to(dtype, copy=True)), evals)
     places = (indices - padding).clamp(min=0)
-    live = known[indices]
+    live = positive[indices]
     # As parameters, orthonormal to the last digit.
     vectors = pairs.vectors.mT[places]
     if on_columns:
@@ -89,7 +89,7 @@ def free_directions(
         vectors=orthonormal(vectors, evals[indices], live),
         live=live,
         residuals=torch.where(indices >= padding, pairs.residuals[places], 0),
-        rank=int(known.sum()) if every else -1,
+        rank=int(positive.sum()) if every else -1,
         products=pairs.products,
         curved=bool(largest > 0),
     )
