@@ -11,28 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.damping import as_rule, check_dampings
 from ddnewton.inputs.groups import Block
 from ddnewton.optim.settings import Complement
-from ddnewton.quadratic.derivatives import Derivatives
-from ddnewton.quadratic.matrix_free.free_model import FreeModel
-from ddnewton.quadratic.matrix_free.leading_directions import (
-    FreeDirections,
-    coordinates_of,
-    free_directions,
-)
-from ddnewton.quadratic.matrix_free.operator import Operator
+from ddnewton.quadratic.matrix_free.along import Along, dampings_along, left_out
 from ddnewton.quadratic.solution import coefficients_along
-
-
-class Along(NamedTuple):
-    """The directions of a block with the derivatives along them, and what rules ask for."""
-
-    kept: FreeDirections
-    derivatives: Derivatives
-    evecs: Float[Tensor, "i k"]
-    gradient: Float[Tensor, " d"]
-    dtype: torch.dtype  # that of what rules get
 
 
 class Pull(NamedTuple):
@@ -43,18 +25,10 @@ class Pull(NamedTuple):
     decay: float | Tensor
 
 
-def along_of(
-    model: FreeModel, block: Block, operator: Operator, gradient: Float[Tensor, " d"]
-) -> Along:
-    """Return the directions of a block, with the derivatives along them."""
-    kept = free_directions(operator, block.select, model.arguments.tol, model.dtype)
-    evecs = coordinates_of(operator, kept) if callable(block.damping) else kept.evals[:0, None]
-    return Along(kept, operator.derivatives(kept.vectors), evecs, gradient, model.dtype)
-
-
 def step_along(
     along: Along,
     block: Block,
+    gradient: Float[Tensor, " d"],
     pull: Pull,
     delta: Tensor,
     complement: Complement,
@@ -62,11 +36,8 @@ def step_along(
     """Return the step of a block for a damping δ above what the block says."""
     kept, (gammas, lambdas) = along.kept, along.derivatives
     # The dampings, of a rule and of all directions.
-    parts = [kept.evals, along.evecs, gammas, lambdas]
-    asked = as_rule(block.damping)(*(part.to(along.dtype, copy=True) for part in parts))
-    check_dampings(asked, len(kept.evals))
     more = delta + pull.decay
-    dampings = asked.double() + more
+    dampings = dampings_along(along, block).double() + more
     # The centre is that of the damping outside of the directions.
     scalar = more if callable(block.damping) else more + block.damping
     outside = None
@@ -87,5 +58,4 @@ def step_along(
     vector = centre + coefficients @ kept.vectors
     if outside is None:
         return vector
-    remainder = along.gradient - (kept.vectors @ along.gradient) @ kept.vectors
-    return vector - torch.where(outside > 0, remainder / outside, 0)
+    return vector - torch.where(outside > 0, left_out(along, gradient) / outside, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,20 +36,23 @@ class FreeMatrix(NamedTuple):
         return self.estimated_trace
 
 
-def free_matrices(model: FreeModel, free: Bool[Tensor, " d"] | None = None) -> list[FreeMatrix]:
-    """Return the matrices of the blocks by products, with their gradients and traces.
+def free_matrices(model: FreeModel) -> list[FreeMatrix]:
+    """Return the matrices of the blocks by products, with their gradients and traces."""
+    operators = [operator_of(model, block.leaves) for block in model.blocks]
+    return [FreeMatrix(operator, operator.gradient(), _trace(operator)) for operator in operators]
 
-    Parameters that are not ``free`` have no slopes and no curvature.
-    """
-    matrices = []
-    for block in model.blocks:
-        operator = operator_of(model, block.leaves)
-        if free is not None:
-            mask = along_block(free, block.leaves, model.sizes).double()
-            scale = mask if operator.scale is None else mask * operator.scale
-            operator = operator._replace(scale=scale)
-        matrices.append(FreeMatrix(operator, operator.gradient(), _trace(operator)))
-    return matrices
+
+def of_free_parameters(
+    model: FreeModel, matrices: Sequence[FreeMatrix], free: Bool[Tensor, " d"]
+) -> list[FreeMatrix]:
+    """Return matrices in which parameters that are not free have no slopes and no curvature."""
+    masked = []
+    for (operator, gradient, _), block in zip(matrices, model.blocks, strict=True):
+        mask = along_block(free, block.leaves, model.sizes).double()
+        scale = mask if operator.scale is None else mask * operator.scale
+        operator_of_free = operator._replace(scale=scale)
+        masked.append(FreeMatrix(operator_of_free, mask * gradient, _trace(operator_of_free)))
+    return masked
 
 
 def _trace(operator: Operator) -> Float[Tensor, ""]:

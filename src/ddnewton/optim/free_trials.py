@@ -21,9 +21,10 @@ from torch import Tensor
 from ddnewton.errors import BadValue, sentence
 from ddnewton.inputs.groups import Block
 from ddnewton.iterative.krylov import Krylov, grown
-from ddnewton.optim.free_directions import Along, Pull, along_of, step_along
+from ddnewton.optim.free_directions import Pull, step_along
 from ddnewton.optim.free_matrices import FreeMatrix
 from ddnewton.optim.settings import Complement
+from ddnewton.quadratic.matrix_free.along import Along, along_of
 from ddnewton.quadratic.matrix_free.free_model import FreeModel
 from ddnewton.quadratic.matrix_free.operator import operator_of
 from ddnewton.quadratic.matrix_free.steps import is_linear
@@ -89,11 +90,12 @@ def _step_of_block(
         return _linear_step(trials, number, delta, momentum)
     # Along directions, computed in the first trial.
     if number not in trials.directions:
-        operator, gradient, _ = trials.matrices[number]
-        trials.directions[number] = along_of(trials.model, block, operator, gradient)
+        operator = trials.matrices[number].operator
+        trials.directions[number] = along_of(trials.model, operator, block)
     centre, params = _centre(trials, block, momentum), _decayed_params(trials, block)
-    pull = Pull(centre, params, _decay(trials))
-    return step_along(trials.directions[number], block, pull, delta, trials.complement)
+    pull, gradient = Pull(centre, params, _decay(trials)), trials.matrices[number].gradient
+    along = trials.directions[number]
+    return step_along(along, block, gradient, pull, delta, trials.complement)
 
 
 def _linear_step(
@@ -119,7 +121,6 @@ def _is_all(trials: FreeTrials) -> bool:
 def _is_linear(trials: FreeTrials, block: Block) -> bool:
     """Return whether a step of a block solves a linear system."""
     complement = block.damping if trials.complement == "damping" else trials.complement
-    assert not callable(complement) or callable(block.damping)
     return is_linear(trials.model, block, None if callable(complement) else complement)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ddnewton.optim.box import is_free
-from ddnewton.optim.free_matrices import FreeMatrix, free_matrices
+from ddnewton.optim.free_matrices import FreeMatrix, free_matrices, of_free_parameters
 from ddnewton.optim.free_trials import FreeTrials
 from ddnewton.optim.local_model import (
     LocalModel,
@@ -138,7 +138,7 @@ def _held(
 ) -> tuple[QuadraticModel | FreeModel, Matrices]:
     """Return model and matrices of the parameters that no bound holds."""
     if isinstance(model, FreeModel):
-        return model, free_matrices(model, free)
+        return model, of_free_parameters(model, cast("list[FreeMatrix]", matrices), free)
     return of_free(model, cast("list[GaussNewton]", matrices), free)
 
 

@@ -7,7 +7,7 @@ are rows, in float64; products are in the dtype of the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +18,11 @@ from ddnewton.quadratic.matrix_free.free_model import FreeModel
 from ddnewton.quadratic.matrix_free.free_term import FreeTerm, Visit
 from ddnewton.trees import along_block
 
-Visits = Callable[[], Iterator[Visit]]
+Visits: TypeAlias = Callable[[], Iterator[Visit]]
+"""The samples of a term, a chunk at a time; they may be visited again."""
+
+Derivative: TypeAlias = Callable[[Visit, Float[Tensor, "n c"]], Float[Tensor, " n"]]
+"""A derivative of every sample along a vector v, from J_n v."""
 
 
 class Operator(NamedTuple):
@@ -124,8 +128,15 @@ class Operator(NamedTuple):
         for term, visits in zip(self.model.terms, self.visits, strict=True):
             samples = term.objective.samples
             of_lambdas = samples.directions if samples.curvatures is None else samples.curvatures
-            slopes.append(self._along(term, visits, samples.slopes, vectors, _slope))
-            curvatures.append(self._along(term, visits, of_lambdas, vectors, _curvature))
+            # The samples of both are pushed along once.
+            if samples.slopes is of_lambdas:
+                both = (_slope, _curvature)
+                gammas, lambdas = self._along(term, visits, of_lambdas, vectors, both)
+            else:
+                (gammas,) = self._along(term, visits, samples.slopes, vectors, (_slope,))
+                (lambdas,) = self._along(term, visits, of_lambdas, vectors, (_curvature,))
+            slopes.append(gammas)
+            curvatures.append(lambdas)
         return Derivatives(over_all_samples(slopes), over_all_samples(curvatures))
 
     def curvatures(self, vectors: Float[Tensor, "k d"]) -> Float[Tensor, " k"]:
@@ -133,7 +144,8 @@ class Operator(NamedTuple):
         total = vectors.new_zeros(len(vectors))
         for term, visits in zip(self.model.terms, self.visits, strict=True):
             samples = term.objective.samples.directions
-            total += self._along(term, visits, samples, vectors, _curvature).mean(0)
+            (lambdas,) = self._along(term, visits, samples, vectors, (_curvature,))
+            total += lambdas.mean(0)
         return total
 
     def _along(
@@ -142,23 +154,22 @@ class Operator(NamedTuple):
         visits: Visits,
         samples: Int[Tensor, " _"] | None,
         vectors: Float[Tensor, "k d"],
-        derivative: Callable[[Visit, Tensor], Tensor],
-    ) -> Float[Tensor, "n k"]:
-        """Return a derivative of every sample along some vectors."""
+        derivatives: Sequence[Derivative],
+    ) -> list[Float[Tensor, "n k"]]:
+        """Return some derivatives of every sample along some vectors."""
         same = samples is term.objective.samples.directions
-        rows = [
-            torch.stack(
-                [
-                    derivative(visit, visit.products.push(self._as_leaves(vector)).double())
-                    for vector in vectors
-                ],
-                1,
-            )
-            if len(vectors)
-            else visit.root.value.new_zeros(len(visit.root.value), 0)
-            for visit in (visits() if same else term.visits(self.numbers, samples))
-        ]
-        return torch.cat(rows)
+        rows: list[list[Tensor]] = [[] for _ in derivatives]
+        for visit in visits() if same else term.visits(self.numbers, samples):
+            # A column of every derivative for every vector, which is pushed once.
+            n = len(visit.root.value)
+            columns = [visit.root.value.new_zeros(n, len(vectors)) for _ in derivatives]
+            for number, vector in enumerate(vectors):
+                pushed = visit.products.push(self._as_leaves(vector)).double()
+                for column, derivative in zip(columns, derivatives, strict=True):
+                    column[:, number] = derivative(visit, pushed)
+            for row, column in zip(rows, columns, strict=True):
+                row.append(column)
+        return [torch.cat(row) for row in rows]
 
     def _as_leaves(self, vector: Float[Tensor, " d"]) -> list[Tensor]:
         """Return a vector leaf by leaf, in the units and the dtypes of the leaves."""

@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.damping import as_rule, check_dampings
 from ddnewton.errors import warn
 from ddnewton.inputs.checks import check_derivatives
 from ddnewton.inputs.groups import Block
@@ -26,8 +25,8 @@ from ddnewton.iterative.solve import solve
 from ddnewton.quadratic.arguments import Arguments
 from ddnewton.quadratic.derivatives import Derivatives
 from ddnewton.quadratic.info import NewtonInfo, record_of
+from ddnewton.quadratic.matrix_free.along import along_of, dampings_along, left_out
 from ddnewton.quadratic.matrix_free.free_model import FreeModel, check_free_slopes, free_model
-from ddnewton.quadratic.matrix_free.leading_directions import coordinates_of, free_directions
 from ddnewton.quadratic.matrix_free.operator import Operator, operator_of
 from ddnewton.quadratic.solution import coefficients_along, is_one_damping
 
@@ -104,11 +103,9 @@ def is_linear(model: FreeModel, block: Block, complement: float | Tensor | None)
 
     A gradient in the range of G has no part outside of all directions.
     """
-    if model.has_curvature_samples:
+    if model.has_curvature_samples or not is_one_damping(block, None):
         return False
-    return is_one_damping(block, None if model.spans else complement) and (
-        model.spans or complement is not None
-    )
+    return model.spans or (complement is not None and is_one_damping(block, complement))
 
 
 def _linear_step(
@@ -192,23 +189,14 @@ def _step_along_directions(
     model: FreeModel, operator: Operator, block: Block, gradient: Float[Tensor, " d"]
 ) -> FreeStep:
     """Return the step along leading directions, each with its damping."""
-    arguments, complement = model.arguments, model.arguments.complement
-    kept = free_directions(operator, block.select, arguments.tol, model.dtype)
-    # The dampings, by a rule that gets copies.
-    derivatives = operator.derivatives(kept.vectors)
-    rule = as_rule(block.damping)
-    evecs = kept.evals[:0, None]
-    if callable(block.damping):
-        evecs = coordinates_of(operator, kept)
-    parts = [kept.evals, evecs, *derivatives]
-    dampings = rule(*(part.to(model.dtype, copy=True) for part in parts))
-    check_dampings(dampings, len(kept.evals))
+    complement, along = model.arguments.complement, along_of(model, operator, block)
+    kept, derivatives, dampings = along.kept, along.derivatives, dampings_along(along, block)
     # s = Σ_k −γ_k / (λ_k + δ_k) e_k, and what the directions leave of the gradient.
     gamma, curvature = derivatives.gammas.mean(0), derivatives.lambdas.mean(0)
     coefficients = coefficients_along(gamma, curvature, dampings, kept.live)
     vector = coefficients @ kept.vectors
     if complement is not None:
-        outside = gradient - (kept.vectors @ gradient) @ kept.vectors
+        outside = left_out(along, gradient)
         vector = vector - outside / torch.as_tensor(complement, dtype=vector.dtype)
     return FreeStep(
         vector=vector,
