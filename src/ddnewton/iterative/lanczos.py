@@ -37,6 +37,9 @@ from ddnewton.iterative.block_basis import (
 )
 from ddnewton.iterative.products import FLOAT64_ROUNDING, BlockProduct, finite
 
+START_VECTORS = 2
+"""Of a block that is multiplied at a time."""
+
 WHOLE_SPACE = 64
 """Up to this size, and from a third of it in eigenpairs on, the matrix itself is made."""
 
@@ -91,6 +94,13 @@ def leading_eigenpairs(
     if side <= max(WHOLE_SPACE, 3 * k, capacity + b):
         return of_whole_space(product, side, k, start, rounding)
     return restarted(product, k, (tol, limit, capacity), start, rounding)
+
+
+def start_block(side: int, device: torch.device) -> Float[Tensor, "side b"]:
+    """Return random vectors to start from, the same ones every time: two, for pairs of a value."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(side, min(START_VECTORS, side), dtype=torch.float64, generator=generator)
+    return start.to(device)
 
 
 def of_whole_space(

@@ -34,7 +34,9 @@ from ddnewton.quadratic.term import (
     Term,
     TermLosses,
     expansion_of,
+    loss_of,
     losses_of,
+    names_of,
     of_samples,
     term_of,
 )
@@ -84,7 +86,7 @@ class QuadraticModel(NamedTuple):
     @property
     def loss(self) -> Float[Tensor, ""]:
         """The loss of the batch."""
-        return torch.as_tensor(sum(term.losses.mean() for term in self.terms))
+        return loss_of(self.terms)
 
     @property
     def losses(self) -> TermLosses:
@@ -99,7 +101,7 @@ class QuadraticModel(NamedTuple):
     @property
     def names(self) -> str:
         """The criteria, for messages."""
-        return ", ".join(dict.fromkeys(term.objective.criterion_name for term in self.terms))
+        return names_of(self.terms)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ddnewton.columns.gram import Columns
-from ddnewton.iterative.lanczos import leading_eigenpairs
+from ddnewton.iterative.lanczos import leading_eigenpairs, start_block
 from ddnewton.process import ONE_THREAD
 from ddnewton.quadratic.gauss_newton import GaussNewton, check_eigenpairs_fit
 from ddnewton.transforms import any_possible, is_batched
@@ -164,14 +164,13 @@ def _leading_of(
     d = len(matrix)
     if leading is None or LEADING_SHARE * leading > d or d < LEADING_FROM or is_batched(matrix):
         return None
-    start = torch.randn(d, 2, dtype=matrix.dtype, generator=torch.Generator().manual_seed(0))
     pairs = leading_eigenpairs(
         lambda block: matrix @ block,
         d,
         leading,
         tol=LEADING_RESIDUAL,
         limit=d,
-        start=start.to(matrix.device),
+        start=start_block(d, matrix.device),
     )
     return (pairs.evals, pairs.vectors) if pairs.converged else None
 

@@ -230,3 +230,13 @@ def _gradient_weights(
     total = n if wanted is None else len(wanted)
     further = z.new_ones(0 if gradient_samples is None else len(gradient_samples))
     return GradientWeights(z / total, further / total, rows, gradient_samples)
+
+
+def loss_of(terms: Sequence[HasLosses]) -> Float[Tensor, ""]:
+    """Return the loss of all terms."""
+    return torch.as_tensor(sum(term.losses.mean() for term in terms))
+
+
+def names_of(terms: Sequence[HasLosses]) -> str:
+    """Return the criteria of terms, for messages."""
+    return ", ".join(dict.fromkeys(term.objective.criterion_name for term in terms))

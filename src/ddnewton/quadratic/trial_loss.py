@@ -12,7 +12,7 @@ from torch import Tensor
 from ddnewton.criteria.expand import joint_loss, losses, weight
 from ddnewton.linearize.free_linearization import FreeLinearization
 from ddnewton.linearize.linearization import Linearization
-from ddnewton.quadratic.term import Objective
+from ddnewton.quadratic.term import HasLosses
 from ddnewton.trees import chunks, take
 
 
@@ -23,20 +23,12 @@ class Trial(NamedTuple):
     outputs: Float[Tensor, "s ..."]
 
 
-class TrialTerm(Protocol):
+class TrialTerm(HasLosses, Protocol):
     """What is asked of a term for its loss at other parameters."""
-
-    @property
-    def objective(self) -> Objective:
-        """The loss of the batch."""
 
     @property
     def linearization(self) -> Linearization | FreeLinearization:
         """The model at the batch."""
-
-    @property
-    def losses(self) -> Float[Tensor, " n"]:
-        """The losses of all samples."""
 
     @property
     def samples_at_once(self) -> int:

@@ -25,7 +25,7 @@ from ddnewton.quadratic.arguments import Arguments, Scaling, function_of, of_com
 from ddnewton.quadratic.flat import LEAST_SLOPE, depends_on_parameters, without_curvature
 from ddnewton.quadratic.matrix_free.free_term import FreeTerm, free_term
 from ddnewton.quadratic.matrix_free.streamed_terms import streamed_terms
-from ddnewton.quadratic.term import TermLosses, losses_of
+from ddnewton.quadratic.term import TermLosses, loss_of, losses_of, names_of
 from ddnewton.trees import as_real
 
 
@@ -70,12 +70,12 @@ class FreeModel(NamedTuple):
     @property
     def names(self) -> str:
         """The criteria, for messages."""
-        return ", ".join(dict.fromkeys(term.objective.criterion_name for term in self.terms))
+        return names_of(self.terms)
 
     @property
     def loss(self) -> Float[Tensor, ""]:
         """The loss of the batch."""
-        return torch.as_tensor(sum(term.losses.mean() for term in self.terms))
+        return loss_of(self.terms)
 
     @property
     def spans(self) -> bool:

@@ -17,7 +17,12 @@ from torch import Tensor
 from ddnewton.errors import BadValue, sentence, warn
 from ddnewton.inputs.checks import check_dependence
 from ddnewton.inputs.memory import check_fits
-from ddnewton.iterative.lanczos import Eigenpairs, leading_eigenpairs
+from ddnewton.iterative.lanczos import (
+    START_VECTORS,
+    Eigenpairs,
+    leading_eigenpairs,
+    start_block,
+)
 from ddnewton.quadratic.arguments import Arguments
 from ddnewton.quadratic.directions import orthonormal
 from ddnewton.quadratic.eigenpairs import BlockDerivatives, BlockEigenpairs
@@ -35,9 +40,8 @@ unit vectors."""
 RESIDUAL_SHARE = 1e-4
 """How long, of ``tol`` and the largest eigenvalue, the residuals of eigenpairs may be."""
 
-BLOCK, FIRST_COUNT = 2, 16
-"""How many vectors are multiplied at a time; how many pairs are computed at first, where it is not
-known how many lie above a threshold."""
+FIRST_COUNT = 16
+"""How many pairs are computed at first, where it is not known how many lie above a threshold."""
 
 EIGENPAIR_PRODUCTS = 2000
 """How many products are made before eigenpairs are returned as they are, with a warning."""
@@ -196,21 +200,19 @@ def _leading(
         "Pass top_k(k) of fewer, or groups of the parameters.",
         operator.device,
     )
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(side, min(BLOCK, side), dtype=torch.float64, generator=generator)
     pairs = leading_eigenpairs(
         product,
         side,
         k,
         tol=RESIDUAL_SHARE * tol,
         limit=EIGENPAIR_PRODUCTS,
-        start=start.to(operator.device),
+        start=start_block(side, operator.device),
         rounding=operator.eps,
     )
     if not pairs.converged:
         worst = float(pairs.residuals.amax() / pairs.evals.amax())
         remedy = "Eigenvalues that lie close together need fewer, or more, of them."
-        if pairs.products + BLOCK <= EIGENPAIR_PRODUCTS:
+        if pairs.products + START_VECTORS <= EIGENPAIR_PRODUCTS:
             remedy = "That is the rounding of products: pass params and X in float64."
         warn(
             f"{k} leading eigenpairs have not converged after {pairs.products} products: residuals "
