@@ -28,6 +28,10 @@ class NotFinite(BadValue):
     """Outputs, derivatives or a loss with nan or inf among them."""
 
 
+class TooLarge(BadValue, MemoryError):
+    """A step that does not fit into the memory at hand."""
+
+
 SHOWN_CHARACTERS = 300
 """A message shows the value that was got up to this length."""
 

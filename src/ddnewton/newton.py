@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.criteria import Criteria
+from ddnewton.distributed.agreement import Processes
 from ddnewton.errors import public
 from ddnewton.inputs.groups import Group, grouped
 from ddnewton.inputs.scale import Scale
@@ -58,14 +59,14 @@ def newton_step(
     tol: float = 1e-2,
     chunk_size: int | None = None,
     scale: Scale = None,
+    process_group: Processes = None,
 ) -> PyTree:
     r"""Return the directionally damped Newton step, to be added to the parameters.
 
     .. math:: s = \sum_k \frac{-\gamma_k}{\lambda_k + \delta_k} e_k
 
     e_k and λ_k are eigenpairs of the generalized Gauss-Newton matrix G of the loss on the batch,
-    γ_k = e_kᵀ∇ℓ the slope along e_k, and δ_k the damping. With one δ and all directions this is
-    −(G + δI)⁻¹g on the range of G.
+    γ_k = e_kᵀ∇ℓ the slope along e_k, and δ_k the damping. With one δ for all this is −(G + δI)⁻¹g.
 
     Parameters
     ----------
@@ -77,8 +78,8 @@ def newton_step(
     params
         Pytree of floating-point tensors; complex ones, and outputs, count as pairs of reals.
     X, y
-        Tensors or pytrees of tensors, samples on axis 0, on any device: a chunk at a time goes
-        to that of the parameters. Or `ddnewton.Batches` as X, and None as y.
+        Pytrees of tensors, samples on axis 0, on any device: a chunk at a time goes to that of the
+        parameters. Or `ddnewton.Batches` as X, and None as y.
     criterion
         Loss module, function of `torch.nn.functional`, `ddnewton.criteria.Loss`, or any convex
         ``criterion(outputs, y) -> scalar`` whose Hessian has no entries between samples, such as a
@@ -94,8 +95,8 @@ def newton_step(
         Damping δ⊥ > 0 of the gradient's part outside the kept directions, which adds
         −(g − Pg) / δ⊥. None leaves that part out.
     groups
-        A sequence of `ddnewton.Group`: each has a block of G, directions and damping of its own,
-        as if there were no curvature between them. Parameters in no group get a zero step.
+        `ddnewton.Group` records: each has a block of G, directions and damping of its own, as if
+        there were no curvature between them. Parameters in no group get a zero step.
     subsampling_grad, subsampling_ggn
         Indices of the samples whose mean is the gradient, and of those that G is the mean over,
         directions and curvatures; None for all. What is summed or averaged is still the loss of
@@ -108,10 +109,9 @@ def newton_step(
         along all may overshoot; one without curvature there, and without damping, is skipped.
     gram
         How the Gram matrix is formed: "structured", from what goes into the layers and what is
-        pulled back to them, which refuses a model that cannot be traced; "dense", from per-sample
-        Jacobians; "free", not at all: solvers multiply with it. "auto" is the faster of the first
-        two, the first of a model from `ddnewton.prepare`, or, with a warning, "free" where they do
-        not fit into memory.
+        pulled back to them, of a model that can be traced; "dense", from per-sample Jacobians;
+        "free", not at all: solvers multiply with it. "auto" is the faster of the first two, or,
+        with a warning, "free" where they do not fit into memory.
     tol
         With "free", the share of the exact step's decrease that may be given away; residuals of
         eigenpairs are up to 1e-4 tol λ_max. `NewtonInfo` tells.
@@ -124,7 +124,11 @@ def newton_step(
         like ``params`` of numbers or tensors that can be broadcast to the leaves; or "jac", for
         parameters of different sizes: the inverse of the columns' lengths √G_jj, 1 for a parameter
         that changes nothing. "jac" leaves blocks as they are that have no more columns N·M than
-        parameters, where it would lower the loss of the samples and raise the error between them.
+        parameters, where it would lower the samples' loss and raise the error between them.
+    process_group
+        A `torch.distributed` group, or DeviceMesh of one axis, whose ranks make this call together:
+        X and y are this rank's samples, any number; params are the same on all, and so is the
+        result, to the bit. Indices count the samples of all ranks in order. None: this process.
 
     Returns
     -------
@@ -138,7 +142,7 @@ def newton_step(
 
     Examples
     --------
-    A straight line through three points, in one undamped step:
+    A straight line through three points:
 
     >>> import torch
     >>> line = lambda p, x: p["slope"] * x + p["offset"]
@@ -148,7 +152,7 @@ def newton_step(
     >>> {name: round(value.item(), 5) for name, value in step.items()}
     {'slope': 3.0, 'offset': 1.0}
 
-    The same line by two terms, with its values at two points and its slope at a third:
+    The same line by its values at two points and its slope at a third:
 
     >>> terms = {"values": line, "slope": lambda p, x: p["slope"] + 0 * x}
     >>> X, y = {"values": x[:2], "slope": x[2:]}, {"values": 3 * x[:2] + 1, "slope": 3 + 0 * x[2:]}
@@ -169,6 +173,7 @@ def newton_step(
         tol=tol,
         chunk_size=chunk_size,
         scale=scale,
+        process_group=process_group,
     )
     vectors = either_way(arguments, _steps, free_steps)
     return unflatten(vectors, leaves_of(arguments), params)
@@ -206,6 +211,7 @@ def newton_step_and_info(
     tol: float = 1e-2,
     chunk_size: int | None = None,
     scale: Scale = None,
+    process_group: Processes = None,
 ) -> tuple[PyTree, NewtonInfo | Any]:
     """Return `newton_step` and a record of its parts; with groups, a record for each.
 
@@ -234,6 +240,7 @@ def newton_step_and_info(
         tol=tol,
         chunk_size=chunk_size,
         scale=scale,
+        process_group=process_group,
     )
     vectors, infos = either_way(arguments, _steps_and_infos, free_steps_and_infos)
     return unflatten(vectors, leaves_of(arguments), params), grouped(infos, groups)

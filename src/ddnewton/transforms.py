@@ -13,6 +13,7 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.func import vjp
 
+from ddnewton.errors import BadValue, sentence
 from ddnewton.trees import sample_count, tree_leaves, tree_map
 from ddnewton.types import PyTree
 
@@ -198,6 +199,13 @@ def without_saving_hooks() -> Iterator[None]:
 def is_transformed() -> bool:
     """Return whether a transform of torch.func, or a compilation, is under way."""
     return torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None
+
+
+def check_not_transformed(what: str) -> None:
+    """Refuse an argument inside of a transform, which passes no values to other places."""
+    if is_transformed():
+        rule, got = f"{what} must be outside of torch.func and torch.compile", "a call inside"
+        raise BadValue(sentence(rule, got, "Loop over the members of an ensemble."))
 
 
 def vmap(

@@ -19,7 +19,7 @@ from torch import Tensor
 from ddnewton.criteria import Criteria
 from ddnewton.criteria.noise import about_noise, of_likelihood
 from ddnewton.errors import BadType, public, sentence, warn
-from ddnewton.inputs.terms import about_term
+from ddnewton.inputs.term_names import about_term
 from ddnewton.quadratic.arguments import arguments_of
 from ddnewton.quadratic.flat import check_outputs_depend
 from ddnewton.quadratic.inverse_root import inverse_root

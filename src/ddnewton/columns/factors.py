@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,6 @@ from torch import Tensor
 
 INTERMEDIATE_BYTES = 2**25
 """How large an intermediate may be: a few of them at once stay in a processor's cache."""
-
 
 WRITTEN_ENTRIES, WRITTEN_PRODUCTS = 2**19, 2**25
 """Up to how many entries columns are kept dense, and of how many multiplications of their inner
@@ -47,13 +46,49 @@ Factor: TypeAlias = Tensor | Outer | Stack
 """Columns of some samples along some parameters: dense [n·m, d], or as outer products."""
 
 
+class ColumnsOfRanks(Protocol):
+    """The columns of samples that several processes hold, by what is asked of all of them.
+
+    They are in the order of their samples, and in no units.
+    """
+
+    def sums(
+        self, blocks: Sequence[Sequence[int]], weights: Sequence[Float[Tensor, "_ i"]], /
+    ) -> list[Float[Tensor, "_ _"]]:
+        """Return W Aᵀ for every block."""
+
+    def slopes(
+        self, block: Sequence[int], vectors: Float[Tensor, "k d"], /
+    ) -> Float[Tensor, "i k"]:
+        """Return AᵀE for vectors of a block."""
+
+    def tiles(
+        self, other: Jacobian, blocks: Sequence[Sequence[int]], /, *, symmetric: bool
+    ) -> Iterator[Any]:
+        """Yield the tiles of the inner products with other columns."""
+
+    def equations(
+        self, blocks: Sequence[Sequence[int]], root_and_z: Float[Tensor, "2 i"], /
+    ) -> list[Any]:
+        """Return A diag(w) Aᵀ and A z for every block."""
+
+    def rows(self, block: Sequence[int], weights: Float[Tensor, " i"], /) -> Float[Tensor, "i d"]:
+        """Return the rows √w_i a_i of a block."""
+
+    def triangles(
+        self, block: Sequence[int], root: Float[Tensor, " i"], /
+    ) -> Iterator[Float[Tensor, "_ d"]]:
+        """Yield no more rows of every process than it has parameters, with the same products."""
+
+
 class Jacobian(NamedTuple):
     """The columns of a batch, computed chunk by chunk, as factors that stand side by side.
 
     ``visit`` returns the factors of a chunk of samples. ``pieces`` says for every factor from which
     leaves its pieces are, and how many entries of the leaf each has. ``order`` is the place of
     every parameter among the entries of all factors, one past the last for a parameter that is in
-    none; None if the parameters follow each other as they are.
+    none; None if the parameters follow each other as they are. Where several processes hold the
+    samples, none of this is known here, and ``of_ranks`` is asked instead.
     """
 
     visit: Callable[[slice], Sequence[Factor]]
@@ -67,15 +102,17 @@ class Jacobian(NamedTuple):
     eps: float  # the rounding of a column
     sums: float  # the rounding of sums of products of columns, 0 for that of float64
     scale: Float[Tensor, " d"] | None = None  # the columns are S A, with S = diag(scale)
+    of_ranks: ColumnsOfRanks | None = None
 
 
-def written_out(jacobian: Jacobian, factors: Sequence[Factor]) -> Jacobian:
+def written_out(jacobian: Jacobian, factors: Sequence[Factor], whole: int = 0) -> Jacobian:
     """Return a Jacobian with these factors, all in one chunk, as dense columns where they are few.
 
     Products of small matrices take less time than finding out how to leave them out. All pieces are
-    of one factor.
+    of one factor. Where the samples are a part of a batch, its ``whole`` number of them counts.
     """
-    count, d = jacobian.samples * jacobian.columns, sum(map(entry_count, factors))
+    count = max(jacobian.samples, whole) * jacobian.columns
+    d = sum(map(entry_count, factors))
     if count * d > WRITTEN_ENTRIES or count * d * min(count, d) > WRITTEN_PRODUCTS:
         return jacobian
     columns = torch.cat([piece for factor in factors for piece in dense_pieces(factor)], 1)

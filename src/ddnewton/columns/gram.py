@@ -59,20 +59,29 @@ def matmat(
     split_weights = [block_weights.split(counts, 1) for block_weights in weights]
     totals: list[list[Tensor]] = [[] for _ in blocks]
     for number, jacobian in enumerate(jacobians):
-        cut = cuts_to(jacobian, blocks)
-        # The sum over the columns of a chunk, for every block in the order of its factors.
-        sums: list[list[Tensor]] = [[] for _ in blocks]
-        for chunk in jacobian.chunks:
-            for b, factors in enumerate(cut(jacobian.visit(chunk))):
-                w = of_chunk(jacobian, split_weights[b][number], chunk)
-                parts = [part for factor in factors for part in weighted_sums(factor, w)]
-                sums[b].append(torch.cat([w.new_zeros(len(w), 0), *parts], 1))
-        # The sum over chunks, in the order of the parameters.
-        for b, block in enumerate(blocks):
-            entries = in_order(_total(sums[b]), order_of(jacobian, block))
+        own_weights = [block_weights[number] for block_weights in split_weights]
+        of_all = jacobian.of_ranks.sums if jacobian.of_ranks else partial(sums_of, jacobian)
+        for b, (block, entries) in enumerate(zip(blocks, of_all(blocks, own_weights), strict=True)):
             scale = scale_along(jacobian, block)
             totals[b].append(entries if scale is None else scale * entries)
     return [_total(jacobian_sums) for jacobian_sums in totals]
+
+
+def sums_of(
+    jacobian: Jacobian, blocks: Sequence[Leaves], weights: Sequence[Float[Tensor, "_ i"]]
+) -> list[Float[Tensor, "_ _"]]:
+    """Return W Aᵀ of the columns of one Jacobian for every block, in no units."""
+    # The sum over the columns of a chunk, for every block in the order of its factors.
+    cut = cuts_to(jacobian, blocks)
+    sums: list[list[Tensor]] = [[] for _ in blocks]
+    for chunk in jacobian.chunks:
+        for b, factors in enumerate(cut(jacobian.visit(chunk))):
+            w = of_chunk(jacobian, weights[b], chunk)
+            parts = [part for factor in factors for part in weighted_sums(factor, w)]
+            sums[b].append(torch.cat([w.new_zeros(len(w), 0), *parts], 1))
+    # The sum over chunks, in the order of the parameters.
+    pairs = zip(sums, blocks, strict=True)
+    return [in_order(_total(parts), order_of(jacobian, block)) for parts, block in pairs]
 
 
 def rmatmat(
@@ -81,19 +90,27 @@ def rmatmat(
     """Return AᵀE, the slopes of all columns along directions of a block."""
     parts = []
     for jacobian in jacobians:
-        cut, order = cuts_to(jacobian, [block]), order_of(jacobian, block)
         scale = scale_along(jacobian, block)
         entries_of = vectors.mT if scale is None else vectors.mT * scale
-        column_slopes = []
-        for chunk in jacobian.chunks:
-            # Cut the vectors into the entries of every factor, and sum over the factors.
-            factors = cut(jacobian.visit(chunk))[0]
-            counts = [entry_count(factor) for factor in factors]
-            entries = from_order(entries_of, order, sum(counts)).split(counts, 1)
-            zeros = vectors.new_zeros(math.prod(_shape(jacobian, chunk)), vectors.shape[1])
-            column_slopes.append(sum(map(inner_products, factors, entries), start=zeros))
-        parts.append(columns_first(torch.cat(column_slopes), jacobian.columns))
+        of_all = jacobian.of_ranks.slopes if jacobian.of_ranks else partial(slopes_of, jacobian)
+        parts.append(of_all(block, entries_of))
     return torch.cat(parts)
+
+
+def slopes_of(
+    jacobian: Jacobian, block: Leaves, vectors: Float[Tensor, "k d"]
+) -> Float[Tensor, "i k"]:
+    """Return the slopes of the columns of one Jacobian along vectors of a block, in no units."""
+    cut, order = cuts_to(jacobian, [block]), order_of(jacobian, block)
+    column_slopes = []
+    for chunk in jacobian.chunks:
+        # Cut the vectors into the entries of every factor, and sum over the factors.
+        factors = cut(jacobian.visit(chunk))[0]
+        counts = [entry_count(factor) for factor in factors]
+        entries = from_order(vectors, order, sum(counts)).split(counts, 1)
+        zeros = vectors.new_zeros(math.prod(_shape(jacobian, chunk)), len(vectors))
+        column_slopes.append(sum(map(inner_products, factors, entries), start=zeros))
+    return columns_first(torch.cat(column_slopes), jacobian.columns)
 
 
 def columns_first(rows: Float[Tensor, "nm _"], m: int) -> Float[Tensor, "i _"]:

@@ -8,6 +8,7 @@ time as stay in a processor's cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,12 @@ def normal_equations(
     counts = [jacobian.samples * jacobian.columns for jacobian in jacobians]
     roots_and_z = torch.stack([weights.sqrt(), gradient_weights]).split(counts, 1)
     for jacobian, root_and_z in zip(jacobians, roots_and_z, strict=True):
-        for b, sums in enumerate(_of_jacobian(jacobian, blocks, root_and_z)):
+        of_all = (
+            jacobian.of_ranks.equations
+            if jacobian.of_ranks
+            else partial(equations_of_one, jacobian)
+        )
+        for b, sums in enumerate(of_all(blocks, root_and_z)):
             totals[b] = _sum(totals[b], sums)
     equations = [total for total in totals if total is not None]
     # In other units of the parameters, S G S and S g.
@@ -92,9 +98,15 @@ def normal_equations(
 def weighted_rows(
     jacobians: Sequence[Jacobian], block: Leaves, weights: Float[Tensor, " i"]
 ) -> Iterator[Float[Tensor, "_ d"]]:
-    """Yield the rows √w_i a_i of a block, in the order of its parameters, some at a time."""
+    """Yield the rows √w_i a_i of a block, in the order of its parameters, some at a time.
+
+    Where several processes hold the samples, as many rows of every one with the same products.
+    """
     counts = [jacobian.samples * jacobian.columns for jacobian in jacobians]
     for jacobian, root in zip(jacobians, weights.sqrt().split(counts), strict=True):
+        if jacobian.of_ranks:
+            yield from jacobian.of_ranks.triangles(block, root)
+            continue
         for piece in _row_pieces(jacobian, [block], root[None], ROWS_PER_ENTRY):
             yield in_order(piece.weights.reshape(-1, 1) * piece.rows, piece.order)
 
@@ -106,13 +118,16 @@ def scaled_rows(
     parts = []
     counts = [jacobian.samples * jacobian.columns for jacobian in jacobians]
     for jacobian, jacobian_weights in zip(jacobians, weights.split(counts), strict=True):
+        if jacobian.of_ranks:
+            parts.append(jacobian.of_ranks.rows(block, jacobian_weights))
+            continue
         by_sample = concatenated(list(weighted_rows([jacobian], block, jacobian_weights)))
         parts.append(columns_first(by_sample, jacobian.columns))
     scale, rows = scale_along(jacobians[0], block), concatenated(parts)
     return rows if scale is None else scale * rows
 
 
-def _of_jacobian(
+def equations_of_one(
     jacobian: Jacobian, blocks: Sequence[Leaves], root_and_z: Float[Tensor, "2 i"]
 ) -> list[NormalEquations]:
     """Return A diag(w) Aᵀ and A z for every block, with the columns of one Jacobian as A."""

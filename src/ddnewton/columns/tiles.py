@@ -32,8 +32,8 @@ class Tile(NamedTuple):
     """The products of some samples' columns with those of others, along a block."""
 
     block: int  # its number
-    left: slice
-    right: slice
+    left: slice | Tensor
+    right: slice | Tensor
     products: Float[Tensor, "n m n2 m2"]
     on_diagonal: bool  # of a symmetric matrix of which only the upper tiles are made
 
@@ -63,7 +63,8 @@ def side_by_side(
             mirrored = mirrored and left is columns[r] and right is rows[c]
             if mirrored and c < r:
                 continue
-            for tile in _tiles(left, right, blocks, symmetric=mirrored and r == c):
+            of_pair = left.of_ranks.tiles if left.of_ranks else partial(tiles_of, left)
+            for tile in of_pair(right, blocks, symmetric=mirrored and r == c):
                 written = partial(_written, shape=grid.shape)
                 places = [(left, tile.left, grid.rows[r]), (right, tile.right, grid.columns[c])]
                 matrix = written(matrices[tile.block], tile.products, places)
@@ -90,7 +91,7 @@ def _starts(jacobians: Sequence[Jacobian]) -> list[int]:
 def _written(
     matrix: Float[Tensor, "a i"] | None,
     products: Float[Tensor, "n m n2 m2"],
-    places: Sequence[tuple[Jacobian, slice, int]],
+    places: Sequence[tuple[Jacobian, slice | Tensor, int]],
     shape: tuple[int, int],
 ) -> Float[Tensor, "a i"]:
     """Return a matrix with products in their places, which count columns as everywhere else.
@@ -107,15 +108,21 @@ def _written(
     elif is_batched(products):
         matrix = matrix + products.new_zeros(())  # mapped as they are
     place = matrix
-    for axis, (jacobian, samples, start) in zip((0, 2), places, strict=True):
+    for axis, (jacobian, _, start) in zip((0, 2), places, strict=True):
         count = jacobian.samples * jacobian.columns
-        by_sample = place.narrow(axis, start, count).unflatten(axis, (jacobian.columns, -1))
-        place = by_sample.narrow(axis + 1, samples.start, samples.stop - samples.start)
-    place.copy_(by_column)
+        place = place.narrow(axis, start, count).unflatten(axis, (jacobian.columns, -1))
+    # Samples that follow each other are a view, others are written one by one.
+    rows, columns = (samples for _, samples, _ in places)
+    if isinstance(rows, slice) and isinstance(columns, slice):
+        place[:, rows, :, columns] = by_column
+    else:
+        row_numbers = torch.arange(place.shape[1], device=place.device)[rows]
+        column_numbers = torch.arange(place.shape[3], device=place.device)[columns]
+        place[:, row_numbers[:, None], :, column_numbers] = by_column.permute(1, 3, 0, 2)
     return matrix
 
 
-def _tiles(
+def tiles_of(
     left: Jacobian, right: Jacobian, blocks: Sequence[Leaves], *, symmetric: bool
 ) -> Iterator[Tile]:
     """Yield the tiles of a product; of a symmetric one those on the diagonal and above."""

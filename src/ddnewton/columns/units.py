@@ -64,13 +64,27 @@ def in_units(jacobian: Jacobian) -> Jacobian:
             scale=None,
         )
 
+    by_leaf = densely(jacobian._replace(visit=visit))
+    scales = scale.split(list(jacobian.sizes))
+    return by_leaf._replace(
+        visit=lambda chunk: [
+            factor * numbers for factor, numbers in zip(by_leaf.visit(chunk), scales, strict=True)
+        ],
+        scale=None,
+    )
+
+
+def densely(jacobian: Jacobian) -> Jacobian:
+    """Return the same columns, dense in float64, with a factor for every leaf in its order."""
+
     def dense(chunk: slice) -> Sequence[Factor]:
-        parts = [piece.double() for factor in visit(chunk) for piece in dense_pieces(factor)]
-        columns = in_order(torch.cat(parts, 1), jacobian.order) * scale
+        factors = jacobian.visit(chunk)
+        parts = [piece.double() for factor in factors for piece in dense_pieces(factor)]
+        columns = in_order(torch.cat(parts, 1), jacobian.order)
         return list(columns.split(list(jacobian.sizes), 1))
 
     pieces = [[(leaf, size)] for leaf, size in enumerate(jacobian.sizes)]
-    return jacobian._replace(visit=dense, pieces=pieces, order=None, scale=None)
+    return jacobian._replace(visit=dense, pieces=pieces, order=None)
 
 
 def _units(factor: Factor, entries: Float[Tensor, " _"]) -> Tensor | OuterUnits | None:

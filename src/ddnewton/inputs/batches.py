@@ -11,15 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ddnewton.errors import BadType, BadValue, sentence
+from ddnewton.hashes import hashed
 from ddnewton.trees import named_leaves
 from ddnewton.types import PyTree
-
-MULTIPLIER = 0x9E3779B1
-"""An odd number, the golden ratio times 2³²: neighbouring multiples of it differ in most bits."""
 
 SAME_REMEDY = (
     "Everything that needs the data more than once goes through the loader again: pass "
@@ -197,23 +194,7 @@ def _as_pair(pair: Any, number: int) -> Pair:
 def _fingerprint(pair: Pair) -> tuple[Any, ...]:
     """Return numbers that tell a batch from any other, the order of its samples included."""
     parts = [(path, leaf) for path, leaf in named_leaves(pair) if isinstance(leaf, Tensor)]
-    return tuple((path, leaf.shape, leaf.dtype, _hashed(leaf)) for path, leaf in parts)
-
-
-def _hashed(leaf: Tensor) -> int:
-    """Return a hash of the bytes of a tensor: multiples of them, summed modulo 2⁶⁴."""
-    leaf = leaf.detach()
-    leaf = leaf if leaf.layout == torch.strided else leaf.to_dense()
-    octets = leaf.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-    # As many as there are whole words of, and what is left of them.
-    whole = octets.numel() // 8 * 8
-    words = [octets[:whole].clone().view(torch.int64), octets[whole:].long()]
-    total = torch.zeros((), dtype=torch.int64, device=leaf.device)
-    for part in words:
-        # Odd factors, no two the same; upper bits, which products push out, count below as well.
-        factors = torch.arange(part.numel(), device=leaf.device).mul_(2 * MULTIPLIER).add_(1)
-        total = total * MULTIPLIER + factors.mul_(part ^ (part >> 29)).sum()
-    return int(total)
+    return tuple((path, leaf.shape, leaf.dtype, hashed(leaf)) for path, leaf in parts)
 
 
 def _changed(got: str) -> BadValue:

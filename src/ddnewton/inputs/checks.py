@@ -63,12 +63,12 @@ def _no_parameter(name: str, leaf: object) -> str:
     return sentence("params must hold floating-point tensors only", f"{name}: {got}", remedy)
 
 
-def check_batch(**trees: PyTree) -> None:
-    """Require tensors that all hold the same number of samples on axis 0, at least one."""
+def check_batch(*, least: int = 1, **trees: PyTree) -> None:
+    """Require tensors that all hold the same number of samples on axis 0, at least so many."""
     # One tensor each, of as many samples, is most that is ever passed.
     tensors = [x for x in trees.values() if isinstance(x, Tensor) and x.ndim]
     lengths = {len(x) for x in tensors}
-    if len(tensors) == len(trees) and len(lengths) == 1 and 0 not in lengths:
+    if len(tensors) == len(trees) and len(lengths) == 1 and min(lengths) >= least:
         return
     # The number of samples of every leaf, by its name in the message.
     counts: dict[str, int] = {}
@@ -88,7 +88,7 @@ def check_batch(**trees: PyTree) -> None:
         got = ", ".join(f"{name}: {count}" for name, count in counts.items())
         rule = f"{names} must hold the same number of samples"
         raise BadValue(sentence(rule, got, f"Slice them to a common axis 0. {TERMS_REMEDY}"))
-    if 0 in counts.values():
+    if min(counts.values()) < least:
         rule = f"{names} must hold at least one sample"
         raise BadValue(sentence(rule, "0", "Skip the empty batch."))
 

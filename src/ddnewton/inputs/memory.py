@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ddnewton.errors import BadValue, sentence
+from ddnewton.errors import TooLarge, sentence
 
 try:
     import resource
@@ -37,10 +37,6 @@ GROUP_LIMITS = (
     ),
 )
 """Where Linux says what a container may use, and what it uses."""
-
-
-class TooLarge(BadValue, MemoryError):
-    """A step that does not fit into the memory at hand."""
 
 
 def check_fits(size: int, what: str, remedy: str, device: torch.device) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ddnewton.errors import BadType, BadValue, sentence, warn
-from ddnewton.inputs.terms import EXAMPLE, is_several
+from ddnewton.inputs.term_names import EXAMPLE, is_several
 from ddnewton.process import ONE_THREAD
 from ddnewton.types import PyTree
 

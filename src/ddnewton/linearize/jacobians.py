@@ -17,8 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ddnewton.columns.factors import Jacobian, written_out
+from ddnewton.errors import TooLarge
 from ddnewton.inputs.checks import check_derivatives
-from ddnewton.inputs.memory import TooLarge, check_fits, samples_at_once
+from ddnewton.inputs.memory import check_fits, samples_at_once
 from ddnewton.linearize.basis import Basis, basis_at, combined, stored, with_stored
 from ddnewton.linearize.calls import refusal
 from ddnewton.linearize.independence import SamplesMix, check_independent

@@ -52,7 +52,8 @@ class Linearization(NamedTuple):
     ``jacobian`` pulls back a basis L_n of the outputs of some samples, None for all: the columns
     J_nᵀ L_n. ``function`` returns the outputs of some samples at parameters other than ``leaves``.
     ``in_float64`` returns the same in float64, at twice the cost; None if it is so already, or
-    cannot be.
+    cannot be. ``depends`` says whether the outputs depend on a parameter, None where a
+    call of ``function`` shows that.
     """
 
     outputs: Float[Tensor, "n ..."]  # in the model's own dtype
@@ -62,40 +63,47 @@ class Linearization(NamedTuple):
     leaves: Sequence[Tensor]
     in_float64: Callable[[], Linearization] | None
     complex_outputs: bool  # which are pairs of reals here
+    depends: Callable[[], bool] | None = None
 
 
 @contextmanager
 def linearized(
-    model_fn: ModelFn, params: PyTree, X: PyTree, gram: str, chunk_size: int | None
+    model_fn: ModelFn,
+    params: PyTree,
+    X: PyTree,
+    gram: str,
+    chunk_size: int | None,
+    whole: int | None = None,
 ) -> Iterator[Linearization]:
     """Linearize a model by its layers or by its Jacobians.
 
     A prepared model whose samples have many more outputs than it has parameters is differentiated
-    along these.
+    along these. Where X is a part of a batch, the ``whole`` number of samples decides.
     """
-    if isinstance(model_fn, Prepared) and not _goes_dense(model_fn, params, X, gram):
+    whole = sample_count(X) if whole is None else whole
+    if isinstance(model_fn, Prepared) and not _goes_dense(model_fn, params, whole, gram):
         with without_autocast(
             params
         ):  # its casts are in the graph, and products of columns need none
-            yield _by_layers(model_fn, params, X, chunk_size)
+            yield _by_layers(model_fn, params, X, chunk_size, whole)
         return
-    yield _linearized(evaluate(model_fn, params, X, chunk_size), gram, chunk_size)
+    yield _linearized(evaluate(model_fn, params, X, chunk_size), gram, chunk_size, whole)
 
 
-def _goes_dense(prepared: Prepared, params: PyTree, X: PyTree, gram: str) -> bool:
+def _goes_dense(prepared: Prepared, params: PyTree, n: int, gram: str) -> bool:
     """Return whether a prepared model is linearized by dense columns after all."""
     if gram != "auto" or torch.compiler.is_compiling():
         return gram == "dense"
-    return tangents_pay(sample_count(X), prepared.width, parameter_count(params))
+    return tangents_pay(n, prepared.width, parameter_count(params))
 
 
-def _linearized(model: Model, gram: str, chunk_size: int | None) -> Linearization:
+def _linearized(model: Model, gram: str, chunk_size: int | None, whole: int) -> Linearization:
     """Linearize a model by its layers if asked to, or if that is faster and possible."""
-    tiny = is_tiny(model.outputs.numel(), parameter_count(model.params))
+    tiny = is_tiny(whole * model.outputs[0].numel(), parameter_count(model.params))
     prepared = layers_of(model, gram, tiny=tiny)
     if prepared is None:
         return _by_jacobians(model, chunk_size)
-    return _by_layers(prepared, model.params, model.X, chunk_size)
+    return _by_layers(prepared, model.params, model.X, chunk_size, whole)
 
 
 def is_tiny(count: int, d: int) -> bool:
@@ -127,25 +135,25 @@ def _by_jacobians(model: Model, chunk_size: int | None) -> Linearization:
 
 
 def _by_layers(
-    prepared: Prepared, params: PyTree, X: PyTree, chunk_size: int | None
+    prepared: Prepared, params: PyTree, X: PyTree, chunk_size: int | None, whole: int
 ) -> Linearization:
     """Linearize a model by its layers, in float64 where that costs little, or on demand."""
     # In its own dtype, where that is float64 or the only one.
     leaves, samples = prepared.leaves(params, X)
     narrow, wide = prepared.narrow, prepared.wide
     if wide is None:
-        return _by_program(prepared, narrow, leaves, samples, chunk_size)
+        return _by_program(prepared, narrow, leaves, samples, chunk_size, whole)
 
     def in_float64() -> Linearization:
         wide_leaves, wide_samples = ([*map(widen_leaf, tensors)] for tensors in (leaves, samples))
-        return _by_program(prepared, wide, wide_leaves, wide_samples, chunk_size)
+        return _by_program(prepared, wide, wide_leaves, wide_samples, chunk_size, whole)
 
     # In float64 at once, or in its own dtype with float64 on demand. Casts below its own dtype
     # round more than small curvatures can bear.
-    cost = partial(_cost, narrow, samples[0].shape[0], prepared.width)
+    cost = partial(_cost, narrow, whole, prepared.width)
     if narrow.rounding or float64_throughout(cost):
         return in_float64()
-    in_own_dtype = _by_program(prepared, narrow, leaves, samples, chunk_size)
+    in_own_dtype = _by_program(prepared, narrow, leaves, samples, chunk_size, whole)
     return in_own_dtype._replace(in_float64=in_float64)
 
 
@@ -155,6 +163,7 @@ def _by_program(
     leaves: Sequence[Tensor],
     samples: Sequence[Tensor],
     chunk_size: int | None,
+    whole: int,
 ) -> Linearization:
     """Linearize a model by a program; where all samples are one chunk it is run only once."""
     n = samples[0].shape[0]
@@ -196,7 +205,7 @@ def _by_program(
             eps=eps,
             sums=0.0 if outputs.dtype == torch.float64 else torch.finfo(outputs.dtype).eps,
         )
-        return written_out(columns, factors) if factors else columns
+        return written_out(columns, factors, whole) if factors else columns
 
     return Linearization(
         outputs=outputs.to(prepared.dtype),

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from ddnewton.criteria.monte_carlo import check_criterion
 from ddnewton.errors import warn
-from ddnewton.inputs.terms import Name, TermArguments, about_term, one_or_several
+from ddnewton.inputs.term_names import Name, about_term, one_or_several
+from ddnewton.inputs.terms import TermArguments
 from ddnewton.linearize.linearization import dense_flops
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.optim.modules import output_count, with_layers

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ddnewton.inputs.checks import check_batch
 from ddnewton.inputs.module_function import ModuleFunction
-from ddnewton.inputs.terms import Name, about_term, check_keys, of_term, one_or_several
+from ddnewton.inputs.term_names import Name, about_term, check_keys, of_term, one_or_several
 from ddnewton.linearize.independence import evaluate
 from ddnewton.linearize.linearization import dense_flops, is_tiny
 from ddnewton.linearize.module_state import equal, writes

@@ -8,10 +8,15 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
+from ddnewton.distributed.agreement import agreeing, team_of
+from ddnewton.distributed.team import Team
 from ddnewton.errors import public
 from ddnewton.inputs.checks import check_params
-from ddnewton.inputs.terms import TermIndices, first_samples
+from ddnewton.inputs.held_out_samples import first_samples
+from ddnewton.inputs.terms import TermIndices
 from ddnewton.optim.compiled import has_one_trial, is_all, uncompiled
 from ddnewton.optim.local_model import LocalModel, added, in_params_units
 from ddnewton.optim.notices import Notices, notice
@@ -83,6 +88,26 @@ def update(
     return observed_update(plan, params, state, X, y, observe=lambda local, step: None)[0]
 
 
+def _arguments(
+    plan: Update, params: PyTree, state: State, X: PyTree, y: PyTree, team: Team | None
+) -> tuple[Arguments, list[Int[Tensor, " _"]] | None]:
+    """Return the checked arguments of a step, and samples that its damping is chosen on."""
+    settings = plan.settings
+    check_params(params)
+    sizes = isinstance(settings.scale, str)
+    check_state(state, params, momentum=bool(settings.momentum), sizes=sizes)
+    # Samples that a damping is chosen on are in no step.
+    step_samples, held_out, choice = None, None, settings.adaptation.choice
+    if choice is not None and any_known(state.updates % choice.every == 0):
+        model_fn = plan.arguments.args[0]
+        step_samples, held_out = first_samples(model_fn, X, choice.fraction, team)
+    grad = step_samples if plan.subsampling_grad is None else plan.subsampling_grad
+    ggn = step_samples if plan.subsampling_ggn is None else plan.subsampling_ggn
+    samples = {"subsampling_grad": grad, "subsampling_ggn": ggn}
+    arguments = plan.arguments(params, X, y, **samples | {"process_group": team})
+    return arguments, held_out
+
+
 def observed_update(
     plan: Update,
     params: PyTree,
@@ -94,17 +119,12 @@ def observed_update(
 ) -> tuple[tuple[PyTree, State, UpdateInfo], T]:
     """Return parameters, state and record after a step, and what is observed of its search."""
     settings = plan.settings
-    check_params(params)
-    sizes = isinstance(settings.scale, str)
-    check_state(state, params, momentum=bool(settings.momentum), sizes=sizes)
-    # Samples that a damping is chosen on are in no step.
-    step_samples, held_out, choice = None, None, settings.adaptation.choice
-    if choice is not None and any_known(state.updates % choice.every == 0):
-        step_samples, held_out = first_samples(plan.arguments.args[0], X, choice.fraction)
-    grad = step_samples if plan.subsampling_grad is None else plan.subsampling_grad
-    ggn = step_samples if plan.subsampling_ggn is None else plan.subsampling_ggn
+    # Check what was passed, on all ranks that hold samples.
+    team = team_of(plan.arguments.keywords["process_group"], params)
+    with agreeing(team):
+        arguments, held_out = _arguments(plan, params, state, X, y, team)
+
     # Expand the loss, search for a step, and take it: by matrices, or by products.
-    arguments = plan.arguments(params, X, y, subsampling_grad=grad, subsampling_ggn=ggn)
 
     def by_model(model: QuadraticModel | FreeModel) -> tuple[tuple[PyTree, State, UpdateInfo], T]:
         local = local_model(model, settings, params, state, held_out)

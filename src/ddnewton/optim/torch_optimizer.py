@@ -15,7 +15,7 @@ from ddnewton.errors import BadValue, sentence
 from ddnewton.inputs.checks import check_nonnegative
 from ddnewton.inputs.module_function import Forward, module_functions
 from ddnewton.inputs.scale import Scale
-from ddnewton.inputs.terms import one_or_several
+from ddnewton.inputs.term_names import one_or_several
 from ddnewton.optim.adaptation import Adaptation, as_adaptation, trust_region
 from ddnewton.optim.closures import batch_of_step
 from ddnewton.optim.functional import FunctionalOptimizer, directional_newton

@@ -12,13 +12,23 @@ from ddnewton.criteria.expand import as_loss, on_complex
 from ddnewton.criteria.loss import name_of
 from ddnewton.criteria.monte_carlo import Criteria
 from ddnewton.criteria.trained import without_params
-from ddnewton.inputs.checks import check_functions, check_options, check_params
+from ddnewton.distributed.agreement import Processes, agreeing, team_of
+from ddnewton.distributed.fingerprints import options_told, params_told
+from ddnewton.distributed.service import Leader
+from ddnewton.distributed.team import Team
+from ddnewton.inputs.checks import (
+    check_functions,
+    check_options,
+    check_params,
+)
 from ddnewton.inputs.groups import Block, Group, blocks_of
 from ddnewton.inputs.samples import Samples
 from ddnewton.inputs.scale import Scale, scale_of
-from ddnewton.inputs.terms import TermArguments, TermIndices, about_term, terms_of
+from ddnewton.inputs.term_names import about_term
+from ddnewton.inputs.terms import TermArguments, TermIndices, terms_of
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.quadratic.term import Objective
+from ddnewton.transforms import check_not_transformed
 from ddnewton.trees import device_to_go_to, moved_to, moving, on_pairs
 from ddnewton.types import AnyModelFn, DampingRule, GramWays, ModelFn, PyTree, Select
 
@@ -45,6 +55,8 @@ class Arguments(NamedTuple):
     complement: float | None
     chunk_size: int | None
     tol: float
+    team: Team | None = None  # the ranks that hold the samples, None for this process alone
+    leader: Leader | None = None  # of these, where it leads
 
     @property
     def in_batches(self) -> bool:
@@ -75,34 +87,55 @@ def arguments_of(
     tol: float = 1e-2,
     chunk_size: int | None = None,
     scale: Scale = None,
+    process_group: Processes | Team = None,
     gradient: bool = True,
     takes_batches: bool = True,
 ) -> Arguments:
     """Refuse what breaks a rule, before any work; return the rest.
 
     Columns of the gradient alone are left out where nobody asks for the ``gradient``. A function
-    that needs all samples at once ``takes_batches`` by no means.
+    that needs all samples at once ``takes_batches`` by no means. Where several processes hold the
+    samples, what breaks a rule on one is refused on all.
     """
-    check_functions(model_fn, select)
-    check_options(damping, complement, gram, chunk_size, tol)
-    check_params(params)
     subsampling = {
         "subsampling_grad": subsampling_grad,
         "subsampling_ggn": subsampling_ggn,
         "subsampling_curvature": subsampling_curvature,
     }
-    terms = terms_of(*(model_fn, X, y, criterion, gram, subsampling), takes_batches=takes_batches)
-    terms = [_where_params_are(term, params) for term in terms]
-    return Arguments(
-        params=params,
-        terms=terms,
-        objectives=[_objective(term, params, gradient) for term in terms],
-        blocks=blocks_of(groups, params, select, damping),
-        scaling=Scaling(isinstance(scale, str), scale_of(scale, params)),
-        complement=complement,
-        chunk_size=chunk_size,
-        tol=tol,
-    )
+    options = {
+        "criterion": criterion,
+        "damping": damping,
+        "select": select,
+        "groups": groups,
+        "complement": complement,
+        "gram": gram,
+        "tol": tol,
+        "scale": scale,
+        **subsampling,
+    }
+    if process_group is not None:
+        check_not_transformed("process_group")
+    team = team_of(process_group, params)
+    with agreeing(team, lambda: params_told(params) | options_told(options)):
+        # Everything that the values of params and X do not matter for.
+        check_functions(model_fn, select)
+        check_options(damping, complement, gram, chunk_size, tol)
+        check_params(params)
+        terms = terms_of(
+            *(model_fn, X, y, criterion, gram, subsampling), takes_batches=takes_batches, team=team
+        )
+        terms = [_where_params_are(term, params) for term in terms]
+        return Arguments(
+            params=params,
+            terms=terms,
+            objectives=[_objective(term, params, gradient) for term in terms],
+            blocks=blocks_of(groups, params, select, damping),
+            scaling=Scaling(isinstance(scale, str), scale_of(scale, params)),
+            complement=complement,
+            chunk_size=chunk_size,
+            tol=tol,
+            team=team,
+        )
 
 
 def leaves_of(arguments: Arguments) -> list[Sequence[int]]:

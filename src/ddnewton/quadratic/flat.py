@@ -20,14 +20,13 @@ from torch import Tensor
 
 from ddnewton.errors import BadValue, sentence
 from ddnewton.inputs.checks import check_dependence
-from ddnewton.linearize.free_linearization import FreeLinearization
-from ddnewton.linearize.linearization import Linearization
+from ddnewton.linearize.use_of_parameters import depends_on_parameters
 from ddnewton.quadratic.complement import outside_live
 from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.kept import BlockDirections
 from ddnewton.quadratic.quadratic_model import QuadraticModel, gradients
 from ddnewton.quadratic.spectrum import Spectrum, decompose
-from ddnewton.transforms import any_known, any_possible, is_batched, unwrapped
+from ddnewton.transforms import any_known, any_possible, unwrapped
 
 LEAST_SLOPE = 1e-13
 """Slopes of a loss along its outputs up to this size count as none: where a net is right and
@@ -121,23 +120,3 @@ def _square(spectrum: Spectrum, weights: Float[Tensor, " a"]) -> Float[Tensor, "
     if not any_possible(weights != 0):
         return weights.new_zeros(())
     return spectrum.to_parameters(outside_live(spectrum, weights)[None]).square().sum()
-
-
-def depends_on_parameters(linearization: Linearization | FreeLinearization) -> bool:
-    """Return whether the first sample's outputs depend on a parameter, by the graph of autograd.
-
-    Under ``vmap`` it cannot be told, nor where autograd fails: they count as dependent.
-    """
-    if is_batched(linearization.outputs):
-        return True
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            leaves = [leaf.detach().clone().requires_grad_() for leaf in linearization.leaves]
-            first = torch.arange(1, device=linearization.outputs.device)
-            outputs = linearization.function(leaves, first)
-            if not outputs.requires_grad:
-                return False
-            grads = torch.autograd.grad(outputs.sum(), leaves, allow_unused=True)
-    except Exception:  # noqa: BLE001 - the model was never asked to run so
-        return True
-    return any(grad is not None for grad in grads)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ddnewton.columns.factors import Jacobian
 from ddnewton.columns.gram import scale_along
 from ddnewton.inputs.groups import Block
-from ddnewton.inputs.terms import about_term
+from ddnewton.inputs.term_names import about_term
 from ddnewton.linearize.linearization import Linearization, linearized
 from ddnewton.quadratic.arguments import Arguments, Scaling, function_of, of_complex_outputs
 from ddnewton.quadratic.gauss_newton import (
@@ -29,6 +29,7 @@ from ddnewton.quadratic.gauss_newton import (
     block_vectors,
     check_matrices_fit,
 )
+from ddnewton.quadratic.ranks.gathered import gathered, gathered_targets
 from ddnewton.quadratic.term import (
     Objective,
     Term,
@@ -40,7 +41,7 @@ from ddnewton.quadratic.term import (
     of_samples,
     term_of,
 )
-from ddnewton.trees import as_real
+from ddnewton.trees import as_real, tree_leaves
 
 
 class QuadraticModel(NamedTuple):
@@ -113,19 +114,28 @@ def quadratic_model(arguments: Arguments) -> Iterator[QuadraticModel]:
         linearizations = []
         for number, term in enumerate(arguments.terms):
             with about_term(term.name):
-                function = function_of(term, arguments.params)
-                linearization = stack.enter_context(
-                    linearized(
-                        *(function, as_real(arguments.params), term.X, term.gram),
-                        arguments.chunk_size,
-                    )
-                )
+                linearization = stack.enter_context(_linearized(arguments, number))
                 linearizations.append(linearization)
+                if arguments.leader is not None:
+                    y = gathered_targets(arguments.leader, number, term)
+                    objectives[number] = objectives[number]._replace(y=y)
                 if linearization.complex_outputs:
                     objectives[number] = of_complex_outputs(
                         objectives[number], term, arguments.params
                     )
         yield expanded(linearizations, objectives, arguments.blocks, arguments.scaling)
+
+
+@contextmanager
+def _linearized(arguments: Arguments, number: int) -> Iterator[Linearization]:
+    """Linearize the model of a term, where its samples are."""
+    term, params = arguments.terms[number], as_real(arguments.params)
+    if arguments.leader is not None:
+        yield gathered(arguments.leader, number, term, tree_leaves(params))
+        return
+    function = function_of(term, arguments.params)
+    with linearized(function, params, term.X, term.gram, arguments.chunk_size) as linearization:
+        yield linearization
 
 
 def to_parameters(

@@ -11,7 +11,7 @@ from torch import Tensor
 from ddnewton.criteria import weight
 from ddnewton.criteria.noise import check_squares, is_curved
 from ddnewton.errors import BadValue, sentence
-from ddnewton.inputs.terms import about_term
+from ddnewton.inputs.term_names import about_term
 from ddnewton.quadratic.quadratic_model import QuadraticModel
 from ddnewton.quadratic.term import Term
 

@@ -12,13 +12,12 @@ from typing import Generic, NamedTuple, TypeVar
 
 from ddnewton.criteria.denominators import for_batch
 from ddnewton.criteria.loss import Loss
-from ddnewton.errors import BadValue, sentence
 from ddnewton.inputs.batches import Batches, Pair, Passes
 from ddnewton.inputs.checks import check_batch
 from ddnewton.inputs.terms import TermArguments
 from ddnewton.quadratic.arguments import Arguments, of_complex_outputs
 from ddnewton.quadratic.term import Objective
-from ddnewton.transforms import is_transformed
+from ddnewton.transforms import check_not_transformed
 from ddnewton.trees import device_to_go_to, moved_to
 
 T = TypeVar("T")
@@ -47,9 +46,7 @@ class Source(NamedTuple):
 
 def sources_of(arguments: Arguments, stack: ExitStack) -> list[Source]:
     """Return the batches of every term, of which a term without has one."""
-    if is_transformed():
-        rule, got = "Batches must be outside of torch.func and torch.compile", "a call inside"
-        raise BadValue(sentence(rule, got, "Loop over the members of an ensemble."))
+    check_not_transformed("Batches")
     sources = []
     for term, objective in zip(arguments.terms, arguments.objectives, strict=True):
         batches = term.X if isinstance(term.X, Batches) else Batches([(term.X, term.y)])

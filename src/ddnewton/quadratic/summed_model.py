@@ -21,7 +21,7 @@ from ddnewton.columns.normal_equations import NormalEquations
 from ddnewton.criteria.denominators import Share, denominator_of, divided_by, share_of
 from ddnewton.inputs.batches import Pair, about_batch
 from ddnewton.inputs.checks import check_derivatives
-from ddnewton.inputs.terms import about_term
+from ddnewton.inputs.term_names import about_term
 from ddnewton.linearize.independence import evaluate
 from ddnewton.linearize.linearization import is_tiny, linearized
 from ddnewton.linearize.structured.prepare import layers_of

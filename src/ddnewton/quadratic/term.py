@@ -20,7 +20,7 @@ from ddnewton.columns.factors import Jacobian
 from ddnewton.criteria.expand import expand_batch
 from ddnewton.criteria.loss import Expansion, Loss, slopes_of
 from ddnewton.inputs.samples import Samples, rows_among
-from ddnewton.inputs.terms import Name
+from ddnewton.inputs.term_names import Name
 from ddnewton.linearize.basis import Basis, stored, with_stored
 from ddnewton.linearize.linearization import Linearization
 from ddnewton.linearize.model import forgotten

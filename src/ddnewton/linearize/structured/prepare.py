@@ -19,7 +19,7 @@ from ddnewton.inputs.checks import (
     check_functions,
     check_params,
 )
-from ddnewton.inputs.terms import about_term, check_keys, is_several, of_term, term_names
+from ddnewton.inputs.term_names import about_term, check_keys, is_several, of_term, term_names
 from ddnewton.linearize.calls import first_line, first_sample_outputs
 from ddnewton.linearize.independence import SamplesMix, check_independent, evaluate
 from ddnewton.linearize.model import Model, at_samples

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from ddnewton.inputs.checks import check_dependence
 from ddnewton.inputs.groups import Block
-from ddnewton.inputs.terms import about_term
+from ddnewton.inputs.term_names import about_term
 from ddnewton.linearize.free_linearization import linearized_freely
+from ddnewton.linearize.use_of_parameters import depends_on_parameters
 from ddnewton.quadratic.arguments import Arguments, Scaling, function_of, of_complex_outputs
-from ddnewton.quadratic.flat import LEAST_SLOPE, depends_on_parameters, without_curvature
+from ddnewton.quadratic.flat import LEAST_SLOPE, without_curvature
 from ddnewton.quadratic.matrix_free.free_term import FreeTerm, free_term
 from ddnewton.quadratic.matrix_free.streamed_terms import streamed_terms
 from ddnewton.quadratic.term import TermLosses, loss_of, losses_of, names_of

@@ -23,10 +23,10 @@ from ddnewton.iterative.lanczos import (
     leading_eigenpairs,
     start_block,
 )
+from ddnewton.linearize.use_of_parameters import depends_on_parameters
 from ddnewton.quadratic.arguments import Arguments
 from ddnewton.quadratic.directions import orthonormal
 from ddnewton.quadratic.eigenpairs import BlockDerivatives, BlockEigenpairs
-from ddnewton.quadratic.flat import depends_on_parameters
 from ddnewton.quadratic.kept import checked_selection
 from ddnewton.quadratic.matrix_free.free_model import FreeModel, free_model
 from ddnewton.quadratic.matrix_free.operator import Operator, operator_of

@@ -16,7 +16,7 @@ from torch import Tensor
 from ddnewton.criteria.denominators import Share, denominator_of, divided_by, share_of
 from ddnewton.criteria.root import Product, Root, Rows
 from ddnewton.inputs.batches import Pair, about_batch
-from ddnewton.inputs.terms import about_term
+from ddnewton.inputs.term_names import about_term
 from ddnewton.linearize.free_linearization import FreeLinearization, linearized_freely
 from ddnewton.linearize.model import forgotten
 from ddnewton.linearize.structured.traced_model import Prepared

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from contextlib import ExitStack
+from typing import Any, TypeVar
 
-from ddnewton.errors import BadValue, sentence, warn
-from ddnewton.inputs.memory import TooLarge
+from ddnewton.distributed.service import served
+from ddnewton.errors import BadValue, TooLarge, sentence, warn
 from ddnewton.quadratic.arguments import Arguments, Scaling
-from ddnewton.transforms import is_transformed
+from ddnewton.quadratic.ranks.shard import Shard
+from ddnewton.transforms import check_not_transformed, is_transformed
 from ddnewton.types import GramWays
 
 R = TypeVar("R")
@@ -28,6 +30,32 @@ def either_way(
     What is too large is said, and goes without a scale by columns if it may be ``unscaled``. It is
     ``automatic`` to choose by products there, by default as the arguments say.
     """
+    options: dict[str, Any] = {"say": say, "automatic": automatic, "unscaled": unscaled}
+    return on_all_ranks(
+        arguments, lambda arguments: _either_way(arguments, by_matrix, by_products, **options)
+    )
+
+
+def on_all_ranks(arguments: Arguments, call: Callable[[Arguments], R]) -> R:
+    """Return the result of a call on every rank that holds samples of it, or on this process."""
+    team = arguments.team
+    if team is None:
+        return call(arguments)
+    with ExitStack() as stack:
+        shard = Shard(team, arguments, stack)
+        return served(team, shard, lambda leader: call(arguments._replace(leader=leader)))
+
+
+def _either_way(
+    arguments: Arguments,
+    by_matrix: Callable[[Arguments], R],
+    by_products: Callable[[Arguments], R],
+    *,
+    say: Callable[[str], None],
+    automatic: bool | None,
+    unscaled: bool,
+) -> R:
+    """Return the result of a call by matrices or by products, on the process that decides."""
     if arguments.is_free:
         check_free(arguments)
         return by_products(arguments)
@@ -59,9 +87,7 @@ def is_automatic(gram: GramWays) -> bool:
 
 def check_free(arguments: Arguments) -> None:
     """Refuse what products alone do not give."""
-    if is_transformed():
-        rule, got = 'gram="free" must be outside of torch.func and torch.compile', "a call inside"
-        raise BadValue(sentence(rule, got, "Loop over the members of an ensemble."))
+    check_not_transformed('gram="free"')
     check_free_scale(by_columns=arguments.scaling.by_columns)
 
 

@@ -1,0 +1,165 @@
+"""Products of the columns of several processes with each other, each pair of them made once.
+
+Every rank multiplies its columns with its own, and then with those of others, which come by one
+chunk after the other: at distance s every rank gets the columns of the rank s behind it, while its
+own go to the one s before it. Of a symmetric matrix half of the distances are enough. Where two
+ranks stand opposite, each of them makes half of their products: all of one by the first half of the
+other, and all of that by the second half. So no rank holds more than its columns and a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import zip_longest
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ddnewton.columns.alignment import Leaves
+from ddnewton.columns.factors import Factor, Jacobian, of_samples
+from ddnewton.columns.tiles import Tile, tiles_of
+from ddnewton.distributed.failures import Failure, error_of, failure_of
+from ddnewton.distributed.team import Team
+from ddnewton.distributed.wire import swap
+
+
+class Part(NamedTuple):
+    """What is known everywhere of the columns that a rank has: of how many samples, and chunks."""
+
+    samples: int
+    columns: int  # of one sample
+    chunks: Sequence[slice]
+
+
+class Turn(NamedTuple):
+    """What a rank does at a distance: which of its samples go out, to whom, and what comes in."""
+
+    to: int
+    outgoing: slice
+    source: int
+    incoming: slice  # of the samples of the source
+    left: slice  # of its own, which are multiplied with what comes in
+
+
+class RankTile(NamedTuple):
+    """A tile of the samples of two ranks, counted there."""
+
+    left_rank: int
+    right_rank: int
+    tile: Tile
+
+
+def ring(
+    team: Team,
+    left: Jacobian | None,
+    right: Jacobian | None,
+    parts: Sequence[Part],
+    blocks: Sequence[Leaves],
+    *,
+    symmetric: bool,
+) -> Iterator[RankTile]:
+    """Yield the products that this rank makes, of its columns, None for none, with those of all.
+
+    ``parts`` are of the right columns of all ranks, which have the same form. What fails is raised
+    at the end, when all ranks have had their turns.
+    """
+    failures: list[Failure] = []
+    # Those of this rank with its own.
+    if left is not None and right is not None:
+        for tile in _until_failure(failures, tiles_of(left, right, blocks, symmetric=symmetric)):
+            yield RankTile(team.rank, team.rank, tile)
+    # Those of this rank with others', turn by turn, and chunk by chunk in each.
+    for turn in _turns(team, [part.samples for part in parts], symmetric=symmetric):
+        outgoing = _cuts(parts[team.rank].chunks, turn.outgoing)
+        incoming = _cuts(parts[turn.source].chunks, turn.incoming)
+        for sent, expected in zip_longest(outgoing, incoming):
+            message = None if sent is None or right is None else _message(failures, right, sent)
+            to = None if sent is None else turn.to
+            source = None if expected is None else turn.source
+            arrived = swap(team.wire, message, to, source, "columns")
+            if isinstance(arrived, Failure):
+                failures.append(arrived)
+            if expected is None or left is None or failures:
+                continue
+            part = parts[turn.source]
+            others = _arrived(left if right is None else right, arrived, expected, part.columns)
+            tiles = tiles_of(narrowed(left, turn.left), others, blocks, symmetric=False)
+            for tile in _until_failure(failures, tiles):
+                right_samples = _moved(tile.right, expected.start)
+                yield RankTile(team.rank, turn.source, tile._replace(right=right_samples))
+    if failures:
+        raise error_of(failures[0])
+
+
+def narrowed(jacobian: Jacobian, samples: slice) -> Jacobian:
+    """Return the columns of some samples that follow each other, which keep their numbers."""
+    cuts = _cuts(jacobian.chunks, samples)
+    return jacobian._replace(chunks=cuts, visit=partial(_visited, jacobian))
+
+
+def _turns(team: Team, counts: Sequence[int], *, symmetric: bool) -> Iterator[Turn]:
+    """Yield the turns of this rank, given the number of samples of every rank."""
+    rank, size = team.rank, team.size
+    every = [slice(0, count) for count in counts]
+    for distance in range(1, (size + 1) // 2 if symmetric else size):
+        to, source = (rank - distance) % size, (rank + distance) % size
+        yield Turn(to, every[rank], source, every[source], every[rank])
+    if not symmetric or size % 2:
+        return
+    # Opposite ranks: the lower one takes the first half of the upper one's samples.
+    opposite = (rank + size // 2) % size
+    if rank < opposite:
+        first = slice(0, counts[opposite] // 2)
+        yield Turn(opposite, every[rank], opposite, first, every[rank])
+    else:
+        half = counts[rank] // 2
+        second = slice(half, counts[rank])
+        yield Turn(opposite, slice(0, half), opposite, every[opposite], second)
+
+
+def _until_failure(failures: list[Failure], tiles: Iterator[Tile]) -> Iterator[Tile]:
+    """Yield tiles until one fails, which is put among the failures: the other ranks go on."""
+    try:
+        yield from tiles
+    except Exception as error:  # noqa: BLE001 - it is raised when all have had their turns
+        failures.append(failure_of(error))
+
+
+def _message(failures: list[Failure], jacobian: Jacobian, samples: slice) -> list[Factor] | Failure:
+    """Return the factors of some samples for another rank; or, instead, what failed here."""
+    if not failures:
+        try:
+            return list(_visited(jacobian, samples))
+        except Exception as error:  # noqa: BLE001 - as above
+            failures.append(failure_of(error))
+    return failures[0]
+
+
+def _arrived(like: Jacobian, factors: Sequence[Factor], chunk: slice, columns: int) -> Jacobian:
+    """Return the columns of a chunk of another rank."""
+    n = chunk.stop - chunk.start
+    return like._replace(visit=lambda _: factors, chunks=[slice(0, n)], samples=n, columns=columns)
+
+
+def _cuts(chunks: Sequence[slice], samples: slice) -> list[slice]:
+    """Return the parts of chunks that are among some samples."""
+    cuts = [slice(max(c.start, samples.start), min(c.stop, samples.stop)) for c in chunks]
+    return [cut for cut in cuts if cut.start < cut.stop]
+
+
+def _visited(jacobian: Jacobian, samples: slice) -> Sequence[Factor]:
+    """Return the factors of samples that are a part of a chunk."""
+    (chunk,) = [c for c in jacobian.chunks if c.start <= samples.start and samples.stop <= c.stop]
+    factors = jacobian.visit(chunk)
+    if (samples.start, samples.stop) == (chunk.start, chunk.stop):
+        return factors
+    inside = slice(samples.start - chunk.start, samples.stop - chunk.start)
+    return [of_samples(factor, inside, jacobian.columns) for factor in factors]
+
+
+def _moved(samples: slice | Tensor, start: int) -> slice | Tensor:
+    """Return samples that are counted from a number on."""
+    if isinstance(samples, slice):
+        return slice(samples.start + start, samples.stop + start)
+    return samples + start

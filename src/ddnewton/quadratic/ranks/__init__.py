@@ -1,0 +1,1 @@
+"""The loss to second order where several processes hold the samples."""

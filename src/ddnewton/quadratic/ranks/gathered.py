@@ -1,0 +1,130 @@
+"""A model linearized at the samples of several processes, on their leader.
+
+The outputs of all samples are here, in the order of the ranks: what the loss makes of them is what
+it makes of one batch, random numbers included. Columns stay where their samples are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ddnewton.columns.factors import Jacobian
+from ddnewton.distributed.service import Leader
+from ddnewton.errors import BadValue, sentence
+from ddnewton.inputs.terms import TermArguments
+from ddnewton.linearize.basis import Basis
+from ddnewton.linearize.linearization import Linearization
+from ddnewton.linearize.model import forgotten
+from ddnewton.quadratic.ranks.columns_of_ranks import RankColumns
+from ddnewton.quadratic.ranks.messages import Form, Outputs, OwnBasis, own_basis, rows_on
+from ddnewton.trees import tree_map
+from ddnewton.types import PyTree
+
+
+def gathered(
+    leader: Leader, number: int, term: TermArguments, leaves: Sequence[Tensor]
+) -> Linearization:
+    """Linearize the model of a term at the samples of all ranks."""
+    assert term.shards is not None
+    return _gathered(leader, term.shards, leaves, *leader.order("linearized", number))
+
+
+def gathered_targets(leader: Leader, number: int, term: TermArguments) -> PyTree:
+    """Return the targets of a term on all ranks, in their order."""
+    shards = term.shards
+    assert shards is not None
+    targets = leader.order("targets", number)
+    parts = [part for part, shard in zip(targets, shards, strict=True) if len(shard)]
+    return tree_map(lambda *of_leaf: torch.cat(of_leaf), *parts)
+
+
+def _gathered(
+    leader: Leader,
+    shards: Sequence[range],
+    leaves: Sequence[Tensor],
+    number: int,
+    outputs: Sequence[Outputs | None],
+) -> Linearization:
+    """Return a linearization by those of the ranks, with outputs of all their samples."""
+    parts = [part for part in outputs if part is not None]
+    _check_alike(outputs)
+    narrow = torch.cat([part.outputs for part in parts])
+    precise = narrow
+    if parts[0].precise is not None:
+        precise = torch.cat([part.precise for part in parts if part.precise is not None])
+
+    def in_float64() -> Linearization:
+        return _gathered(leader, shards, leaves, *leader.order("widened", number))
+
+    def function(leaves: Sequence[Tensor], samples: Int[Tensor, " n"] | slice) -> Tensor:
+        if isinstance(samples, slice):
+            samples = torch.arange(len(narrow), device=narrow.device)[samples]
+        of_ranks = leader.order("outputs", number, leaves, samples)
+        rows = [rows_on(shard, samples) for shard in shards]
+        first = next(part for part in of_ranks if part is not None)
+        whole: Tensor = first.new_empty(len(samples), *first.shape[1:])
+        for place, part in zip(rows, of_ranks, strict=True):
+            if part is not None:
+                whole[place] = part
+        return whole
+
+    pairs = zip(leaves, parts[0].dtypes, strict=True)
+    return Linearization(
+        outputs=narrow,
+        precise=precise,
+        jacobian=partial(_jacobian, leader, number, shards, leaves),
+        function=function,
+        leaves=[leaf.to(dtype) for leaf, dtype in pairs],
+        in_float64=in_float64 if parts[0].can_widen else None,
+        complex_outputs=parts[0].complex_outputs,
+        depends=lambda: any(leader.order("depends", number)),
+    )
+
+
+def _jacobian(
+    leader: Leader,
+    number: int,
+    shards: Sequence[range],
+    leaves: Sequence[Tensor],
+    basis: Basis,
+    samples: Int[Tensor, " n"] | None,
+) -> Jacobian:
+    """Return the columns of samples, None for all, which are on several ranks."""
+    rows = [rows_on(shard, samples) for shard in shards]
+    bases: list[OwnBasis] = [own_basis(basis, of_rank) for of_rank in rows]
+    place, forms = leader.order("pulled_back", number, samples, bases=bases)
+    present: list[Form] = [form for form in forms if form is not None]
+    n, _, m = basis.shape
+    return Jacobian(
+        visit=forgotten,
+        chunks=[slice(0, n)],
+        samples=n,
+        columns=m,
+        sizes=[leaf.numel() for leaf in leaves],
+        pieces=[],
+        order=None,
+        device=basis.device,
+        eps=max(form.eps for form in present),
+        sums=max(form.sums for form in present),
+        of_ranks=RankColumns(leader, place, n, m, forms, rows),
+    )
+
+
+def _check_alike(outputs: Sequence[Outputs | None]) -> None:
+    """Require outputs of one shape and dtype on all ranks."""
+    told = {
+        rank: (list(part.outputs.shape[1:]), part.outputs.dtype, part.can_widen)
+        for rank, part in enumerate(outputs)
+        if part is not None
+    }
+    first, *others = told
+    for rank in others:
+        if told[rank] != told[first]:
+            rule = "a sample's outputs must have the same shape and dtype on all ranks"
+            got = "; ".join(f"rank {r}: {told[r][0]} {told[r][1]}" for r in (first, rank))
+            raise BadValue(sentence(rule, got, "Pass the same model_fn, and X alike, everywhere."))

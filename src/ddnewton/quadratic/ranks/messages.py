@@ -1,0 +1,105 @@
+"""What ranks tell each other of their samples' columns, and which samples are theirs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ddnewton.columns.factors import Jacobian
+from ddnewton.columns.ring import Part
+from ddnewton.linearize.basis import Basis, stored, with_stored
+from ddnewton.linearize.linearization import Linearization
+
+Rows: TypeAlias = slice | Tensor
+"""Where the samples of a rank are among all those that are asked for."""
+
+
+class Outputs(NamedTuple):
+    """What a rank tells of a linearization: its outputs, and what the leader decides by."""
+
+    outputs: Float[Tensor, "n ..."]
+    precise: Float[Tensor, "n ..."] | None  # None for the outputs themselves
+    can_widen: bool
+    complex_outputs: bool
+    dtypes: Sequence[torch.dtype]  # of the leaves
+
+
+class Form(NamedTuple):
+    """What a rank tells of its columns: how many, their rounding, and what their factors are of."""
+
+    part: Part
+    eps: float
+    sums: float
+    layout: Any
+
+
+class OwnBasis(NamedTuple):
+    """The basis of a rank's samples; where all have one, the first's and how many they are."""
+
+    basis: Basis | None
+    copies: int | None
+
+
+def outputs_of(linearization: Linearization) -> Outputs:
+    """Describe a linearization to the leader."""
+    outputs, precise = linearization.outputs, linearization.precise
+    return Outputs(
+        outputs=outputs,
+        precise=None if precise is outputs else precise,
+        can_widen=linearization.in_float64 is not None,
+        complex_outputs=linearization.complex_outputs,
+        dtypes=[leaf.dtype for leaf in linearization.leaves],
+    )
+
+
+def form_of(jacobian: Jacobian) -> Form:
+    """Describe columns to the leader."""
+    digest = None
+    if jacobian.order is not None:
+        digest = hashlib.sha256(jacobian.order.cpu().numpy().tobytes()).hexdigest()
+    pieces = [list(map(tuple, factor_pieces)) for factor_pieces in jacobian.pieces]
+    return Form(
+        part=Part(jacobian.samples, jacobian.columns, list(jacobian.chunks)),
+        eps=jacobian.eps,
+        sums=jacobian.sums,
+        layout=repr((pieces, digest)),
+    )
+
+
+def rows_on(shard: range, samples: Int[Tensor, " n"] | None) -> Rows:
+    """Return where the samples of a shard are among all that are asked for, None for all."""
+    if samples is None:
+        return slice(shard.start, shard.stop)
+    inside = (samples >= shard.start) & (samples < shard.stop)
+    return inside.nonzero()[:, 0]
+
+
+def numbers_on(shard: range, samples: Int[Tensor, " n"] | None) -> Int[Tensor, " n"]:
+    """Return the numbers in a shard of its samples among all that are asked for."""
+    if samples is None:
+        return torch.arange(len(shard))
+    own: Tensor = samples[rows_on(shard, samples)] - shard.start
+    return own
+
+
+def own_basis(basis: Basis, rows: Rows) -> OwnBasis:
+    """Return the basis of some of its samples, to be passed to their rank."""
+    entries = stored(basis)[rows]
+    if len(entries) > 1 and entries.stride(0) == 0:
+        return OwnBasis(with_stored(basis, entries[:1]), len(entries))
+    return OwnBasis(with_stored(basis, entries), None)
+
+
+def basis_of(own: OwnBasis) -> Basis:
+    """Return the basis that was passed."""
+    basis, copies = own
+    assert basis is not None
+    if copies is None:
+        return basis
+    entries = stored(basis)
+    return with_stored(basis, entries.expand(copies, *entries.shape[1:]))

@@ -1,0 +1,248 @@
+"""The samples of one rank, and what is made of them at the leader's orders.
+
+Every public method is an order: all ranks follow it at the same time, each with its samples, and
+what it returns is for the leader. Linearizations and Jacobians stay where their samples are, and
+have the same numbers on all ranks; a rank without samples has None in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ddnewton.columns.alignment import Leaves
+from ddnewton.columns.factors import Jacobian
+from ddnewton.columns.gram import slopes_of, sums_of
+from ddnewton.columns.normal_equations import equations_of_one, scaled_rows, weighted_rows
+from ddnewton.columns.ring import Part, RankTile, ring
+from ddnewton.columns.units import densely
+from ddnewton.distributed.team import Team
+from ddnewton.inputs.term_names import about_term
+from ddnewton.linearize.linearization import Linearization, linearized
+from ddnewton.linearize.use_of_parameters import depends_on_parameters
+from ddnewton.quadratic.arguments import Arguments, function_of
+from ddnewton.quadratic.ranks.messages import (
+    Form,
+    Outputs,
+    OwnBasis,
+    Rows,
+    basis_of,
+    form_of,
+    numbers_on,
+    outputs_of,
+    rows_on,
+)
+from ddnewton.trees import as_real, chunks, tree_leaves
+from ddnewton.types import PyTree
+
+
+class Columns(NamedTuple):
+    """Columns on this rank, None for none, and which rows of all columns' samples they are."""
+
+    jacobian: Jacobian | None
+    rows: Rows
+
+
+class Shard:
+    """The samples of this rank, and what has been made of them."""
+
+    def __init__(self, team: Team, arguments: Arguments, stack: ExitStack) -> None:
+        self._team, self._arguments, self._stack = team, arguments, stack
+        self._linearizations: list[Linearization | None] = []
+        self._terms: list[int] = []  # of the linearizations
+        self._at_once: list[int | None] = []  # how many of their samples, None for all
+        self._columns: list[Columns] = []
+
+    def targets(self, term: int) -> list[PyTree]:
+        """Return the targets of a term."""
+        return self._team.collected(lambda: self._arguments.terms[term].y, "targets")
+
+    def linearized(self, number: int) -> tuple[int, list[Outputs | None]]:
+        """Linearize the model of a term; return the number of the linearization as well."""
+        term, params = self._arguments.terms[number], self._arguments.params
+        assert term.shards is not None
+        whole = term.shards[-1].stop
+
+        def make() -> Linearization:
+            with about_term(term.name):
+                function, size = function_of(term, params), self._arguments.chunk_size
+                parts = function, as_real(params), term.X, term.gram, size, whole
+                return self._stack.enter_context(linearized(*parts))
+
+        return self._added(number, make if len(self._samples(number)) else None)
+
+    def widened(self, number: int) -> tuple[int, list[Outputs | None]]:
+        """Linearize once more in float64."""
+        narrow = self._linearizations[number]
+        return self._added(self._terms[number], None if narrow is None else narrow.in_float64)
+
+    def outputs(
+        self, number: int, leaves: Sequence[Tensor], samples: Int[Tensor, " n"] | None
+    ) -> list[Float[Tensor, "n ..."] | None]:
+        """Return the outputs of samples, None for all, at other parameters."""
+        linearization = self._linearizations[number]
+        own = numbers_on(self._samples(self._terms[number]), samples)
+
+        def make() -> Tensor | None:
+            if linearization is None or not len(own):
+                return None
+            size = self._at_once[number] or len(own)
+            parts = [own[chunk] for chunk in chunks(len(own), size)]
+            return torch.cat([linearization.function(leaves, part) for part in parts])
+
+        return self._team.collected(make, "outputs")
+
+    def depends(self, number: int) -> list[bool | None]:
+        """Return whether outputs depend on the parameters."""
+        linearization = self._linearizations[number]
+        if linearization is None:
+            return self._team.collected(lambda: None, "reports")
+        return self._team.collected(lambda: depends_on_parameters(linearization), "reports")
+
+    def pulled_back(
+        self,
+        number: int,
+        samples: Int[Tensor, " n"] | None,
+        bases: Sequence[OwnBasis] = (),
+    ) -> tuple[int, list[Form | None]]:
+        """Pull a basis back, of samples that the leader has the ``bases`` of; None for all.
+
+        The number of the columns is returned as well.
+        """
+        linearization, shard = self._linearizations[number], self._samples(self._terms[number])
+        own = numbers_on(shard, samples)
+        basis, place = self._team.scattered(bases, "bases"), len(self._columns)
+        self._columns.append(Columns(None, rows_on(shard, samples)))
+
+        def make() -> Form | None:
+            if linearization is None or not len(own):
+                return None
+            jacobian = linearization.jacobian(basis_of(basis), None if samples is None else own)
+            self._columns[place] = self._columns[place]._replace(jacobian=jacobian)
+            self._at_once[number] = jacobian.chunks[0].stop
+            return form_of(jacobian)
+
+        return place, self._team.collected(make, "reports")
+
+    def sums(
+        self, number: int, blocks: Sequence[Leaves], weights: Sequence[Float[Tensor, "k m n"]]
+    ) -> list[Float[Tensor, "k d"]]:
+        """Return the sums of columns with weights, for every block."""
+        jacobian, rows = self._columns[number]
+        sizes = self._sizes
+
+        def make() -> list[Tensor]:
+            if jacobian is None:
+                return []
+            own = [of_block[:, :, rows].flatten(1) for of_block in weights]
+            return sums_of(jacobian, blocks, own)
+
+        lengths = [sum(sizes[leaf] for leaf in block) for block in blocks]
+        shapes = [(len(w), d) for w, d in zip(weights, lengths, strict=True)]
+        return self._team.summed(make, shapes, "sums")
+
+    def slopes(
+        self, number: int, block: Leaves, vectors: Float[Tensor, "k d"]
+    ) -> list[Float[Tensor, "i k"] | None]:
+        """Return the slopes of columns along vectors of a block."""
+        jacobian, _ = self._columns[number]
+        return self._team.collected(
+            lambda: None if jacobian is None else slopes_of(jacobian, block, vectors), "slopes"
+        )
+
+    def equations(
+        self, number: int, blocks: Sequence[Leaves], root_and_z: Float[Tensor, "2 m n"]
+    ) -> list[Tensor]:
+        """Return G and g of every block, one after the other."""
+        jacobian, rows = self._columns[number]
+
+        def make() -> list[Tensor]:
+            if jacobian is None:
+                return []
+            own = root_and_z[:, :, rows].flatten(1)
+            return [part for block in equations_of_one(jacobian, blocks, own) for part in block]
+
+        lengths = [sum(self._sizes[leaf] for leaf in block) for block in blocks]
+        shapes = [shape for d in lengths for shape in ((d, d), (d,))]
+        return self._team.summed(make, shapes, "matrices")
+
+    def rows(
+        self, number: int, block: Leaves, weights: Float[Tensor, "m n"]
+    ) -> list[Float[Tensor, "i d"] | None]:
+        """Return the rows √w_i a_i of a block."""
+        jacobian, rows = self._columns[number]
+
+        def make() -> Tensor | None:
+            if jacobian is None:
+                return None
+            return scaled_rows([jacobian], block, weights[:, rows].flatten())
+
+        return self._team.collected(make, "rows")
+
+    def triangles(
+        self, number: int, block: Leaves, root: Float[Tensor, "m n"]
+    ) -> list[Float[Tensor, "r d"] | None]:
+        """Return no more rows than a block has parameters, with the products of its own rows."""
+        jacobian, rows = self._columns[number]
+
+        def make() -> Tensor | None:
+            if jacobian is None:
+                return None
+            factor = root.new_zeros(0, sum(self._sizes[leaf] for leaf in block))
+            for piece in weighted_rows([jacobian], block, root[:, rows].flatten().square()):
+                factor = torch.linalg.qr(torch.cat([factor, piece]), mode="r").R
+            return factor
+
+        return self._team.collected(make, "rows")
+
+    def tiles(
+        self,
+        numbers: tuple[int, int],
+        blocks: Sequence[Leaves],
+        parts: Sequence[Part],
+        scale: Float[Tensor, " d"] | None,
+        symmetric: bool,
+        dense: bool,
+    ) -> Iterator[RankTile]:
+        """Return the tiles that this rank makes on the leader, and pass them to it elsewhere."""
+        left, right = (self._columns[number].jacobian for number in numbers)
+
+        def make() -> list[RankTile]:
+            scaled = [None if x is None else x._replace(scale=scale) for x in (left, right)]
+            a, b = (None if x is None else densely(x) if dense else x for x in scaled)
+            return list(ring(self._team, a, b, parts, blocks, symmetric=symmetric))
+
+        return self._team.streamed(make, "tiles")
+
+    def _added(
+        self, term: int, make: Callable[[], Linearization] | None
+    ) -> tuple[int, list[Outputs | None]]:
+        """Make a linearization of a term, and number it."""
+        number = len(self._linearizations)
+        self._linearizations.append(None)
+        self._terms.append(term)
+        self._at_once.append(None)
+
+        def made() -> Outputs | None:
+            if make is None:
+                return None
+            self._linearizations[number] = linearization = make()
+            return outputs_of(linearization)
+
+        return number, self._team.collected(made, "outputs")
+
+    def _samples(self, term: int) -> range:
+        """Return the samples of a term that are on this rank, counted in the whole batch."""
+        shards = self._arguments.terms[term].shards
+        assert shards is not None
+        return shards[self._team.rank]
+
+    @property
+    def _sizes(self) -> list[int]:
+        """The number of entries of every parameter, as reals."""
+        return [leaf.numel() for leaf in tree_leaves(as_real(self._arguments.params))]
