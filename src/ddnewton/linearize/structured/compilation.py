@@ -77,7 +77,7 @@ def compile_program(
         graph=_probed(graph, sites, sources),
         sites=[Site(site.meta[SHAPE], site.meta[DTYPE]) for site in sites],
         size=sum(site.meta[SHAPE].numel() for site in sites) + sum(sizes[i] for i in direct),
-        results=_results(graph),
+        results=_results(graph, len(leaves)),
         layers=layers,
         derived_leaves=derived_leaves,
         direct=direct,
@@ -91,9 +91,17 @@ def compile_program(
     )
 
 
-def _results(graph: GraphModule) -> int:
-    """Return the number of entries of all results in a graph that are tensors of their own."""
-    shapes = [node.meta[SHAPE] for node in graph.graph.nodes if _is_new(node.target)]
+def _results(graph: GraphModule, leaves: int) -> int:
+    """Return the number of entries of all results of a sample that are tensors of their own.
+
+    What is computed of the leaves alone, the first inputs of the graph, is there once for all.
+    """
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    of_sample = set(inputs[leaves:])
+    for node in graph.graph.nodes:
+        if of_sample.intersection(node.all_input_nodes):
+            of_sample.add(node)
+    shapes = [node.meta[SHAPE] for node in of_sample if _is_new(node.target)]
     return sum(shape.numel() for shape in shapes if shape is not None)
 
 
