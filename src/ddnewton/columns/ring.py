@@ -19,9 +19,11 @@ from torch import Tensor
 from ddnewton.columns.alignment import Leaves
 from ddnewton.columns.factors import Factor, Jacobian, of_samples
 from ddnewton.columns.tiles import Tile, tiles_of
-from ddnewton.distributed.failures import Failure, error_of, failure_of
 from ddnewton.distributed.team import Team
 from ddnewton.distributed.wire import swap
+
+FAILED = None
+"""What is sent in place of factors that cannot be made."""
 
 
 class Part(NamedTuple):
@@ -39,7 +41,7 @@ class Turn(NamedTuple):
     outgoing: slice
     source: int
     incoming: slice  # of the samples of the source
-    left: slice  # of its own, which are multiplied with what comes in
+    left: slice | None  # of its own, which are multiplied with what comes in; None for all
 
 
 class RankTile(NamedTuple):
@@ -61,10 +63,10 @@ def ring(
 ) -> Iterator[RankTile]:
     """Yield the products that this rank makes, of its columns, None for none, with those of all.
 
-    ``parts`` are of the right columns of all ranks, which have the same form. What fails is raised
-    at the end, when all ranks have had their turns.
+    ``parts`` are of the right columns of all ranks, which have the same form. What fails here is
+    raised at the end, when all ranks have had their turns; what fails on another is raised there.
     """
-    failures: list[Failure] = []
+    failures: list[Exception] = []
     # Those of this rank with its own.
     if left is not None and right is not None:
         for tile in _until_failure(failures, tiles_of(left, right, blocks, symmetric=symmetric)):
@@ -78,18 +80,17 @@ def ring(
             to = None if sent is None else turn.to
             source = None if expected is None else turn.source
             arrived = swap(team.wire, message, to, source, "columns")
-            if isinstance(arrived, Failure):
-                failures.append(arrived)
-            if expected is None or left is None or failures:
+            if expected is None or left is None or failures or arrived is FAILED:
                 continue
             part = parts[turn.source]
             others = _arrived(left if right is None else right, arrived, expected, part.columns)
-            tiles = tiles_of(narrowed(left, turn.left), others, blocks, symmetric=False)
+            own = left if turn.left is None else narrowed(left, turn.left)
+            tiles = tiles_of(own, others, blocks, symmetric=False)
             for tile in _until_failure(failures, tiles):
                 right_samples = _moved(tile.right, expected.start)
                 yield RankTile(team.rank, turn.source, tile._replace(right=right_samples))
     if failures:
-        raise error_of(failures[0])
+        raise failures[0]
 
 
 def narrowed(jacobian: Jacobian, samples: slice) -> Jacobian:
@@ -104,36 +105,36 @@ def _turns(team: Team, counts: Sequence[int], *, symmetric: bool) -> Iterator[Tu
     every = [slice(0, count) for count in counts]
     for distance in range(1, (size + 1) // 2 if symmetric else size):
         to, source = (rank - distance) % size, (rank + distance) % size
-        yield Turn(to, every[rank], source, every[source], every[rank])
+        yield Turn(to, every[rank], source, every[source], None)
     if not symmetric or size % 2:
         return
     # Opposite ranks: the lower one takes the first half of the upper one's samples.
     opposite = (rank + size // 2) % size
     if rank < opposite:
         first = slice(0, counts[opposite] // 2)
-        yield Turn(opposite, every[rank], opposite, first, every[rank])
+        yield Turn(opposite, every[rank], opposite, first, None)
     else:
         half = counts[rank] // 2
         second = slice(half, counts[rank])
         yield Turn(opposite, slice(0, half), opposite, every[opposite], second)
 
 
-def _until_failure(failures: list[Failure], tiles: Iterator[Tile]) -> Iterator[Tile]:
+def _until_failure(failures: list[Exception], tiles: Iterator[Tile]) -> Iterator[Tile]:
     """Yield tiles until one fails, which is put among the failures: the other ranks go on."""
     try:
         yield from tiles
     except Exception as error:  # noqa: BLE001 - it is raised when all have had their turns
-        failures.append(failure_of(error))
+        failures.append(error)
 
 
-def _message(failures: list[Failure], jacobian: Jacobian, samples: slice) -> list[Factor] | Failure:
-    """Return the factors of some samples for another rank; or, instead, what failed here."""
+def _message(failures: list[Exception], jacobian: Jacobian, samples: slice) -> list[Factor] | None:
+    """Return the factors of some samples for another rank; `FAILED` where something has here."""
     if not failures:
         try:
             return list(_visited(jacobian, samples))
         except Exception as error:  # noqa: BLE001 - as above
-            failures.append(failure_of(error))
-    return failures[0]
+            failures.append(error)
+    return FAILED
 
 
 def _arrived(like: Jacobian, factors: Sequence[Factor], chunk: slice, columns: int) -> Jacobian:

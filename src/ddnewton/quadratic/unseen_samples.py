@@ -1,7 +1,8 @@
 """Columns of samples that give no directions: their slopes along the directions of others.
 
-Few directions are pushed forward, K products J_n e_k for all columns of a sample. For many, the
-columns are pulled back, and multiplied with those that the directions are made of.
+Few directions are pushed forward, K products J_n e_k for all columns of a sample. For many, or where
+several processes hold the samples, the columns are pulled back, and multiplied with those that the
+directions are made of.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def unseen_column_slopes(
 ) -> list[Float[Tensor, "i _"]]:
     """Return a_iᵀ e_k of the unseen samples' columns, for every block along its directions."""
     count = sum(directions.vectors.shape[1] for directions in kept)
-    if 0 < PULLBACKS_PER_DIRECTION * count <= unseen.basis.shape[2]:
+    here = term.curvature_columns.of_ranks is None
+    if here and 0 < PULLBACKS_PER_DIRECTION * count <= unseen.basis.shape[2]:
         try:
             return _pushed(model, term, unseen, matrices, kept)
         except torch.OutOfMemoryError:
