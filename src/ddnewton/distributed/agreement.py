@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Processes: TypeAlias = "dist.ProcessGroup | DeviceMesh | None"
 """The processes that hold the samples together; None for this one alone."""
 
+OUTSIDE = "a group that this rank is not in"
+
 
 def team_of(processes: Processes | Team, params: PyTree) -> Team | None:
     """Return the ranks of a group, None for a process by itself; with the parameters on each."""
@@ -40,15 +42,19 @@ def _group_of(processes: Any) -> dist.ProcessGroup:
     rule = "process_group must be a ProcessGroup, a DeviceMesh of one axis, or None"
     if isinstance(processes, dist.ProcessGroup):
         return processes
+    # Neither a group nor a mesh.
     if not (hasattr(processes, "get_group") and hasattr(processes, "ndim")):
         got = type(processes).__name__
         if processes is dist.GroupMember.NON_GROUP_MEMBER:
-            got = "a group that this rank is not in"
+            got = OUTSIDE
         raise BadType(sentence(rule, got, "Pass torch.distributed.group.WORLD for all ranks."))
+    # A mesh of one axis, on which this rank is.
     if processes.ndim != 1:
         names = processes.mesh_dim_names or ("data", "model")
         remedy = f"Pass the axis along which the samples are split: mesh[{names[0]!r}]."
         raise BadValue(sentence(rule, f"a mesh of {processes.ndim} axes", remedy))
+    if processes.get_coordinate() is None:
+        raise BadType(sentence(rule, OUTSIDE, "Call it on the ranks of the mesh alone."))
     group: dist.ProcessGroup = processes.get_group()
     return group
 
@@ -60,6 +66,7 @@ def shards_of(
 
     ``counts`` returns how many this rank has of every term.
     """
+    # The same terms on all ranks.
     of_ranks = team.exchanged(counts)
     terms = list(of_ranks[0])
     for rank, of_rank in enumerate(of_ranks):
@@ -67,6 +74,7 @@ def shards_of(
             rule = "the terms of the loss must be the same on all ranks"
             got = f"rank 0: {terms}; rank {rank}: {list(of_rank)}"
             raise team.shared(BadValue(sentence(rule, got, "Pass the same dicts everywhere.")))
+    # The samples of one rank after those of another, and one at least.
     shards = {}
     for term in terms:
         stops = accumulate((of_rank[term] for of_rank in of_ranks), initial=0)
@@ -89,10 +97,11 @@ def agreeing(
     if team is None:
         yield
         return
-    failure: Exception | None = None
+    # Whatever is wrong here is told to the others, unless it has been told already.
+    failure: BaseException | None = None
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
         if error is team.error_of_all:
             raise
         failure = error
@@ -102,6 +111,7 @@ def agreeing(
             raise failure
         return told() if told else {}
 
+    # Nothing is wrong anywhere, and all are told the same.
     check_same(team.exchanged(own))
 
 

@@ -24,12 +24,12 @@ KINDS: dict[str, type[Exception]] = {
 """Errors that stay what they are on every rank; any other is a `RankError` there."""
 
 
-def failure_of(error: Exception) -> Failure:
+def failure_of(error: BaseException) -> Failure:
     """Describe an error for other ranks."""
-    kind = type(error).__name__
-    if kind in KINDS:
-        return Failure(kind, str(error))
-    return Failure("RankError", f"{kind}: {error}")
+    for kind in type(error).__mro__:  # what is more than one of them is so everywhere
+        if kind in KINDS.values():
+            return Failure(kind.__name__, str(error))
+    return Failure(RankError.__name__, f"{type(error).__name__}: {error}")
 
 
 def error_of(failure: Failure) -> Exception:

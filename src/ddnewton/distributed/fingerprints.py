@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import partial
 from numbers import Number
 from typing import Any
@@ -14,6 +15,9 @@ from ddnewton.hashes import hashed
 from ddnewton.trees import named_leaves
 from ddnewton.types import PyTree
 
+SHOWN_NUMBERS = 16
+"""Up to how many numbers a sequence is described by them."""
+
 
 def params_told(params: PyTree) -> dict[str, str]:
     """Describe every leaf of the parameters, by its name in messages."""
@@ -21,37 +25,80 @@ def params_told(params: PyTree) -> dict[str, str]:
 
 
 def options_told(options: Mapping[str, Any]) -> dict[str, str]:
-    """Describe options, by their names in messages."""
-    return {name: described(value) for name, value in options.items()}
+    """Describe options and everything in them, by their names in messages."""
+    parts = (part for name, value in options.items() for part in _named(name, value))
+    return {name: described(part) for name, part in parts}
+
+
+def generators_in(options: object) -> list[torch.Generator]:
+    """Return the sources of random numbers among options, each of them once."""
+    parts = (part for _, part in _named("", options))
+    generators = (part for part in parts if isinstance(part, torch.Generator))
+    return list({id(generator): generator for generator in generators}.values())
 
 
 def described(value: object) -> str:
     """Describe a value: numbers by themselves, tensors by a hash, functions by their names."""
+    if _are_numbers(value):
+        return _of_numbers(value)
     for kinds, describe in DESCRIPTIONS:
         if isinstance(value, kinds):
             return describe(value)
     return str(getattr(value, "__qualname__", type(value).__qualname__))
 
 
+def _are_numbers(value: object) -> bool:
+    """Return whether a value is a sequence of numbers, which is one thing."""
+    return isinstance(value, (list, tuple)) and all(isinstance(part, Number) for part in value)
+
+
+def _of_numbers(numbers: Any) -> str:
+    """Describe a sequence of numbers: a long one by a hash."""
+    if len(numbers) <= SHOWN_NUMBERS:
+        return repr(numbers)
+    return f"{type(numbers).__name__} {_of_tensor(torch.as_tensor(numbers, device='cpu'))}"
+
+
 def _of_tensor(tensor: Tensor) -> str:
     """Describe a tensor: a single number by its value."""
-    if tensor.numel() == 1:
-        return repr(tensor.item())
-    return f"{tensor.dtype} {list(tensor.shape)} {hashed(tensor):x}"
-
-
-def _of_module(module: nn.Module) -> str:
-    """Describe a module, such as a loss with weights."""
-    return f"{module!r} {described(module.state_dict())}"
+    form = f"{tensor.dtype} {list(tensor.shape)}"
+    return f"{tensor.item()!r} {form}" if tensor.numel() == 1 else f"{form} {hashed(tensor):x}"
 
 
 DESCRIPTIONS: Sequence[tuple[Any, Callable[[Any], str]]] = (
     (Tensor, _of_tensor),
     (torch.Generator, lambda generator: f"a generator at {hashed(generator.get_state()):x}"),
-    (nn.Module, _of_module),
-    (Mapping, lambda parts: repr({repr(key): described(part) for key, part in parts.items()})),
-    ((list, tuple), lambda parts: repr([described(part) for part in parts])),
-    (partial, lambda call: described((call.func, call.args, call.keywords))),
     ((type(None), Number, str, slice, range), repr),
+    ((list, tuple, Mapping), lambda parts: f"{type(parts).__name__} of {len(parts)}"),
 )
 """Which kinds of values are described by which functions."""
+
+
+def _named(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """Yield a value and everything in it, by names as of Python."""
+    yield name, value
+    for suffix, part in _parts(value).items():
+        yield from _named(name + suffix, part)
+
+
+def _parts(value: Any) -> Mapping[str, object]:
+    """Return what a value is made of: items, fields, arguments, or the attributes of a module."""
+    if isinstance(value, Mapping):
+        return {f"[{key!r}]": part for key, part in value.items()}
+    if isinstance(value, partial):
+        return {".func": value.func, ".args": value.args, ".keywords": value.keywords}
+    if isinstance(value, nn.Module):
+        attributes = {
+            f".{path}.{name}".replace("..", "."): part
+            for path, module in value.named_modules()
+            for name, part in vars(module).items()
+            if not name.startswith("_")
+        }
+        return attributes | {f".{path}": leaf for path, leaf in value.state_dict().items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f".{field.name}": getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, (list, tuple)) and not _are_numbers(value):
+        names = [f".{name}" for name in getattr(value, "_fields", ())]
+        keys = names or [f"[{number}]" for number in range(len(value))]
+        return dict(zip(keys, value, strict=True))
+    return {}

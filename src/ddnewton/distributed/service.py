@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
-from ddnewton.distributed.failures import Failure, RankError, error_of, failure_of
+from ddnewton.distributed.failures import Failure, RankError, error_of, failure_of, on_rank
 from ddnewton.distributed.team import SumFailed, Team
 from ddnewton.types import PyTree
 
@@ -29,10 +29,15 @@ class Order(NamedTuple):
     arguments: PyTree
 
 
-class Result(NamedTuple):
-    """What a call returns, on every rank."""
+class Ended(NamedTuple):
+    """What a call comes to on every rank: what it returns, or its failure.
 
-    value: Any
+    ``draws`` is what the leader has drawn random numbers up to, so that all ranks go on from there.
+    """
+
+    result: Any
+    failure: Failure | None
+    draws: PyTree
 
 
 class Leader(NamedTuple):
@@ -56,22 +61,32 @@ def served(team: Team, servant: Any, lead: Callable[[Leader], T]) -> T:
     """Return the result of the leader on every rank; the others follow its orders until then."""
     try:
         return _led(Leader(team, servant), lead) if team.leads else _followed(team, servant)
+    except Exception:
+        # An interrupt of this rank alone is an error on the others, and stays what it is here.
+        if team.interrupt is not None:
+            raise team.interrupt from None
+        raise
     finally:
         sent = ", ".join(f"{kind} {count}" for kind, count in sorted(team.wire.traffic.items()))
         logger.info("rank %d of %d sent bytes: %s", team.rank, team.size, sent or "none")
 
 
 def _led(leader: Leader, lead: Callable[[Leader], T]) -> T:
-    """Lead a call, and tell its result or its error."""
+    """Lead a call, and tell its result or its error, which is of the same kind on every rank."""
+    team, servant = leader
     try:
         result = lead(leader)
+        team.told(Ended(result, None, servant.draws()), "results")
     except BaseException as error:
-        stopped = RankError(f"the first rank has stopped: {type(error).__name__}")
+        failure = failure_of(error)
+        foreign = failure.kind == RankError.__name__ and not isinstance(error, RankError)
+        failure = on_rank(team.rank, failure) if foreign else failure
         # Where a rank is gone there may be nobody to tell; this error is what counts.
         with suppress(RuntimeError):
-            leader.team.told(failure_of(error if isinstance(error, Exception) else stopped))
+            team.told(Ended(None, failure, servant.draws()))
+        if foreign and isinstance(error, Exception):
+            raise error_of(failure) from error
         raise
-    leader.team.told(Result(result), "results")
     return result
 
 
@@ -79,10 +94,11 @@ def _followed(team: Team, servant: Any) -> Any:
     """Follow the orders of a call until it ends."""
     while True:
         order = team.told()
-        if isinstance(order, Result):
-            return order.value
-        if isinstance(order, Failure):
-            raise error_of(order) from team.failure
+        if isinstance(order, Ended):
+            servant.drawn(order.draws)
+            if order.failure is not None:
+                raise error_of(order.failure) from team.failure
+            return order.result
         if order.method == "reported":
             team.reported()
         else:

@@ -35,8 +35,8 @@ class Team:
     def __init__(self, group: dist.ProcessGroup, home: torch.device) -> None:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.wire: Wire = wire_of(group, home)
-        self.failure: Exception | None = None  # of this rank's last part
-        self.error_of_all: Exception | None = None  # which every rank raises by itself
+        self.failure: BaseException | None = None  # of this rank's last part
+        self.error_of_all: BaseException | None = None  # which every rank raises by itself
 
     @property
     def leads(self) -> bool:
@@ -52,11 +52,15 @@ class Team:
         try:
             self.raise_failures(messages)
         except Exception as error:
-            self.shared(error)
-            raise
+            raise self.shared(self.interrupt or error)  # noqa: B904 - which has its cause
         return messages
 
-    def shared(self, error: Exception) -> Exception:
+    @property
+    def interrupt(self) -> BaseException | None:
+        """What has stopped this rank's last part and is no error, such as a KeyboardInterrupt."""
+        return None if isinstance(self.failure, Exception) else self.failure
+
+    def shared(self, error: BaseException) -> BaseException:
         """Return an error that all ranks raise at the same time, so that none is told of it."""
         self.error_of_all = error
         return error
@@ -69,14 +73,17 @@ class Team:
         self, make: Callable[[], Sequence[Tensor]], shapes: Sequence[Sequence[int]], kind: str
     ) -> list[Tensor]:
         """Return sums over all ranks, in float64, on the leader; none on any other."""
-        parts = self._guarded(make)
         # One vector for all of them, with a place for the number of ranks that failed.
         counts = [torch.Size(shape).numel() for shape in shapes]
         vector = torch.zeros(sum(counts) + 1, dtype=torch.float64, device=self.wire.device)
         places = vector[:-1].split(counts)
+
+        def write() -> None:
+            for place, part in zip(places, make(), strict=False):
+                place.copy_(part.reshape(-1))
+
+        self._guarded(write)
         vector[-1] = float(self.failure is not None)
-        for place, part in zip(places, parts or (), strict=False):
-            place.copy_(part.reshape(-1))
         dist.reduce(vector, group_dst=LEADER, group=self.wire.group)
         if not self.leads:
             self.wire.traffic[kind] += vector.nbytes
@@ -158,6 +165,6 @@ class Team:
         try:
             self.failure = None
             return make()
-        except Exception as error:  # noqa: BLE001 - it is raised on all ranks
+        except BaseException as error:  # noqa: BLE001 - it is raised when all have been told
             self.failure = error
             return None

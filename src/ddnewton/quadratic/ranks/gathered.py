@@ -6,7 +6,7 @@ it makes of one batch, random numbers included. Columns stay where their samples
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -22,7 +22,7 @@ from ddnewton.linearize.linearization import Linearization
 from ddnewton.linearize.model import forgotten
 from ddnewton.quadratic.ranks.columns_of_ranks import RankColumns
 from ddnewton.quadratic.ranks.messages import Form, Outputs, OwnBasis, own_basis, rows_on
-from ddnewton.trees import tree_map
+from ddnewton.trees import named_leaves, tree_map
 from ddnewton.types import PyTree
 
 
@@ -39,8 +39,17 @@ def gathered_targets(leader: Leader, number: int, term: TermArguments) -> PyTree
     shards = term.shards
     assert shards is not None
     targets = leader.order("targets", number)
-    parts = [part for part, shard in zip(targets, shards, strict=True) if len(shard)]
-    return tree_map(lambda *of_leaf: torch.cat(of_leaf), *parts)
+    parts = {
+        rank: part
+        for rank, (part, shard) in enumerate(zip(targets, shards, strict=True))
+        if len(shard)
+    }
+    told = {
+        rank: ", ".join(f"y{path} {list(y.shape[1:])} {y.dtype}" for path, y in named_leaves(part))
+        for rank, part in parts.items()
+    }
+    _check_alike("the targets of a sample", told, "Cast and pad y alike everywhere.")
+    return tree_map(lambda *of_leaf: torch.cat(of_leaf), *parts.values())
 
 
 def _gathered(
@@ -51,13 +60,22 @@ def _gathered(
     outputs: Sequence[Outputs | None],
 ) -> Linearization:
     """Return a linearization by those of the ranks, with outputs of all their samples."""
+    # Outputs in the order of the ranks, in both precisions.
     parts = [part for part in outputs if part is not None]
-    _check_alike(outputs)
+    told = {
+        rank: f"{list(part.outputs.shape[1:])} {part.outputs.dtype}"
+        + ", also in float64" * part.can_widen
+        for rank, part in enumerate(outputs)
+        if part is not None
+    }
+    remedy = "Pass the same model_fn, and X alike, everywhere."
+    _check_alike("the outputs of a sample", told, remedy)
     narrow = torch.cat([part.outputs for part in parts])
     precise = narrow
     if parts[0].precise is not None:
         precise = torch.cat([part.precise for part in parts if part.precise is not None])
 
+    # What the leader asks of all ranks.
     def in_float64() -> Linearization:
         return _gathered(leader, shards, leaves, *leader.order("widened", number))
 
@@ -115,16 +133,11 @@ def _jacobian(
     )
 
 
-def _check_alike(outputs: Sequence[Outputs | None]) -> None:
-    """Require outputs of one shape and dtype on all ranks."""
-    told = {
-        rank: (list(part.outputs.shape[1:]), part.outputs.dtype, part.can_widen)
-        for rank, part in enumerate(outputs)
-        if part is not None
-    }
+def _check_alike(what: str, told: Mapping[int, str], remedy: str) -> None:
+    """Require what is told of a sample to be the same on all ranks that have one."""
     first, *others = told
     for rank in others:
         if told[rank] != told[first]:
-            rule = "a sample's outputs must have the same shape and dtype on all ranks"
-            got = "; ".join(f"rank {r}: {told[r][0]} {told[r][1]}" for r in (first, rank))
-            raise BadValue(sentence(rule, got, "Pass the same model_fn, and X alike, everywhere."))
+            rule = f"{what} must have the same shape and dtype on all ranks"
+            got = "; ".join(f"rank {r}: {told[r]}" for r in (first, rank))
+            raise BadValue(sentence(rule, got, remedy))

@@ -89,10 +89,11 @@ def numbers_on(shard: range, samples: Int[Tensor, " n"] | None) -> Int[Tensor, "
 
 def own_basis(basis: Basis, rows: Rows) -> OwnBasis:
     """Return the basis of some of its samples, to be passed to their rank."""
-    entries = stored(basis)[rows]
+    entries = stored(basis)
     if len(entries) > 1 and entries.stride(0) == 0:
-        return OwnBasis(with_stored(basis, entries[:1]), len(entries))
-    return OwnBasis(with_stored(basis, entries), None)
+        count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        return OwnBasis(with_stored(basis, entries[:1]), count)
+    return OwnBasis(with_stored(basis, entries[rows]), None)
 
 
 def basis_of(own: OwnBasis) -> Basis:

@@ -21,6 +21,7 @@ from ddnewton.columns.gram import slopes_of, sums_of
 from ddnewton.columns.normal_equations import equations_of_one, scaled_rows, weighted_rows
 from ddnewton.columns.ring import Part, RankTile, ring
 from ddnewton.columns.units import densely
+from ddnewton.distributed.fingerprints import generators_in
 from ddnewton.distributed.team import Team
 from ddnewton.inputs.term_names import about_term
 from ddnewton.linearize.linearization import Linearization, linearized
@@ -57,6 +58,16 @@ class Shard:
         self._terms: list[int] = []  # of the linearizations
         self._at_once: list[int | None] = []  # how many of their samples, None for all
         self._columns: list[Columns] = []
+        self._generators = generators_in([block.damping for block in arguments.blocks])
+
+    def draws(self) -> list[Tensor]:
+        """Return the states of all generators that rules draw from, which only the leader calls."""
+        return [generator.get_state() for generator in self._generators]
+
+    def drawn(self, states: Sequence[Tensor]) -> None:
+        """Have drawn what the leader has."""
+        for generator, state in zip(self._generators, states, strict=True):
+            generator.set_state(state)
 
     def targets(self, term: int) -> list[PyTree]:
         """Return the targets of a term."""
@@ -114,11 +125,13 @@ class Shard:
 
         The number of the columns is returned as well.
         """
+        # The samples of this rank among those, and their basis.
         linearization, shard = self._linearizations[number], self._samples(self._terms[number])
         own = numbers_on(shard, samples)
         basis, place = self._team.scattered(bases, "bases"), len(self._columns)
         self._columns.append(Columns(None, rows_on(shard, samples)))
 
+        # Their columns, which stay here.
         def make() -> Form | None:
             if linearization is None or not len(own):
                 return None
