@@ -14,19 +14,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.criteria import Criteria
+from ddnewton.distributed.agreement import Processes
 from ddnewton.errors import public
 from ddnewton.inputs.groups import Group, grouped
 from ddnewton.inputs.terms import TermIndices
 from ddnewton.quadratic.arguments import arguments_of, leaves_of
 from ddnewton.quadratic.derivatives import Derivatives
-from ddnewton.quadratic.eigenpairs import derivatives_along, eigenpairs
-from ddnewton.quadratic.flat import check_outputs_depend
-from ddnewton.quadratic.matrices import gram_matrices
+from ddnewton.quadratic.eigenpairs import all_eigenvalues, derivatives_along, eigenpairs
+from ddnewton.quadratic.matrices import whole_gram_matrices
 from ddnewton.quadratic.matrix_free.leading_directions import free_derivatives, free_eigenpairs
-from ddnewton.quadratic.matrix_free.ways import either_way, refuse_free
-from ddnewton.quadratic.quadratic_model import quadratic_model
-from ddnewton.quadratic.spectrum import eigenvalues
-from ddnewton.quadratic.summed_model import model_and_matrices
+from ddnewton.quadratic.matrix_free.ways import either_way, on_all_ranks, refuse_free
 from ddnewton.trees import unflatten
 from ddnewton.types import AnyModelFn, GramWays, PyTree, Select
 
@@ -44,6 +41,7 @@ def ggn_eigvalsh(
     subsampling_ggn: TermIndices | None = None,
     gram: GramWays = "auto",
     chunk_size: int | None = None,
+    process_group: Processes = None,
 ) -> Float[Tensor, " i"] | Any:
     r"""Return the eigenvalues of the generalized Gauss-Newton matrix, ascending.
 
@@ -73,13 +71,11 @@ def ggn_eigvalsh(
         subsampling_ggn=subsampling_ggn,
         gram=gram,
         chunk_size=chunk_size,
+        process_group=process_group,
         gradient=False,
     )
     refuse_free(arguments, "all eigenvalues", "For leading ones pass select=top_k(k) to ggn_eigh.")
-    with model_and_matrices(arguments, resolved=False) as (model, matrices):
-        check_outputs_depend(model, matrices)
-        evals = [eigenvalues(matrix).to(model.dtype) for matrix in matrices]
-    return grouped(evals, groups)
+    return grouped(on_all_ranks(arguments, all_eigenvalues), groups)
 
 
 @public
@@ -97,6 +93,7 @@ def ggn_eigh(
     gram: GramWays = "auto",
     tol: float = 1e-2,
     chunk_size: int | None = None,
+    process_group: Processes = None,
 ) -> tuple[Float[Tensor, " k"], PyTree] | Any:
     r"""Return eigenvalues of the generalized Gauss-Newton matrix, and their eigenvectors.
 
@@ -132,6 +129,7 @@ def ggn_eigh(
         gram=gram,
         tol=tol,
         chunk_size=chunk_size,
+        process_group=process_group,
         gradient=False,
     )
     evals, vectors, dtype = either_way(arguments, eigenpairs, free_eigenpairs)
@@ -158,6 +156,7 @@ def directional_derivatives(
     gram: GramWays = "auto",
     tol: float = 1e-2,
     chunk_size: int | None = None,
+    process_group: Processes = None,
 ) -> Derivatives | Any:
     r"""Return slopes and curvatures of every sample's loss along eigenvectors of the GGN.
 
@@ -198,6 +197,7 @@ def directional_derivatives(
         gram=gram,
         tol=tol,
         chunk_size=chunk_size,
+        process_group=process_group,
     )
     pairs, dtype = either_way(arguments, derivatives_along, free_derivatives)
     pairs = [Derivatives(*(part.to(dtype) for part in pair)) for pair in pairs]
@@ -217,6 +217,7 @@ def gram_matrix(
     subsampling_ggn: TermIndices | None = None,
     gram: GramWays = "auto",
     chunk_size: int | None = None,
+    process_group: Processes = None,
 ) -> Float[Tensor, "i i"] | Any:
     r"""Return the Gram matrix VᵀV, which has the nonzero eigenvalues of the GGN VVᵀ.
 
@@ -249,11 +250,9 @@ def gram_matrix(
         subsampling_ggn=subsampling_ggn,
         gram=gram,
         chunk_size=chunk_size,
+        process_group=process_group,
         gradient=False,
         takes_batches=False,
     )
     refuse_free(arguments, "the Gram matrix", "ggn_eigh has its leading part, by select=top_k(k).")
-    with quadratic_model(arguments) as model:
-        matrices = gram_matrices(model)
-        check_outputs_depend(model, matrices)
-    return grouped([matrix.to(model.dtype) for matrix in matrices], groups)
+    return grouped(on_all_ranks(arguments, whole_gram_matrices), groups)

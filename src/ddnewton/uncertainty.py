@@ -8,38 +8,23 @@ They are what `scipy.optimize.curve_fit` returns, for any pytree of parameters.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import product
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ddnewton.criteria import Criteria
 from ddnewton.criteria.noise import about_noise, of_likelihood
-from ddnewton.errors import BadType, public, sentence, warn
+from ddnewton.distributed.agreement import Processes, agreeing, team_of
+from ddnewton.errors import BadType, public, sentence
 from ddnewton.inputs.term_names import about_term
 from ddnewton.quadratic.arguments import arguments_of
-from ddnewton.quadratic.flat import check_outputs_depend
-from ddnewton.quadratic.inverse_root import inverse_root
-from ddnewton.quadratic.matrices import in_float64
-from ddnewton.quadratic.matrix_free.ways import refuse_free
-from ddnewton.quadratic.quadratic_model import quadratic_model
-from ddnewton.quadratic.residual_noise import Noise, noise_of_residuals
-from ddnewton.transforms import any_known, unwrapped
+from ddnewton.quadratic.covariance_root import Uncertainty, uncertainty_of
+from ddnewton.quadratic.matrix_free.ways import on_all_ranks, refuse_free
 from ddnewton.trees import named_leaves, tree_flatten, tree_unflatten, unflattened
 from ddnewton.types import AnyModelFn, GramWays, PyTree
-
-NAMED = 4
-"""How many parameters a warning names."""
-
-
-class Uncertainty(NamedTuple):
-    """A root W of a covariance W Wᵀ, infinite where there is none."""
-
-    root: Float[Tensor, "d k"]
-    finite: Bool[Tensor, ""]
 
 
 @public
@@ -54,6 +39,7 @@ def covariance(
     absolute_sigma: bool = False,
     gram: GramWays = "auto",
     chunk_size: int | None = None,
+    process_group: Processes = None,
 ) -> PyTree:
     r"""Return the covariance of fitted parameters.
 
@@ -85,8 +71,8 @@ def covariance(
         As for `scipy.optimize.curve_fit`: whether the weights of squared errors are 1/σ² of the
         noise itself, ``mse(weight=1 / sigma**2)``, so that s² is 1 and not estimated. The weights
         of likelihoods always are what they say.
-    gram, chunk_size
-        As for `ddnewton.newton_step`; not "free".
+    gram, chunk_size, process_group
+        As for `ddnewton.newton_step`; gram not "free".
 
     Returns
     -------
@@ -122,6 +108,7 @@ def covariance(
         absolute_sigma=absolute_sigma,
         gram=gram,
         chunk_size=chunk_size,
+        process_group=process_group,
     )
     matrix = uncertainty.root @ uncertainty.root.mT
     matrix = torch.where(uncertainty.finite, matrix, torch.inf)
@@ -151,6 +138,7 @@ def standard_errors(
     absolute_sigma: bool = False,
     gram: GramWays = "auto",
     chunk_size: int | None = None,
+    process_group: Processes = None,
 ) -> PyTree:
     r"""Return the standard errors of fitted parameters, the roots of `covariance`'s diagonal.
 
@@ -177,6 +165,7 @@ def standard_errors(
         absolute_sigma=absolute_sigma,
         gram=gram,
         chunk_size=chunk_size,
+        process_group=process_group,
     )
     errors = torch.linalg.vector_norm(uncertainty.root, dim=1)
     return unflattened(torch.where(uncertainty.finite, errors, torch.inf), params)
@@ -192,22 +181,18 @@ def _uncertainty(
     absolute_sigma: bool,
     gram: GramWays,
     chunk_size: int | None,
+    process_group: Processes,
 ) -> Uncertainty:
     """Return the root of the covariance of fitted parameters."""
-    _check_arguments(params, absolute_sigma)
-    ways: Any = {"gram": gram, "chunk_size": chunk_size, "gradient": False, "takes_batches": False}
-    with about_noise():
-        arguments = arguments_of(model_fn, params, X, y, _likelihoods(criterion), **ways)
-        refuse_free(arguments, "a covariance", 'Leave gram at "auto".')
-    # The rows of the residuals, and what these leave undetermined.
-    with about_noise(), quadratic_model(arguments) as expanded:
-        model = in_float64(expanded)
-        noise = noise_of_residuals(model, absolute_sigma)
-        root, undetermined = inverse_root(model.curvature_jacobians, noise.weights)
-        check_outputs_depend(model, [torch.diag(~undetermined).double()])
-    _warn_of(undetermined, noise, params)
-    finite = ~undetermined.any() & noise.variance.isfinite()
-    return Uncertainty(noise.variance.sqrt() * root, finite)
+    team = team_of(process_group, params)
+    with agreeing(team):
+        _check_arguments(params, absolute_sigma)
+        ways: Any = {"gram": gram, "chunk_size": chunk_size, "process_group": team}
+        ways |= {"gradient": False, "takes_batches": False}
+        with about_noise():
+            arguments = arguments_of(model_fn, params, X, y, _likelihoods(criterion), **ways)
+            refuse_free(arguments, "a covariance", 'Leave gram at "auto".')
+    return on_all_ranks(arguments, partial(uncertainty_of, absolute_sigma=absolute_sigma))
 
 
 def _likelihoods(criterion: Criteria) -> Criteria:
@@ -231,30 +216,3 @@ def _check_arguments(params: PyTree, absolute_sigma: object) -> None:
             rule, got = "params must be real for a covariance", f"params{path}: {leaf.dtype}"
             remedy = "Let params be torch.view_as_real of them, and model_fn view_as_complex them."
             raise BadType(sentence(rule, got, remedy))
-
-
-def _warn_of(undetermined: Bool[Tensor, " d"], noise: Noise, params: PyTree) -> None:
-    """Warn of a covariance that is infinite, and say why."""
-    if any_known(undetermined):
-        names = _names(params)
-        mask = unwrapped(undetermined).reshape(-1, len(names)).any(0)
-        named = [name for name, given in zip(names, mask.tolist(), strict=True) if given]
-        more = ", …" if len(named) > NAMED else ""
-        warn(
-            f"the covariance is infinite, as the data do not determine {', '.join(named[:NAMED])}"
-            f"{more}: a change of these changes no output. Fix one in model_fn, or add data."
-        )
-    elif any_known(~noise.variance.isfinite()):
-        warn(
-            "the covariance is infinite, as no more residuals than parameters leave nothing to "
-            "estimate the noise from. Pass absolute_sigma=True if its variance is known."
-        )
-
-
-def _names(params: PyTree) -> list[str]:
-    """Return a name for every number in the parameters."""
-    return [
-        f"params{path}{list(place) if place else ''}"
-        for path, leaf in named_leaves(params)
-        for place in product(*map(range, leaf.shape))
-    ]

@@ -135,11 +135,15 @@ def as_function(
 
 
 def module_functions(
-    caller: str, module: nn.Module, forward: Forward | Mapping[Any, Forward] | None
+    caller: str,
+    module: nn.Module,
+    forward: Forward | Mapping[Any, Forward] | None,
+    process_group: object = None,
 ) -> dict[Any, ModuleFunction]:
     """Return a module, without what runs it in parallel or compiled, as a function of every term.
 
-    The name of a loss that is one term is None.
+    The name of a loss that is one term is None. Where samples are of a ``process_group``, it stands
+    in for what a wrapper exchanges.
     """
     if not isinstance(module, nn.Module):
         rule, remedy = f"{caller}: module must be an nn.Module", "Pass the net itself."
@@ -155,21 +159,23 @@ def module_functions(
     if not forwards:
         rule, remedy = f"{caller}: forward must hold at least one term", f"Pass {EXAMPLE}."
         raise BadValue(sentence(rule, "an empty dict", remedy))
-    inside = _inside_wrappers(module)
+    inside = _inside_wrappers(module, exchanging=process_group is not None)
     return {name: ModuleFunction(inside, function) for name, function in forwards.items()}
 
 
-def _inside_wrappers(module: nn.Module) -> nn.Module:
+def _inside_wrappers(module: nn.Module, *, exchanging: bool) -> nn.Module:
     """Return the module inside of wrappers that run it in parallel or compiled.
 
     It has the same parameters, under names without the wrapper's prefix.
     """
     while True:
         if isinstance(module, nn.parallel.DistributedDataParallel):
-            if module.process_group.size() > 1:
+            if module.process_group.size() > 1 and not exchanging:
                 warn(
-                    "nothing is exchanged with other processes: a step is that of the batch of this"
-                    " process alone, and modules stay the same only where all have the same batches"
+                    "nothing is exchanged with other processes by the module: a step is that of the"
+                    " batch of this process alone, and modules stay the same only where all have "
+                    "the same batches, or the step has a process_group. Pass module.module and "
+                    "process_group=module.process_group."
                 )
             module = module.module
         elif isinstance(module, nn.DataParallel):

@@ -12,16 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddnewton.criteria import Criteria
+from ddnewton.distributed.agreement import Processes, agreeing, team_of
+from ddnewton.distributed.fingerprints import options_told
 from ddnewton.errors import on_behalf, public
 from ddnewton.inputs.checks import check_params
 from ddnewton.inputs.groups import Group, blocks_of
 from ddnewton.inputs.scale import Scale, scale_of
-from ddnewton.inputs.terms import TermIndices, terms_of
+from ddnewton.inputs.terms import TermIndices
 from ddnewton.optim.adaptation import Adaptation, LearningRate
 from ddnewton.optim.box import Bounds, box_of
 from ddnewton.optim.fit_loop import Job, check_alone, check_watching, fitted, watcher
 from ddnewton.optim.fit_record import Fit
-from ddnewton.optim.fitted_model import fitted_model
+from ddnewton.optim.fitted_model import with_fitted_model
 from ddnewton.optim.functional import directional_newton
 from ddnewton.optim.points import are_fixed, check_points, points_at
 from ddnewton.optim.progress import progress_of
@@ -64,6 +66,7 @@ def fit(
     gram: GramWays = "auto",
     tol: float = 1e-2,
     chunk_size: int | None = None,
+    process_group: Processes = None,
 ) -> Fit:
     r"""Fit parameters: update them until the loss is at its minimum.
 
@@ -116,6 +119,10 @@ def fit(
         As for `ddnewton.directional_newton`. Bounds do not go with momentum.
     select, groups, subsampling_grad, subsampling_ggn, subsampling_curvature, gram, tol, chunk_size
         As for `ddnewton.newton_step`.
+    process_group
+        As for `ddnewton.newton_step`: X and y, or what they return, are this rank's samples, and
+        the `Fit` is the same on all. ``callback`` is called on every rank, and ends the fit on all
+        of them; the first one shows the progress and has the clock. Ctrl-C is not caught.
 
     Returns
     -------
@@ -199,56 +206,50 @@ def fit(
     >>> result.reason.startswith("converged")
     True
     """
-    # Refuse what breaks a rule, before any work.
     limits = Limits(ftol, xtol, gtol, max_updates, max_seconds)
-    check_limits(limits)
-    check_watching(callback, progress)
-    check_params(params)
-    check_points(X=X, y=y)
-    check_alone(params, X, y)
-    plan = on_behalf(directional_newton)(
-        model_fn,
-        criterion,
-        damping,
-        learning_rate=learning_rate,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        trust_radius=trust_radius,
-        scale=scale,
-        select=select,
-        complement=complement,
-        groups=groups,
-        subsampling_grad=subsampling_grad,
-        subsampling_ggn=subsampling_ggn,
-        subsampling_curvature=subsampling_curvature,
-        gram=gram,
-        tol=tol,
-        chunk_size=chunk_size,
-    ).update
-    settings = plan.settings
-    blocks_of(groups, params, select, settings.adaptation.rule)
-    decays_of(weight_decay, params)
-    scale_of(settings.scale, params)
-    kept = {"momentum": bool(settings.momentum), "sizes": isinstance(settings.scale, str)}
-    start = first_state(params, **kept) if state is None else state
-    check_state(start, params, **kept)
-    if bounds is not None:
-        check_bounded(settings, subsampling_curvature)
-        settings = settings._replace(box=box_of(bounds, params))
-    # Find the layers of the model, if that pays, at the first points.
     points = lru_cache(1)(partial(points_at, (X, y)))
-    samples = {
-        "subsampling_grad": subsampling_grad,
-        "subsampling_ggn": subsampling_ggn,
-        "subsampling_curvature": subsampling_curvature,
-    }
-    first_X, first_y = points(int(start.updates))
-    terms = terms_of(model_fn, first_X, first_y, criterion, gram, samples)
-    model = fitted_model(terms, params)
-    options = {**plan.arguments.keywords, "gram": model.gram}
-    arguments = partial(plan.arguments.func, model.model_fn, **options)
-    plan = replace(plan, settings=settings, arguments=arguments)
+    team = team_of(process_group, params)
+    with agreeing(team, lambda: options_told({"bounds": bounds, **limits._asdict()})):
+        # Refuse what breaks a rule, before any work.
+        check_limits(limits)
+        check_watching(callback, progress)
+        check_params(params)
+        check_points(X=X, y=y)
+        check_alone(params, X, y)
+        plan = on_behalf(directional_newton)(
+            model_fn,
+            criterion,
+            damping,
+            learning_rate=learning_rate,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            trust_radius=trust_radius,
+            scale=scale,
+            select=select,
+            complement=complement,
+            groups=groups,
+            subsampling_grad=subsampling_grad,
+            subsampling_ggn=subsampling_ggn,
+            subsampling_curvature=subsampling_curvature,
+            gram=gram,
+            tol=tol,
+            chunk_size=chunk_size,
+            process_group=process_group,
+        ).update
+        settings = plan.settings
+        blocks_of(groups, params, select, settings.adaptation.rule)
+        decays_of(weight_decay, params)
+        scale_of(settings.scale, params)
+        kept = {"momentum": bool(settings.momentum), "sizes": isinstance(settings.scale, str)}
+        start = first_state(params, **kept) if state is None else state
+        check_state(start, params, **kept)
+        if bounds is not None:
+            check_bounded(settings, subsampling_curvature)
+            plan = replace(plan, settings=settings._replace(box=box_of(bounds, params)))
+        # Find the layers of the model, if that pays, at the first points.
+        plan = with_fitted_model(plan, params, *points(int(start.updates)), team=team)
+        fixed = are_fixed(team, X, y)
     # Update until there is a reason to end.
-    with progress_of(progress, max_updates) as tell:
-        job = Job(plan, points, are_fixed(X, y), limits, watcher(callback, tell))
+    with progress_of(progress and (team is None or team.leads), max_updates) as tell:
+        job = Job(plan, points, fixed, limits, watcher(callback, tell), team)
         return fitted(job, params, start)

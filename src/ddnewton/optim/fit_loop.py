@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 
+from ddnewton.distributed.team import Team
 from ddnewton.errors import BadType, BadValue, NotFinite, sentence
 from ddnewton.inputs.callables import accepts_arguments
 from ddnewton.optim.fit_record import Fit, continued, history_of
+from ddnewton.optim.local_model import LocalModel
 from ddnewton.optim.progress import Tell
 from ddnewton.optim.pure_functions import Update, observed_update
+from ddnewton.optim.search import Step
 from ddnewton.optim.state import State
-from ddnewton.optim.stopping import Limits, verdict
+from ddnewton.optim.stopping import Limits, Verdict, verdict
 from ddnewton.transforms import is_batched
 from ddnewton.trees import tree_leaves
 from ddnewton.types import PyTree
@@ -32,6 +34,7 @@ class Job(NamedTuple):
     fixed: bool  # whether the points are the same at every update
     limits: Limits
     watch: Callable[[Fit], str]
+    team: Team | None  # the ranks that hold the points
 
 
 def fitted(job: Job, params: PyTree, state: State) -> Fit:
@@ -46,10 +49,11 @@ def fitted(job: Job, params: PyTree, state: State) -> Fit:
             # The best has the lowest loss; at other points the losses before say nothing.
             if best is None or not job.fixed or not latest.loss > best.loss:
                 best = latest
-            watched = job.watch(latest)
-            reason = reason or watched or _out_of(job.limits, latest, began)
+            watched = _watched(job, latest, began)
+            reason = reason or watched
     except KeyboardInterrupt:
-        if best is None:  # there is nothing yet to return
+        # There is nothing yet to return, or ranks that are not where this one is.
+        if best is None or job.team is not None:
             raise
         reason = "interrupted: by the keyboard"
     except NotFinite as error:
@@ -64,12 +68,15 @@ def fitted(job: Job, params: PyTree, state: State) -> Fit:
 def _updated(job: Job, params: PyTree, state: State, before: Fit | None) -> tuple[Fit, str]:
     """Return the fit after one more update, and why it is the last one, or ""."""
     began = time.monotonic()
-    X, y = job.points(int(state.updates))
-    observe = partial(verdict, job.limits, state.control if job.fixed else None)
-    (params, state, info), (cosine, reason) = observed_update(
-        *(job.plan, params, state, X, y), observe=observe
+    control, updates = state.control if job.fixed else None, int(state.updates)
+
+    def observe(local: LocalModel, step: Step) -> tuple[Verdict, float]:
+        return verdict(job.limits, control, local, step), time.monotonic() - began
+
+    (params, state, info), ((cosine, reason), seconds) = observed_update(
+        *(job.plan, params, state, lambda: job.points(updates)), observe=observe
     )
-    history = history_of(info, cosine, time.monotonic() - began)
+    history = history_of(info, cosine, seconds)
     if before is not None:
         history = continued(before.history, history)
     fit = Fit(
@@ -99,11 +106,22 @@ def watcher(callback: Callable[[Fit], object] | None, tell: Tell) -> Callable[[F
     return watch
 
 
-def _out_of(limits: Limits, fit: Fit, began: float) -> str:
+def _watched(job: Job, fit: Fit, began: float) -> str:
+    """Return why a fit ends that has been shown, on any of the ranks, or is out of time, or ""."""
+
+    def shown() -> tuple[str, float]:
+        return job.watch(fit), time.monotonic() - began
+
+    of_ranks = [shown()] if job.team is None else job.team.exchanged(shown)
+    reasons = (reason for reason, _ in of_ranks if reason)
+    return next(reasons, _out_of(job.limits, fit, of_ranks[0][1]))
+
+
+def _out_of(limits: Limits, fit: Fit, seconds: float) -> str:
     """Return the reason of a fit whose updates or seconds are used up, or ""."""
     if limits.max_updates is not None and fit.updates >= limits.max_updates:
         return f"ended after max_updates = {limits.max_updates}"
-    if limits.max_seconds is not None and time.monotonic() - began >= limits.max_seconds:
+    if limits.max_seconds is not None and seconds >= limits.max_seconds:
         return f"ended after max_seconds = {limits.max_seconds:g}"
     return ""
 

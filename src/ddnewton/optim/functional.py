@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from ddnewton.criteria import Criteria
+from ddnewton.distributed.agreement import Processes
 from ddnewton.errors import public
 from ddnewton.inputs.checks import check_functions, check_options
 from ddnewton.inputs.groups import Group
@@ -20,6 +21,7 @@ from ddnewton.optim.adaptation import (
     as_adaptation,
     trust_region,
 )
+from ddnewton.optim.group_reference import GroupReference
 from ddnewton.optim.notices import Notices
 from ddnewton.optim.pure_functions import FirstState, Update
 from ddnewton.optim.settings import (
@@ -61,6 +63,7 @@ def directional_newton(
     gram: GramWays = "auto",
     tol: float = 1e-2,
     chunk_size: int | None = None,
+    process_group: Processes = None,
 ) -> FunctionalOptimizer:
     r"""Return an optimizer of damped Newton steps, as a pair of pure functions.
 
@@ -121,6 +124,9 @@ def directional_newton(
         As for `ddnewton.newton_step`, or "damping": outside the kept directions damp by δ, as
         inside. With it, and Monte-Carlo or sub-sampled curvature, all of the gradient counts. To a
         number, what adapts is added.
+    process_group
+        As for `ddnewton.newton_step`: X and y of ``update`` are this rank's samples; parameters,
+        state and info are the same on all. Copies share the group, and a pickle refuses it.
 
     Returns
     -------
@@ -193,6 +199,7 @@ def directional_newton(
         subsampling_grad,
         subsampling_ggn,
         Notices(),
+        group=GroupReference(process_group),
         automatic=is_automatic(gram),
         automatic_scale=isinstance(scale, str) and scale == "auto",
     )

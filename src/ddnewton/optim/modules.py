@@ -18,7 +18,7 @@ from ddnewton.linearize.structured.prepare import Untraceable, no_layers, prepar
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.process import ONE_THREAD
 from ddnewton.trees import TreeSpec, parameter_count, sample_count, take, tree_flatten
-from ddnewton.types import GramWay, GramWays, ModelFn, PyTree
+from ddnewton.types import GramWays, ModelFn, PyTree
 
 COMPARED_BY_VALUE = (
     bool,
@@ -59,34 +59,28 @@ def traced_terms(
     params: PyTree,
     X: PyTree,
     gram: GramWays,
+    least: int = 1,
 ) -> dict[Name, list[TracedModule]]:
     """Return the function of every term, in front of those before: as `traced_modules` does.
 
     Layers are searched for at once where columns are to be formed from them, and not at all where
-    they are to be dense, or free.
+    they are to be dense, or free. There are the ``least`` number of samples of every term, or more;
+    where there are none, those before are kept.
     """
     check_keys(one_or_several(functions), X=X)
     traced = {}
     for name, function in functions.items():
         way = gram[name] if isinstance(gram, Mapping) else gram
-        traced[name] = [TracedModule(function, [], [], "", -1)]
-        if way in ("auto", "structured"):
-            with about_term(name):
-                kept, inputs = before.get(name, []), of_term(X, name)
+        kept, inputs = before.get(name, []), of_term(X, name)
+        with about_term(name):
+            check_batch(X=inputs, least=least)
+            looks = way in ("auto", "structured")
+            if looks and sample_count(inputs):
                 traced[name] = traced_modules(kept, function, params, inputs, way == "structured")
+            else:
+                unseen = TracedModule(function, [], [], None if looks else "", -1)
+                traced[name] = [unseen, *(one for one in kept if one.fingerprint)]
     return traced
-
-
-def gram_ways(traced: Mapping[Name, Sequence[TracedModule]], gram: GramWays) -> dict[Name, GramWay]:
-    """Return how the columns of every term are formed.
-
-    What has no layers, or none yet, is not searched for them at every step.
-    """
-    ways: dict[Name, GramWay] = {}
-    for name, (current, *_) in traced.items():
-        way = gram[name] if isinstance(gram, Mapping) else gram
-        ways[name] = "dense" if way == "auto" and current.slow is not None else way
-    return ways
 
 
 def traced_modules(
@@ -103,7 +97,6 @@ def traced_modules(
     ``at_once``, or when the updates without them have taken as long as the search does. For a
     module that cannot be traced the function is ``model_fn``, without layers.
     """
-    check_batch(X=X)
     module = model_fn.module
     with ONE_THREAD:
         # One before holds as long as nothing has changed but the trained parameters.
@@ -111,7 +104,8 @@ def traced_modules(
         tensors = (*module.parameters(), *module.buffers())
         untrained = [tensor for tensor in tensors if id(tensor) not in trained]
         fingerprint = list(_fingerprint(module, trained, params, X))
-        alike = [one for one in before if _all_alike(equal, one.untrained, untrained)]
+        known = [one for one in before if one.fingerprint]
+        alike = [one for one in known if _all_alike(equal, one.untrained, untrained)]
         right = (one for one in alike if _all_alike(_is_same, one.fingerprint, fingerprint))
         current = next(right, None)
         kept = [one for one in alike if one is not current][: TRACES_KEPT - 1]
@@ -121,7 +115,7 @@ def traced_modules(
             current = TracedModule(model_fn, fingerprint, copies, "", count)
         # Trace the module when it is time to, or call it as it is where that fails.
         if current.updates_left == 0:
-            traced, slow = with_layers(model_fn, params, X)
+            traced, slow = with_layers(model_fn, params, X, sample_count(X))
             current = current._replace(model_fn=traced, slow=slow)
         return [current._replace(updates_left=current.updates_left - 1), *kept]
 
@@ -134,7 +128,7 @@ def _updates_to_trace(
     Of a tiny problem they save half of an update's overhead, of any other its dense products; what
     a trace of it takes is told by one of samples of another shape, and until there is one, nothing.
     """
-    count, d = output_count(model_fn, params, X), parameter_count(params)
+    count, d = output_count(model_fn, params, X, sample_count(X)), parameter_count(params)
     if is_tiny(count, d):
         return UPDATES_TO_TRACE
     graphs = [one.model_fn.sample.graph for one in before if isinstance(one.model_fn, Prepared)]
@@ -142,18 +136,21 @@ def _updates_to_trace(
     return int(nodes * FLOPS_OF_NODE / dense_flops(count, d))
 
 
-def output_count(model_fn: ModelFn, params: PyTree, X: PyTree) -> int:
-    """Return the number of outputs of all samples."""
+def output_count(model_fn: ModelFn, params: PyTree, X: PyTree, n: int) -> int:
+    """Return the number of outputs of n samples, given some of them."""
     outputs = evaluate(model_fn, params, take(X, slice(0, 1)), None).outputs
-    return outputs.numel() * sample_count(X)
+    return outputs.numel() * n
 
 
-def with_layers(model_fn: ModelFn, params: PyTree, X: PyTree) -> tuple[ModelFn, str | None]:
-    """Return a module as a function with layers, or as it is and why it has none."""
+def with_layers(model_fn: ModelFn, params: PyTree, X: PyTree, n: int) -> tuple[ModelFn, str | None]:
+    """Return a module as a function with layers, or as it is and why it has none.
+
+    Of a batch of n samples some are given.
+    """
     try:
         return prepare(model_fn, params, X), None
     except Untraceable as reason:
-        tiny = is_tiny(output_count(model_fn, params, X), parameter_count(params))
+        tiny = is_tiny(output_count(model_fn, params, X, n), parameter_count(params))
         return model_fn, "" if tiny else no_layers(reason)
 
 

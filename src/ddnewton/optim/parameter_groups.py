@@ -39,6 +39,23 @@ def without_options(param_group: Mapping[str, Any]) -> tuple[dict[str, Any], dic
     return group, options
 
 
+def grouped_parameters(param_groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    """Return the parameters of all groups, in the order of the groups."""
+    return [p for group in param_groups for p in group["params"]]
+
+
+def trained_parameters(
+    param_groups: Sequence[Mapping[str, Any]], named: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return those ``named`` parameters of a module in groups that require gradients, in order."""
+    grouped = {id(p) for p in grouped_parameters(param_groups)}
+    if not grouped <= {id(p) for p in named.values()}:
+        rule = "step: the parameters of all groups must still be those of the module"
+        remedy = "Load with assign=False, or make the optimizer after changing the module."
+        raise BadValue(sentence(rule, "others in their place", remedy))
+    return {name: p for name, p in named.items() if id(p) in grouped and p.requires_grad}
+
+
 def as_blocks(
     param_groups: Sequence[Mapping[str, Any]],
     group_options: Sequence[Mapping[str, Any]],

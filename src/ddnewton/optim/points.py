@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ddnewton.distributed.team import Team
 from ddnewton.errors import BadType, sentence
 from ddnewton.inputs.callables import accepts_updates, not_samples
 from ddnewton.trees import named_leaves, tree_leaves, tree_map
@@ -25,6 +26,7 @@ def points_at(points: PyTree, updates: int) -> PyTree:
     return tree_map(lambda leaf: leaf(updates) if callable(leaf) else leaf, points)
 
 
-def are_fixed(*points: PyTree) -> bool:
-    """Return whether inputs and targets are the same at every update."""
-    return not any(map(callable, tree_leaves(points)))
+def are_fixed(team: Team | None, *points: PyTree) -> bool:
+    """Return whether inputs and targets are the same at every update, on all ranks."""
+    fixed = not any(map(callable, tree_leaves(points)))
+    return fixed if team is None else all(team.exchanged(lambda: fixed))

@@ -12,12 +12,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ddnewton.distributed.agreement import agreeing, team_of
+from ddnewton.distributed.fingerprints import options_told
 from ddnewton.distributed.team import Team
 from ddnewton.errors import public
 from ddnewton.inputs.checks import check_params
 from ddnewton.inputs.held_out_samples import first_samples
 from ddnewton.inputs.terms import TermIndices
 from ddnewton.optim.compiled import has_one_trial, is_all, uncompiled
+from ddnewton.optim.group_reference import GroupReference
 from ddnewton.optim.local_model import LocalModel, added, in_params_units
 from ddnewton.optim.notices import Notices, notice
 from ddnewton.optim.search import Step, search
@@ -29,6 +31,7 @@ from ddnewton.quadratic.matrix_free.free_model import FreeModel, free_model
 from ddnewton.quadratic.matrix_free.ways import either_way
 from ddnewton.quadratic.quadratic_model import QuadraticModel, quadratic_model
 from ddnewton.transforms import any_known
+from ddnewton.trees import tree_leaves, tree_structure, tree_unflatten
 from ddnewton.types import PyTree
 
 T = TypeVar("T")
@@ -55,6 +58,7 @@ class Update:
     subsampling_grad: TermIndices | None
     subsampling_ggn: TermIndices | None
     notices: Notices
+    group: GroupReference
     automatic: bool  # whether it may go by products where matrices do not fit
     automatic_scale: bool  # one by columns, which products do not give, was not asked for
 
@@ -85,7 +89,8 @@ def update(
     plan: Update, params: PyTree, state: State, X: PyTree, y: PyTree
 ) -> tuple[PyTree, State, UpdateInfo]:
     """Return parameters, state and record after a step, as the public ``update`` does."""
-    return observed_update(plan, params, state, X, y, observe=lambda local, step: None)[0]
+    batch = lambda: (X, y)  # noqa: E731
+    return observed_update(plan, params, state, batch, observe=lambda local, step: None)[0]
 
 
 def _arguments(
@@ -108,42 +113,52 @@ def _arguments(
     return arguments, held_out
 
 
+def _told(plan: Update, state: State) -> dict[str, str]:
+    """Return what else than arguments of a step has to be the same on all ranks."""
+    settings = plan.settings._asdict()
+    damping, bounds, rate = (settings.pop(key) for key in ("adaptation", "box", "learning_rate"))
+    settings |= {"damping": damping, "bounds": bounds}
+    settings["learning_rate"] = rate(state.updates) if callable(rate) else rate
+    of_state = {f"state.{name}": part for name, part in state._asdict().items()}
+    return options_told(settings | of_state)
+
+
 def observed_update(
     plan: Update,
     params: PyTree,
     state: State,
-    X: PyTree,
-    y: PyTree,
+    batch: Callable[[], tuple[PyTree, PyTree]],
     *,
     observe: Callable[[LocalModel, Step], T],
 ) -> tuple[tuple[PyTree, State, UpdateInfo], T]:
     """Return parameters, state and record after a step, and what is observed of its search."""
     settings = plan.settings
     # Check what was passed, on all ranks that hold samples.
-    team = team_of(plan.arguments.keywords["process_group"], params)
-    with agreeing(team):
-        arguments, held_out = _arguments(plan, params, state, X, y, team)
+    team = team_of(plan.group.processes, params)
+    with agreeing(team, lambda: _told(plan, state)):
+        arguments, held_out = _arguments(plan, params, state, *batch(), team)
 
-    # Expand the loss, search for a step, and take it: by matrices, or by products.
+    # Expand the loss, search for a step, and take it: by matrices, or by products. What passes
+    # between ranks are leaves, whose trees every rank has.
 
-    def by_model(model: QuadraticModel | FreeModel) -> tuple[tuple[PyTree, State, UpdateInfo], T]:
+    def by_model(model: QuadraticModel | FreeModel) -> tuple[list[Tensor], UpdateInfo, T]:
         local = local_model(model, settings, params, state, held_out)
         step = search(local, settings, state.control)
         info = update_info(local, step, settings)
         notice(plan.notices, local, settings, step, info)
         moved = in_params_units(local, torch.where(step.taken, step.rate * step.vector, 0))
-        updated = added(params, moved, settings.box), next_state(state, local, step), info
-        return updated, observe(local, step)
+        updated = added(params, moved, settings.box), next_state(state, local, step)
+        return tree_leaves(updated), info, observe(local, step)
 
-    def by_matrix(arguments: Arguments) -> tuple[tuple[PyTree, State, UpdateInfo], T]:
+    def by_matrix(arguments: Arguments) -> tuple[list[Tensor], UpdateInfo, T]:
         with quadratic_model(arguments) as model:
             return by_model(model)
 
-    def by_products(arguments: Arguments) -> tuple[tuple[PyTree, State, UpdateInfo], T]:
+    def by_products(arguments: Arguments) -> tuple[list[Tensor], UpdateInfo, T]:
         with free_model(arguments) as model:
             return by_model(model)
 
-    return either_way(
+    leaves, info, observed = either_way(
         arguments,
         by_matrix,
         by_products,
@@ -151,3 +166,9 @@ def observed_update(
         automatic=plan.automatic,
         unscaled=plan.automatic_scale,
     )
+    like = params, state if state.previous == () else state._replace(previous=params)
+    if team is not None:
+        pairs = zip(leaves, tree_leaves(like), strict=True)
+        leaves = [leaf.to(before.device) for leaf, before in pairs]
+    updated, following = tree_unflatten(leaves, tree_structure(like))
+    return (updated, following, info), observed

@@ -11,17 +11,27 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddnewton.criteria import Criteria
+from ddnewton.distributed.agreement import Processes, agreeing, team_of
 from ddnewton.errors import BadValue, sentence
 from ddnewton.inputs.checks import check_nonnegative
 from ddnewton.inputs.module_function import Forward, module_functions
 from ddnewton.inputs.scale import Scale
 from ddnewton.inputs.term_names import one_or_several
 from ddnewton.optim.adaptation import Adaptation, as_adaptation, trust_region
+from ddnewton.optim.agreed_layers import agreed_layers
 from ddnewton.optim.closures import batch_of_step
 from ddnewton.optim.functional import FunctionalOptimizer, directional_newton
-from ddnewton.optim.modules import TracedModule, gram_ways, traced_terms
+from ddnewton.optim.group_reference import GroupReference
+from ddnewton.optim.modules import TracedModule, traced_terms
 from ddnewton.optim.notices import Notices
-from ddnewton.optim.parameter_groups import as_blocks, group_decays, group_rates, without_options
+from ddnewton.optim.parameter_groups import (
+    as_blocks,
+    group_decays,
+    group_rates,
+    grouped_parameters,
+    trained_parameters,
+    without_options,
+)
 from ddnewton.optim.settings import Complement, WeightDecay, check_weight_decay
 from ddnewton.optim.state import UpdateInfo
 from ddnewton.optim.stored_state import (
@@ -70,6 +80,10 @@ class DirectionalNewton(Optimizer):
     forward
         ``forward(module, X) -> outputs``, where the outputs are not ``module(X)``. For a loss of
         several terms, a dict of such functions; X, y and criterion are dicts of the same keys.
+    process_group
+        As for `ddnewton.newton_step`: X and y of ``step`` are this rank's samples; the parameters
+        are the same on all ranks, also those of a module in DistributedDataParallel. Copies of the
+        optimizer share the group, and a pickle refuses it.
 
     Attributes
     ----------
@@ -113,9 +127,10 @@ class DirectionalNewton(Optimizer):
         gram: GramWays = "auto",
         tol: float = 1e-2,
         chunk_size: int | None = None,
+        process_group: Processes = None,
     ) -> None:
         # Check the arguments that only this class has.
-        self._functions = module_functions("DirectionalNewton", module, forward)
+        self._functions = module_functions("DirectionalNewton", module, forward, process_group)
         if lr is not None:
             check_nonnegative("DirectionalNewton: lr", lr)
         # Keep the options: the functional optimizer is made anew in every step, for the groups that
@@ -134,6 +149,7 @@ class DirectionalNewton(Optimizer):
             "tol": tol,
             "chunk_size": chunk_size,
         }
+        self._group = GroupReference(process_group)
         self._group_options: list[dict[str, Any]] = []
         self._traced: dict[Any, list[TracedModule]] = {}
         self._notices = Notices()
@@ -175,21 +191,23 @@ class DirectionalNewton(Optimizer):
             Function that returns the batch, ``(X, y)``. Where X is given as well, it is called
             before the step, and its result is not used.
         """
-        # Read the batch, and the parameters as they are now.
-        X, y = batch_of_step(X, y, closure)
-        params = self._trained()
-        # Find the layers of the module, unless they are those of the last step.
-        gram = self._options["gram"]
-        self._traced = traced_terms(self._traced, self._functions, params, X, gram)
-        functions = {name: traced[0].model_fn for name, traced in self._traced.items()}
-        ways = gram_ways(self._traced, gram)
-        for name, (current, *_) in self._traced.items():
-            if ways[name] == "dense":
-                self._notices.once("layers", current.slow or "")
-        optimizer = self._optimizer(one_or_several(functions), gram=one_or_several(ways))
+        team = team_of(self._group.processes, self._parameters())
+        with agreeing(team):
+            # Read the batch, and the parameters as they are now.
+            X, y = batch_of_step(X, y, closure)
+            params = self._trained()
+            # Find the layers of the module, unless they are those of the last step.
+            gram, least = self._options["gram"], 1 if team is None else 0
+            self._traced = traced_terms(self._traced, self._functions, params, X, gram, least)
+            reasons = {name: traced[0].slow for name, traced in self._traced.items()}
+            functions = {name: traced[0].model_fn for name, traced in self._traced.items()}
+            layers = agreed_layers(functions, reasons, gram, team)
+            optimizer = self._optimizer(layers.model_fn, gram=layers.gram)
+            first = grouped_parameters(self.param_groups)[0]
+            state = from_stored(self.state, optimizer.init(params), params, first)
+        for reason in layers.slow:
+            self._notices.once("layers", reason)
         # Make the step as a pure function of parameters and state.
-        first = self._grouped()[0]
-        state = from_stored(self.state, optimizer.init(params), params, first)
         with restoring_draws(self._criterion):
             updated, state, info = optimizer.update(params, state, X, y)
         # Write the parameters in place, and store the state.
@@ -215,7 +233,7 @@ class DirectionalNewton(Optimizer):
 
         The layers are found again in the next step.
         """
-        names = ("_functions", "_criterion", "_base_rate", "_options", "_group_options")
+        names = ("_functions", "_criterion", "_base_rate", "_options", "_group_options", "_group")
         attributes: dict[str, Any] = super().__getstate__()
         attributes |= {name: getattr(self, name) for name in (*names, "_notices", "info")}
         return attributes | {"_traced": {}}
@@ -224,19 +242,9 @@ class DirectionalNewton(Optimizer):
         """Return the parameters of the module by name."""
         return next(iter(self._functions.values())).parameters()
 
-    def _grouped(self) -> list[Tensor]:
-        """Return the parameters of all groups, in the order of the groups."""
-        return [p for group in self.param_groups for p in group["params"]]
-
     def _trained(self) -> dict[str, Tensor]:
         """Return the parameters in groups that require gradients, in the module's order."""
-        grouped = {id(p) for p in self._grouped()}
-        named = self._parameters()
-        if not grouped <= {id(p) for p in named.values()}:
-            rule = "step: the parameters of all groups must still be those of the module"
-            remedy = "Load with assign=False, or make the optimizer after changing the module."
-            raise BadValue(sentence(rule, "others in their place", remedy))
-        return {name: p for name, p in named.items() if id(p) in grouped and p.requires_grad}
+        return trained_parameters(self.param_groups, self._parameters())
 
     def _optimizer(self, model_fn: AnyModelFn, **options: Any) -> FunctionalOptimizer:
         """Return the optimizer as pure functions, with the groups as they are now."""
@@ -245,6 +253,7 @@ class DirectionalNewton(Optimizer):
             learning_rate="exact" if self._base_rate == "exact" else self._rate,
             weight_decay=group_decays(self.param_groups, self._trained()),
             groups=as_blocks(self.param_groups, self._group_options, self._trained()),
+            process_group=self._group.processes,
             **self._options | options,
         )
         kept: Any = {"notices": self._notices, "automatic": is_automatic(self._options["gram"])}

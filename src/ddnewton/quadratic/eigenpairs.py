@@ -1,4 +1,4 @@
-"""Eigenpairs of all blocks, and the derivatives along them, from the arguments of a call."""
+"""The spectra of all blocks, and the derivatives along them, from the arguments of a call."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ddnewton.quadratic.derivatives import Derivatives
 from ddnewton.quadratic.directions import directions_of, orthonormal
 from ddnewton.quadratic.flat import check_outputs_depend
 from ddnewton.quadratic.quadratic_model import to_parameters
+from ddnewton.quadratic.spectrum import eigenvalues
 from ddnewton.quadratic.summed_model import model_and_matrices
 
 
@@ -29,6 +30,13 @@ class BlockDerivatives(NamedTuple):
 
     pairs: list[Derivatives]
     dtype: torch.dtype
+
+
+def all_eigenvalues(arguments: Arguments) -> list[Float[Tensor, " i"]]:
+    """Return the eigenvalues of all blocks, in the dtype of results."""
+    with model_and_matrices(arguments, resolved=False) as (model, matrices):
+        check_outputs_depend(model, matrices)
+        return [eigenvalues(matrix).to(model.dtype) for matrix in matrices]
 
 
 def eigenpairs(arguments: Arguments) -> BlockEigenpairs:

@@ -13,10 +13,11 @@ from ddnewton.columns.tiles import side_by_side
 from ddnewton.inputs.checks import check_derivatives
 from ddnewton.inputs.groups import Block
 from ddnewton.linearize.precision import resolved_in_float32
-from ddnewton.quadratic.arguments import Scaling
+from ddnewton.quadratic.arguments import Arguments, Scaling
 from ddnewton.quadratic.column_sizes import column_sizes, scale_by_sizes, scaled_matrices
+from ddnewton.quadratic.flat import check_outputs_depend
 from ddnewton.quadratic.gauss_newton import GaussNewton, block_matrices
-from ddnewton.quadratic.quadratic_model import QuadraticModel, expanded
+from ddnewton.quadratic.quadratic_model import QuadraticModel, expanded, quadratic_model
 from ddnewton.trees import along_block
 
 
@@ -102,13 +103,16 @@ def matrices_of(model: QuadraticModel) -> list[GaussNewton]:
     return block_matrices(model.jacobians, len(model.terms), model.leaves, *weights)
 
 
-def gram_matrices(model: QuadraticModel) -> list[Float[Tensor, "i i"]]:
+def whole_gram_matrices(arguments: Arguments) -> list[Float[Tensor, "i i"]]:
     """Return K of every block, on the side of the columns however long that is."""
-    root, curved = model.curvature_weights.sqrt(), model.curvature_jacobians
-    inner = side_by_side(curved, curved, model.leaves)
-    for matrix in inner:
-        check_derivatives(matrix)
-    return [root[:, None] * matrix * root for matrix in inner]
+    with quadratic_model(arguments) as model:
+        root, curved = model.curvature_weights.sqrt(), model.curvature_jacobians
+        inner = side_by_side(curved, curved, model.leaves)
+        for matrix in inner:
+            check_derivatives(matrix)
+        matrices = [root[:, None] * matrix * root for matrix in inner]
+        check_outputs_depend(model, matrices)
+        return [matrix.to(model.dtype) for matrix in matrices]
 
 
 def _resolved(block: Block, matrix: GaussNewton, least_damping: float | Tensor) -> bool:
