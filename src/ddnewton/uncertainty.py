@@ -18,6 +18,7 @@ from torch import Tensor
 from ddnewton.criteria import Criteria
 from ddnewton.criteria.noise import about_noise, of_likelihood
 from ddnewton.distributed.agreement import Processes, agreeing, team_of
+from ddnewton.distributed.fingerprints import options_told
 from ddnewton.errors import BadType, public, sentence
 from ddnewton.inputs.term_names import about_term
 from ddnewton.quadratic.arguments import arguments_of
@@ -185,7 +186,7 @@ def _uncertainty(
 ) -> Uncertainty:
     """Return the root of the covariance of fitted parameters."""
     team = team_of(process_group, params)
-    with agreeing(team):
+    with agreeing(team, lambda: options_told({"absolute_sigma": absolute_sigma})):
         _check_arguments(params, absolute_sigma)
         ways: Any = {"gram": gram, "chunk_size": chunk_size, "process_group": team}
         ways |= {"gradient": False, "takes_batches": False}

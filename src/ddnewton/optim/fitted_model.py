@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 from ddnewton.criteria.monte_carlo import check_criterion
 from ddnewton.distributed.team import Team
@@ -14,7 +13,7 @@ from ddnewton.inputs.term_names import Name, about_term, one_or_several
 from ddnewton.inputs.terms import TermArguments, terms_of
 from ddnewton.linearize.linearization import dense_flops
 from ddnewton.linearize.structured.traced_model import Prepared
-from ddnewton.optim.agreed_layers import Layers, agreed_layers
+from ddnewton.optim.agreed_layers import Layers, Traced, agreed_layers
 from ddnewton.optim.modules import output_count, with_layers
 from ddnewton.optim.pure_functions import Update
 from ddnewton.trees import parameter_count, sample_count
@@ -22,13 +21,6 @@ from ddnewton.types import ModelFn, PyTree
 
 LEAST_FLOPS_TO_TRACE = 5e7
 """From how many flops of dense products an update a trace pays for itself within ten updates."""
-
-
-class Traced(NamedTuple):
-    """The function of a term, and why it has no layers; None where it has, or needs none."""
-
-    model_fn: ModelFn
-    slow: str | None
 
 
 def with_fitted_model(
@@ -62,10 +54,8 @@ def fitted_model(terms: Sequence[TermArguments], params: PyTree, team: Team | No
         with about_term(term.name):
             traced[term.name] = _of_term(term, params)
     # What has no layers on one rank goes without them on all.
-    functions = {name: of_term.model_fn for name, of_term in traced.items()}
-    reasons = {name: of_term.slow for name, of_term in traced.items()}
     gram = {term.name: term.gram for term in terms}
-    layers = agreed_layers(functions, reasons, one_or_several(gram), team)
+    layers = agreed_layers(traced, one_or_several(gram), team)
     for reason in layers.slow:
         warn(reason)
     return layers

@@ -20,7 +20,7 @@ class GroupReference:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return what is pickled, which a group of running processes is not."""
+        """Return the parts of a pickle, which cannot hold a group of running processes."""
         if self.processes is not None:
             rule = "an optimizer that is pickled must have no process_group"
             remedy = "Save its state, and make it anew in every process, with the group there."

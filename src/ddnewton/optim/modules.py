@@ -67,6 +67,7 @@ def traced_terms(
     they are to be dense, or free. There are the ``least`` number of samples of every term, or more;
     where there are none, those before are kept.
     """
+    # Refuse terms that X is not of.
     check_keys(one_or_several(functions), X=X)
     traced = {}
     for name, function in functions.items():
@@ -74,6 +75,7 @@ def traced_terms(
         kept, inputs = before.get(name, []), of_term(X, name)
         with about_term(name):
             check_batch(X=inputs, least=least)
+            # A sample is looked at, where layers are asked for and there is one.
             looks = way in ("auto", "structured")
             if looks and sample_count(inputs):
                 traced[name] = traced_modules(kept, function, params, inputs, way == "structured")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from ddnewton.errors import BadValue, sentence
 from ddnewton.inputs.checks import check_damping, check_nonnegative, check_select
 from ddnewton.inputs.groups import Group
 from ddnewton.trees import real_count
+
+Groups: TypeAlias = Sequence[Mapping[str, Any]]
+"""Those of an optimizer, with the parameters and the options of each."""
 
 GROUP_OPTIONS = ("select", "damping")
 """Options of a group besides its learning rate; they may be functions, and are not in the state."""
@@ -39,14 +42,12 @@ def without_options(param_group: Mapping[str, Any]) -> tuple[dict[str, Any], dic
     return group, options
 
 
-def grouped_parameters(param_groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+def grouped_parameters(param_groups: Groups) -> list[Tensor]:
     """Return the parameters of all groups, in the order of the groups."""
     return [p for group in param_groups for p in group["params"]]
 
 
-def trained_parameters(
-    param_groups: Sequence[Mapping[str, Any]], named: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def trained_parameters(param_groups: Groups, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return those ``named`` parameters of a module in groups that require gradients, in order."""
     grouped = {id(p) for p in grouped_parameters(param_groups)}
     if not grouped <= {id(p) for p in named.values()}:
@@ -57,7 +58,7 @@ def trained_parameters(
 
 
 def as_blocks(
-    param_groups: Sequence[Mapping[str, Any]],
+    param_groups: Groups,
     group_options: Sequence[Mapping[str, Any]],
     params: Mapping[str, Tensor],
 ) -> list[Group] | None:
@@ -75,9 +76,7 @@ def as_blocks(
     return [block for block in blocks if block.params]
 
 
-def group_decays(
-    param_groups: Sequence[Mapping[str, Any]], params: Mapping[str, Tensor]
-) -> float | dict[str, float]:
+def group_decays(param_groups: Groups, params: Mapping[str, Tensor]) -> float | dict[str, float]:
     """Return the weight decay of all trained parameters, or one for each by its name.
 
     A group has a number, or numbers by name; one that was saved without either has none.
@@ -99,8 +98,20 @@ def _decay_of(weight_decay: float | Mapping[str, float], name: str) -> float:
     return weight_decay[name]
 
 
+def rate_after(
+    base: Any,
+    param_groups: Groups,
+    params: Iterable[Tensor],
+    updates: Tensor,
+) -> float | Tensor:
+    """Return a learning rate, or what a function says of it after updates, times the groups'."""
+    rate = base(updates) if callable(base) else base
+    product: float | Tensor = rate * group_rates(param_groups, params, updates.device)
+    return product
+
+
 def group_rates(
-    param_groups: Sequence[Mapping[str, Any]], params: Iterable[Tensor], device: torch.device
+    param_groups: Groups, params: Iterable[Tensor], device: torch.device
 ) -> float | Tensor:
     """Return the learning rate of all groups, or one for every parameter where they differ.
 

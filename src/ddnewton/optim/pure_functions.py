@@ -114,7 +114,7 @@ def _arguments(
 
 
 def _told(plan: Update, state: State) -> dict[str, str]:
-    """Return what else than arguments of a step has to be the same on all ranks."""
+    """Describe settings and state, which have to be the same on all ranks."""
     settings = plan.settings._asdict()
     damping, bounds, rate = (settings.pop(key) for key in ("adaptation", "box", "learning_rate"))
     settings |= {"damping": damping, "bounds": bounds}

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ddnewton.criteria import Criteria
 from ddnewton.criteria.monte_carlo import generators_of
+from ddnewton.optim.parameter_groups import Groups, grouped_parameters
 from ddnewton.optim.state import State
+from ddnewton.types import PyTree
 
 Stored: TypeAlias = Mapping[Tensor, Mapping[str, Any]]
 """The entries of ``Optimizer.state`` by parameter; numbers for all stand at the first parameter."""
 
 
-def to_stored(state: State, params: Mapping[str, Tensor], first: Tensor) -> dict[Tensor, Any]:
+def to_stored(state: State, params: Mapping[str, Tensor], groups: Groups) -> dict[Tensor, Any]:
     """Return a state as `torch.optim` stores it.
 
     Numbers are plain, because loading casts tensors to the dtype of their parameter, and leaves
-    numbers as they are. ``params`` are the trained parameters by their names, and ``first`` is the
-    first parameter of all groups.
+    numbers as they are. ``params`` are the trained parameters by their names.
     """
+    first = grouped_parameters(groups)[0]
     trees = {"previous": state.previous, "sizes": state.sizes}
     stored: dict[Tensor, Any] = {
         p: {key: tree[name] for key, tree in trees.items() if tree} for name, p in params.items()
@@ -33,15 +36,29 @@ def to_stored(state: State, params: Mapping[str, Tensor], first: Tensor) -> dict
     return stored | {first: stored.get(first, {}) | {"step": int(state.updates), **numbers}}
 
 
+def first_stored(
+    init: Callable[[PyTree], State],
+    params: Mapping[str, Tensor],
+    groups: Groups,
+) -> dict[Tensor, Any]:
+    """Return the state before the first step as stored; none where parameters have no values yet.
+
+    For `torch.distributed.checkpoint`, which loads into the entries that there are.
+    """
+    if not params or any(map(is_lazy, params.values())):
+        return {}
+    return to_stored(init(params), params, groups)
+
+
 def from_stored(
-    stored: Stored, initial: State, params: Mapping[str, Tensor], first: Tensor
+    stored: Stored, initial: State, params: Mapping[str, Tensor], groups: Groups
 ) -> State:
     """Return the state that was stored by `to_stored`, or the initial one where nothing was.
 
     A parameter that has no step before, being new among the trained ones, gets the initial one.
     """
-    numbers = stored.get(first)
-    if not numbers:
+    numbers = stored.get(grouped_parameters(groups)[0])
+    if not numbers or not numbers["step"]:
         return initial
     trees = {"previous": initial.previous, "sizes": initial.sizes}
     for key, tree in trees.items():
@@ -55,6 +72,20 @@ def from_stored(
         damping=torch.full_like(initial.damping, numbers["damping"]),
         **trees,
     )
+
+
+def as_saved(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `Optimizer.state_dict` saved, whoever has read it since.
+
+    `torch.distributed.checkpoint` takes all keys for text: numbers that are saved under 0 it brings
+    back under "0", beside those that were there.
+    """
+    entries = state_dict["state"]
+    doubles = {str(key): key for key in entries if isinstance(key, int)}
+    state = {key: dict(entry) for key, entry in entries.items() if key not in doubles}
+    for double in doubles.keys() & entries.keys():
+        state[doubles[double]] |= entries[double]
+    return {**state_dict, "state": state}
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from ddnewton.inputs.module_function import Forward, module_functions
 from ddnewton.inputs.scale import Scale
 from ddnewton.inputs.term_names import one_or_several
 from ddnewton.optim.adaptation import Adaptation, as_adaptation, trust_region
-from ddnewton.optim.agreed_layers import agreed_layers
+from ddnewton.optim.agreed_layers import Traced, agreed_layers
 from ddnewton.optim.closures import batch_of_step
 from ddnewton.optim.functional import FunctionalOptimizer, directional_newton
 from ddnewton.optim.group_reference import GroupReference
@@ -27,14 +27,15 @@ from ddnewton.optim.notices import Notices
 from ddnewton.optim.parameter_groups import (
     as_blocks,
     group_decays,
-    group_rates,
-    grouped_parameters,
+    rate_after,
     trained_parameters,
     without_options,
 )
 from ddnewton.optim.settings import Complement, WeightDecay, check_weight_decay
 from ddnewton.optim.state import UpdateInfo
 from ddnewton.optim.stored_state import (
+    as_saved,
+    first_stored,
     from_stored,
     load_draws,
     restoring_draws,
@@ -55,12 +56,12 @@ class DirectionalNewton(Optimizer):
             loss = optimizer.step(X, y)
 
     A step needs the batch instead of gradients. There is no ``backward``, and nothing reads or
-    writes ``.grad``. For code that insists on closures, ``step(closure)`` takes a function that
-    returns the batch, ``(X, y)``. Parameter groups are blocks of the Gauss-Newton matrix, with
-    ``"lr"``, ``"weight_decay"``, ``"damping"`` and ``"select"`` of their own. Buffers, and
-    parameters that are in no group or require no gradient, are used as they are at every step;
-    layers that mix samples have to be in eval mode. The layers are found in the first step, and
-    again when the shape of a sample changes, or anything in the module but the trained parameters.
+    writes ``.grad``. ``step(closure)`` takes a function that returns the batch. Parameter groups
+    are blocks of the Gauss-Newton matrix, with ``"lr"``, ``"weight_decay"``, ``"damping"`` and
+    ``"select"`` of their own. Buffers, and parameters that are in no group or require no gradient,
+    are used as they are at every step; layers that mix samples have to be in eval mode. The layers
+    are found in the first step, and again when the shape of a sample changes, or anything in the
+    module but the trained parameters.
 
     Parameters
     ----------
@@ -81,9 +82,8 @@ class DirectionalNewton(Optimizer):
         ``forward(module, X) -> outputs``, where the outputs are not ``module(X)``. For a loss of
         several terms, a dict of such functions; X, y and criterion are dicts of the same keys.
     process_group
-        As for `ddnewton.newton_step`: X and y of ``step`` are this rank's samples; the parameters
-        are the same on all ranks, also those of a module in DistributedDataParallel. Copies of the
-        optimizer share the group, and a pickle refuses it.
+        As for `ddnewton.newton_step`: X and y of ``step`` are this rank's samples, and parameters
+        are the same on all. Copies of the optimizer share the group, and a pickle refuses it.
 
     Attributes
     ----------
@@ -133,8 +133,7 @@ class DirectionalNewton(Optimizer):
         self._functions = module_functions("DirectionalNewton", module, forward, process_group)
         if lr is not None:
             check_nonnegative("DirectionalNewton: lr", lr)
-        # Keep the options: the functional optimizer is made anew in every step, for the groups that
-        # there are then.
+        # Keep the options: the functional optimizer is made anew in every step, for its groups.
         adaptation = as_adaptation(trust_region() if damping is None else damping)
         self._criterion = criterion
         self._base_rate = adaptation.learning_rate if lr is None else 1.0
@@ -160,7 +159,9 @@ class DirectionalNewton(Optimizer):
         check_weight_decay(weight_decay)
         decay = weight_decay if isinstance(weight_decay, Mapping) else float(weight_decay)
         super().__init__(params, {"lr": 1.0 if lr is None else float(lr), "weight_decay": decay})
-        self._optimizer(one_or_several(self._functions))
+        optimizer = self._optimizer(one_or_several(self._functions))
+        # A state from the start, for what loads a checkpoint into the entries that there are.
+        self.state.update(first_stored(optimizer.init, self._trained(), self.param_groups))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the module, as a block of the Gauss-Newton matrix."""
@@ -199,12 +200,10 @@ class DirectionalNewton(Optimizer):
             # Find the layers of the module, unless they are those of the last step.
             gram, least = self._options["gram"], 1 if team is None else 0
             self._traced = traced_terms(self._traced, self._functions, params, X, gram, least)
-            reasons = {name: traced[0].slow for name, traced in self._traced.items()}
-            functions = {name: traced[0].model_fn for name, traced in self._traced.items()}
-            layers = agreed_layers(functions, reasons, gram, team)
+            parts = {name: Traced(t.model_fn, t.slow) for name, (t, *_) in self._traced.items()}
+            layers = agreed_layers(parts, gram, team)
             optimizer = self._optimizer(layers.model_fn, gram=layers.gram)
-            first = grouped_parameters(self.param_groups)[0]
-            state = from_stored(self.state, optimizer.init(params), params, first)
+            state = from_stored(self.state, optimizer.init(params), params, self.param_groups)
         for reason in layers.slow:
             self._notices.once("layers", reason)
         # Make the step as a pure function of parameters and state.
@@ -215,7 +214,7 @@ class DirectionalNewton(Optimizer):
             p.copy_(updated[name])
         # Its dicts are new ones: what state_dict returned before stays what it was.
         self.state.clear()
-        self.state.update(to_stored(state, params, first))
+        self.state.update(to_stored(state, params, self.param_groups))
         self.info = info
         return info.loss
 
@@ -225,14 +224,11 @@ class DirectionalNewton(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, to go on from where it was saved."""
-        super().load_state_dict(state_dict)
+        super().load_state_dict(as_saved(state_dict))
         load_draws(self._criterion, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes to copy or pickle: no hooks, as in torch, and no traced layers.
-
-        The layers are found again in the next step.
-        """
+        """Return the attributes to copy or pickle: no hooks, and no layers, which are found again."""
         names = ("_functions", "_criterion", "_base_rate", "_options", "_group_options", "_group")
         attributes: dict[str, Any] = super().__getstate__()
         attributes |= {name: getattr(self, name) for name in (*names, "_notices", "info")}
@@ -261,9 +257,4 @@ class DirectionalNewton(Optimizer):
 
     def _rate(self, updates: Tensor) -> float | Tensor:
         """Return the learning rate: that of the damping, times those of the groups."""
-        base: Any = self._base_rate  # not "exact", which `_optimizer` passes on
-        if callable(base):
-            base = base(updates)
-        trained = self._trained().values()
-        rate: float | Tensor = base * group_rates(self.param_groups, trained, updates.device)
-        return rate
+        return rate_after(self._base_rate, self.param_groups, self._trained().values(), updates)
