@@ -68,7 +68,7 @@ CASES = {
         {"subsampling_ggn": [20, 3, 11, 4, 19]},
     ),
     "groups": lambda: (
-        (wide, WIDE, inputs(), targets(), nn.MSELoss()),
+        (wide, WIDE, inputs(), labels(), nn.CrossEntropyLoss()),
         {"groups": [Group(["V"]), Group(["W", "b"])]},
     ),
     "draws": lambda: ((wide, WIDE, inputs(), labels(), drawing()), {}),
