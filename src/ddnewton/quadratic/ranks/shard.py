@@ -18,6 +18,7 @@ from torch import Tensor
 from ddnewton.columns.alignment import Leaves
 from ddnewton.columns.factors import Jacobian
 from ddnewton.columns.gram import slopes_of, sums_of
+from ddnewton.columns.kept_factors import keeping
 from ddnewton.columns.normal_equations import equations_of_one, scaled_rows, weighted_rows
 from ddnewton.columns.ring import Part, RankTile, ring
 from ddnewton.columns.units import densely
@@ -135,7 +136,8 @@ class Shard:
         def make() -> Form | None:
             if linearization is None or not len(own):
                 return None
-            jacobian = linearization.jacobian(basis_of(basis), None if samples is None else own)
+            indices = None if samples is None else own
+            jacobian = keeping(linearization.jacobian(basis_of(basis), indices))
             self._columns[place] = self._columns[place]._replace(jacobian=jacobian)
             self._at_once[number] = jacobian.chunks[0].stop
             return form_of(jacobian)
