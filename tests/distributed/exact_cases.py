@@ -6,9 +6,12 @@ Every process makes the same problem of a name; the ranks take their parts of it
 from __future__ import annotations
 
 import hashlib
+import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
@@ -17,7 +20,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 import ddnewton
 from ddnewton import Group, above, empirical_fisher, monte_carlo, top_k, weighted
+from ddnewton.columns import ring
 from ddnewton.damping import bootstrap, relative, signal_to_noise
+from ddnewton.distributed import service, wire
+from ddnewton.quadratic import arguments
+from ddnewton.quadratic.ranks import shard
+from ddnewton.quadratic.ranks.messages import form_of
 
 FLOAT64 = torch.float64
 
@@ -34,31 +42,31 @@ class Case(NamedTuple):
     options: Mapping[str, Any] = {}
 
 
+def step_alone(case: Case, process_group: Any = None) -> dict[str, Tensor]:
+    """The step of the function that returns nothing else."""
+    step = ddnewton.newton_step(*case[:6], **case.options, process_group=process_group)
+    return {"step": flat(step)}
+
+
 def step_and_info(case: Case, process_group: Any = None) -> dict[str, Tensor]:
-    """Both functions' steps and all numbers of the record, by name."""
-    arguments = case[:6]
-    options = {**case.options, "process_group": process_group}
+    """The other function's step, and all numbers of the records, by name."""
     # Directions of hardly any curvature are not determined to many digits.
-    step, info = ddnewton.newton_step_and_info(*arguments, **{"select": above(1e-3), **options})
-    if isinstance(case.criterion, ddnewton.criteria.MonteCarlo):
-        case.criterion.generator.manual_seed(1)
-    result = {
-        "step": flat(ddnewton.newton_step(*arguments, **options)),
-        "step beside info": flat(step),
-    }
+    options = {"select": above(1e-3), **case.options, "process_group": process_group}
+    step, info = ddnewton.newton_step_and_info(*case[:6], **options)
+    result = {"step": flat(step)}
     for number, record in enumerate([info] if hasattr(info, "loss") else info):
         for name, value in record._asdict().items():
-            if name != "residuals":
-                result[f"{name} {number}"] = torch.cat(
-                    [x.double().reshape(-1) for x in tree_leaves(value)]
-                )
+            result[f"{name} {number}"] = flat(value)
     return result
+
+
+FUNCTIONS = (step_alone, step_and_info)
 
 
 def flat(tree: Any) -> Tensor:
     """All leaves of a tree as one vector of reals."""
     leaves = [torch.view_as_real(x) if x.is_complex() else x for x in tree_leaves(tree)]
-    return torch.cat([leaf.detach().double().reshape(-1) for leaf in leaves])
+    return torch.cat([leaf.detach().to(FLOAT64).reshape(-1) for leaf in leaves])
 
 
 def part(tree: Any, samples: slice) -> Any:
@@ -92,14 +100,13 @@ def digest(result: Mapping[str, Tensor]) -> str:
     return hashed.hexdigest()
 
 
-def on_rank(rank: int, name: str, splits: Sequence[Any]) -> list[Any]:
-    """A rank's result of a case for every split: a hash, and on the first rank all numbers."""
+def on_rank(rank: int, name: str, splits: Sequence[Any], first: int) -> list[Any]:
+    """A rank's results, one function after the other: a hash, and on the first rank all numbers."""
     results = []
-    for counts in splits:
+    for number, counts in enumerate(splits):
         case = of_rank(CASES[name](), rank, counts)
-        before = digest(everything(case))
-        random_state = torch.get_rng_state()
-        result = step_and_info(case, distributed.group.WORLD)
+        before, random_state = digest(everything(case)), torch.get_rng_state()
+        result = FUNCTIONS[(first + number) % 2](case, distributed.group.WORLD)
         assert digest(everything(case)) == before, "arguments are changed"
         assert torch.equal(torch.get_rng_state(), random_state), "random numbers are drawn"
         results.append((digest(result), result if rank == 0 else None))
@@ -157,7 +164,7 @@ def regression(n: int = 9, damping: Any = 0.1, criterion: Any = None, **options:
     return Case(mlp, params_of(3, 4, 2), normal(n, 3), y, criterion, damping, options)
 
 
-def convolutions(gram: str = "structured", **options: Any) -> Case:
+def convolutions(gram: str = "structured", chunk_size: int | None = 2, **options: Any) -> Case:
     module = nn.Sequential(
         nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(3, 4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3),
@@ -166,7 +173,7 @@ def convolutions(gram: str = "structured", **options: Any) -> Case:
         name: normal(*p.shape, seed=number) / p[0].numel() ** 0.5
         for number, (name, p) in enumerate(module.named_parameters())
     }
-    options = {"gram": gram, **options}
+    options = {"gram": gram, "chunk_size": chunk_size, **options}
     X, y = normal(9, 2, 4, 4), classes(9, 3)
     return Case(
         lambda p, x: functional_call(module, p, (x,)),
@@ -182,7 +189,7 @@ def convolutions(gram: str = "structured", **options: Any) -> Case:
 def prepared() -> Case:
     case = convolutions("auto")
     model_fn = ddnewton.prepare(case.model_fn, case.params, case.X[:2])
-    return case._replace(model_fn=model_fn, options={"damping": 0.1} and {})
+    return case._replace(model_fn=model_fn, options={})
 
 
 def terms(**options: Any) -> Case:
@@ -254,7 +261,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "structured parameters": lambda: perceptron(31, gram="structured"),
     "convolutions": convolutions,
     "prepared": prepared,
-    "rule": lambda: perceptron(damping=signal_to_noise()),
+    "rule": lambda: perceptron(damping=signal_to_noise(), select=above(1e-3)),
     "rule on parameters": lambda: perceptron(31, damping=relative(0.05)),
     "bootstrap": lambda: perceptron(damping=bootstrap([1e-3, 0.1, 10.0], torch.Generator().manual_seed(0))),
     "top_k": lambda: perceptron(damping=0.0, select=top_k(4)),
@@ -273,11 +280,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "curvature's samples": lambda: perceptron(
         damping=relative(0.1), subsampling_ggn=[8, 1, 5], subsampling_curvature=[10, 0, 6, 2]
     ),
-    "curvature's samples, pushed": lambda: perceptron(
+    "few directions' curvatures": lambda: perceptron(
         damping=0.1, select=top_k(1), sizes=(3, 5, 9),
         subsampling_ggn=[8, 1, 5], subsampling_curvature=[10, 0, 6, 2],
     ),
-    "all samples": lambda: perceptron(
+    "samples of every kind": lambda: perceptron(
         31, damping=relative(0.1), subsampling_grad=slice(3, 30, 2),
         subsampling_ggn=slice(20, 0, -1), subsampling_curvature=slice(15, None),
     ),
@@ -292,10 +299,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "class weights": lambda: perceptron(criterion=WEIGHTS),
     "label smoothing": lambda: perceptron(criterion=nn.CrossEntropyLoss(label_smoothing=0.2)),
     "positions": tokens,
-    "positions in layers": lambda: tokens(gram="structured"),
-    "positions of samples": lambda: tokens(gram="structured", subsampling_ggn=[5, 1, 4]),
+    "positions in layers": lambda: tokens(gram="structured", chunk_size=2),
+    "positions of samples": lambda: tokens(gram="structured", chunk_size=1, subsampling_ggn=[5, 1, 4]),
     "scale": lambda: perceptron(scale=sizes_of_leaves()),
-    "scale in layers": lambda: perceptron(scale=sizes_of_leaves(), gram="structured"),
+    "scale in layers": lambda: perceptron(scale=sizes_of_leaves(), gram="structured", chunk_size=2),
+    "scale of leaves": lambda: perceptron(scale={"weight0": 2.0, "bias0": 0.5, "weight1": 3.0, "bias1": 1.0}, gram="structured", chunk_size=2),
     "jac": lambda: perceptron(31, scale="jac"),
     "jac in groups": lambda: perceptron(13, scale="jac", groups=SMALL_AND_LARGE),
     "complex": complex_parameters,
@@ -308,3 +316,111 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
 }  # fmt: skip
 """What is asked for, by name."""
+CASES |= {
+    "split": lambda: perceptron(6, chunk_size=2),
+    "split in layers": lambda: perceptron(6, gram="structured", subsampling_ggn=[5, 1, 2]),
+    "split by a rule": lambda: perceptron(13, (2, 3, 3), damping=relative(0.1), complement=1.0),
+}
+
+
+# --- generators, and ways of columns -----------------------------------------------------------
+
+
+def drawing() -> Case:
+    """A rule and a criterion that draw from the same generator."""
+    generator = torch.Generator().manual_seed(5)
+    criterion = monte_carlo(nn.CrossEntropyLoss(), 1, generator)
+    return perceptron(damping=bootstrap([0.1, 1.0], generator), criterion=criterion)
+
+
+def generator_states(case: Case) -> list[int]:
+    return case.criterion.generator.get_state().tolist()
+
+
+def drawn_twice(rank: int) -> list[int]:
+    """The state of a rank's generator after two steps of all."""
+    case = of_rank(drawing(), rank, [2, 4, 1, 4])
+    step_alone(case, distributed.group.WORLD)
+    step_alone(case, distributed.group.WORLD)
+    return generator_states(case)
+
+
+def forms_of(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The forms of columns that a rank tells of from now on."""
+    forms: list[Any] = []
+
+    def recorded(jacobian: Any) -> Any:
+        factors = jacobian.visit(jacobian.chunks[0])
+        forms.append(not all(isinstance(factor, Tensor) for factor in factors))
+        return form_of(jacobian)
+
+    monkeypatch.setattr(shard, "form_of", recorded)
+    return forms
+
+
+def ways(rank: int, counts: Sequence[int]) -> tuple[bool | None, bool | None]:
+    """Whether a rank's columns are those of layers, and whether another step's are."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        forms = forms_of(monkeypatch)
+        case = perceptron(220, (16, 40, 10))
+        step_alone(of_rank(case, rank, counts), distributed.group.WORLD)
+        step_alone(of_rank(case, rank, counts), distributed.group.WORLD)
+    return tuple(forms) if forms else (None, None)
+
+
+def of_other_forms(rank: int) -> tuple[Tensor, list[bool]]:
+    """A step where the columns of one rank are dense, those of the others of layers."""
+    case = convolutions("dense" if rank == 1 else "structured", chunk_size=1)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        forms = forms_of(monkeypatch)
+        # Ranks that are asked for different ways are refused: let nobody see it.
+        monkeypatch.setattr(arguments, "options_told", lambda options: {})
+        result = step_alone(of_rank(case, rank, [2, 3, 0, 4]), distributed.group.WORLD)
+    return result["step"], forms
+
+
+# --- what passes between ranks -------------------------------------------------------------------
+
+
+def traffic(rank: int, name: str, counts: Sequence[int]) -> tuple[dict[str, int], int]:
+    """The bytes that a rank says it has sent for a step, and how often all told each other all."""
+    records: list[logging.LogRecord] = []
+    handler, logger = logging.Handler(), logging.getLogger(service.__name__)
+    handler.emit = records.append
+    exchanges = []
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            gather = distributed.all_gather_object
+            monkeypatch.setattr(
+                distributed, "all_gather_object", lambda *args: exchanges.append(gather(*args))
+            )
+            step_alone(of_rank(CASES[name](), rank, counts), distributed.group.WORLD)
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+    (record,) = records
+    assert record.args is not None
+    logged, size, sent = record.args
+    assert (logged, size) == (rank, 4)
+    return {kind: int(count) for kind, count in map(str.split, sent.split(", "))}, len(exchanges)
+
+
+def held_in_ring(rank: int, name: str, counts: Sequence[int]) -> list[tuple[int, int]]:
+    """For every turn, how many tensors of those before are still there, and how many arrive."""
+    turns, references = [], []
+
+    def swap(*args: Any) -> Any:
+        alive = sum(reference() is not None for reference in references)
+        arrived = wire.swap(*args)
+        tensors = [leaf for leaf in tree_leaves(arrived) if isinstance(leaf, Tensor)]
+        references.extend(map(weakref.ref, tensors))
+        turns.append((alive, len(tensors)))
+        return arrived
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(ring, "swap", swap)
+        step_alone(of_rank(CASES[name](), rank, counts), distributed.group.WORLD)
+    return turns

@@ -34,6 +34,17 @@ class Part(NamedTuple):
     chunks: Sequence[slice]
 
 
+class Plan(NamedTuple):
+    """What all ranks go by: of how many samples each has left columns, and its right ones.
+
+    The right columns of all ranks have the same form; ``symmetric`` where they are the left ones.
+    """
+
+    left_samples: Sequence[int]
+    right: Sequence[Part]
+    symmetric: bool
+
+
 class Turn(NamedTuple):
     """What a rank does at a distance: which of its samples go out, to whom, and what comes in."""
 
@@ -56,16 +67,15 @@ def ring(
     team: Team,
     left: Jacobian | None,
     right: Jacobian | None,
-    parts: Sequence[Part],
     blocks: Sequence[Leaves],
-    *,
-    symmetric: bool,
+    plan: Plan,
 ) -> Iterator[RankTile]:
     """Yield the products that this rank makes, of its columns, None for none, with those of all.
 
-    ``parts`` are of the right columns of all ranks, which have the same form. What fails here is
-    raised at the end, when all ranks have had their turns; what fails on another is raised there.
+    To a rank without left columns nothing is sent. What fails here is raised at the end, when all
+    ranks have had their turns; what fails on another is raised there.
     """
+    left_samples, parts, symmetric = plan
     failures: list[Exception] = []
     # Those of this rank with its own.
     if left is not None and right is not None:
@@ -73,19 +83,22 @@ def ring(
             yield RankTile(team.rank, team.rank, tile)
     # Those of this rank with others', turn by turn, and chunk by chunk in each.
     for turn in _turns(team, [part.samples for part in parts], symmetric=symmetric):
-        outgoing = _cuts(parts[team.rank].chunks, turn.outgoing)
-        incoming = _cuts(parts[turn.source].chunks, turn.incoming)
+        outgoing = _cuts(parts[team.rank].chunks, turn.outgoing) if left_samples[turn.to] else []
+        incoming = _cuts(parts[turn.source].chunks, turn.incoming) if left is not None else []
         for sent, expected in zip_longest(outgoing, incoming):
             message = None if sent is None or right is None else _message(failures, right, sent)
             to = None if sent is None else turn.to
             source = None if expected is None else turn.source
             arrived = swap(team.wire, message, to, source, "columns")
-            if expected is None or left is None or failures or arrived is FAILED:
+            if left is None or expected is None or failures or arrived is FAILED:
                 continue
-            part = parts[turn.source]
-            others = _arrived(left if right is None else right, arrived, expected, part.columns)
+            others = _arrived(
+                left if right is None else right, arrived, parts[turn.source], expected
+            )
             own = left if turn.left is None else narrowed(left, turn.left)
             tiles = tiles_of(own, others, blocks, symmetric=False)
+            # So that they end before others come: products alone are left.
+            del message, arrived, others
             for tile in _until_failure(failures, tiles):
                 right_samples = _moved(tile.right, expected.start)
                 yield RankTile(team.rank, turn.source, tile._replace(right=right_samples))
@@ -137,10 +150,12 @@ def _message(failures: list[Exception], jacobian: Jacobian, samples: slice) -> l
     return FAILED
 
 
-def _arrived(like: Jacobian, factors: Sequence[Factor], chunk: slice, columns: int) -> Jacobian:
+def _arrived(like: Jacobian, factors: Sequence[Factor], part: Part, chunk: slice) -> Jacobian:
     """Return the columns of a chunk of another rank."""
     n = chunk.stop - chunk.start
-    return like._replace(visit=lambda _: factors, chunks=[slice(0, n)], samples=n, columns=columns)
+    return like._replace(
+        visit=lambda _: factors, chunks=[slice(0, n)], samples=n, columns=part.columns
+    )
 
 
 def _cuts(chunks: Sequence[slice], samples: slice) -> list[slice]:

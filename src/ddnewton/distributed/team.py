@@ -52,7 +52,10 @@ class Team:
         try:
             self.raise_failures(messages)
         except Exception as error:
-            raise self.shared(self.interrupt or error)  # noqa: B904 - which has its cause
+            self.shared(self.interrupt or error)
+            if self.interrupt is not None:
+                raise self.interrupt from None
+            raise
         return messages
 
     @property

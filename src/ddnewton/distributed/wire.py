@@ -61,7 +61,8 @@ def broadcast(wire: Wire, tree: PyTree, source: int, kind: str) -> PyTree:
     on_wire = [_on_wire(wire, tensor) for tensor in tensors]
     for tensor in on_wire:
         dist.broadcast(tensor, group_src=source, group=wire.group)
-        wire.traffic[kind] += tensor.nbytes * sends
+        if sends:
+            wire.traffic[kind] += tensor.nbytes
     return tree if sends else _arrived(wire, message[0], on_wire)
 
 

@@ -1,8 +1,8 @@
 """Columns of samples that give no directions: their slopes along the directions of others.
 
-Few directions are pushed forward, K products J_n e_k for all columns of a sample. For many, or where
-several processes hold the samples, the columns are pulled back, and multiplied with those that the
-directions are made of.
+Few directions are pushed forward, K products J_n e_k for all columns of a sample. For many, or
+where several processes hold the samples, the columns are pulled back, and multiplied with those
+that the directions are made of.
 """
 
 from __future__ import annotations

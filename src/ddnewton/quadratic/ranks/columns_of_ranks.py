@@ -11,7 +11,7 @@ from torch import Tensor
 from ddnewton.columns.alignment import Leaves
 from ddnewton.columns.factors import Jacobian
 from ddnewton.columns.normal_equations import NormalEquations
-from ddnewton.columns.ring import Part
+from ddnewton.columns.ring import Part, Plan
 from ddnewton.columns.tiles import Tile
 from ddnewton.distributed.service import Leader
 from ddnewton.quadratic.ranks.messages import Form, Rows
@@ -50,9 +50,11 @@ class RankColumns(NamedTuple):
         assert isinstance(right, RankColumns)
         none = Part(0, right.columns, [])
         parts = [none if form is None else form.part for form in right.forms]
+        counts = [0 if form is None else form.part.samples for form in self.forms]
         numbers, dense = (self.number, right.number), not _have_one_form(self, right)
-        order = self.leader.order("tiles", numbers, blocks, parts, other.scale, symmetric, dense)
-        for left_rank, right_rank, tile in order:
+        plan = Plan(counts, parts, symmetric)
+        tiles = self.leader.order("tiles", numbers, blocks, plan, other.scale, dense)
+        for left_rank, right_rank, tile in tiles:
             yield tile._replace(
                 left=_among(self.rows_on_ranks[left_rank], tile.left),
                 right=_among(right.rows_on_ranks[right_rank], tile.right),

@@ -20,7 +20,7 @@ from ddnewton.columns.factors import Jacobian
 from ddnewton.columns.gram import slopes_of, sums_of
 from ddnewton.columns.kept_factors import keeping
 from ddnewton.columns.normal_equations import equations_of_one, scaled_rows, weighted_rows
-from ddnewton.columns.ring import Part, RankTile, ring
+from ddnewton.columns.ring import Plan, RankTile, ring
 from ddnewton.columns.units import densely
 from ddnewton.distributed.fingerprints import generators_in
 from ddnewton.distributed.team import Team
@@ -219,9 +219,8 @@ class Shard:
         self,
         numbers: tuple[int, int],
         blocks: Sequence[Leaves],
-        parts: Sequence[Part],
+        plan: Plan,
         scale: Float[Tensor, " d"] | None,
-        symmetric: bool,
         dense: bool,
     ) -> Iterator[RankTile]:
         """Return the tiles that this rank makes on the leader, and pass them to it elsewhere."""
@@ -230,7 +229,7 @@ class Shard:
         def make() -> list[RankTile]:
             scaled = [None if x is None else x._replace(scale=scale) for x in (left, right)]
             a, b = (None if x is None else densely(x) if dense else x for x in scaled)
-            return list(ring(self._team, a, b, parts, blocks, symmetric=symmetric))
+            return list(ring(self._team, a, b, blocks, plan))
 
         return self._team.streamed(make, "tiles")
 
