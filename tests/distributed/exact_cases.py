@@ -6,6 +6,7 @@ Every process makes the same problem of a name; the ranks take their parts of it
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -130,7 +131,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = FLOAT64) -> Tensor:
 def params_of(*sizes: int, dtype: torch.dtype = FLOAT64) -> dict[str, Tensor]:
     """Parameters of a perceptron."""
     params = {}
-    for number, (p, o) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for number, (p, o) in enumerate(itertools.pairwise(sizes)):
         params[f"weight{number}"] = normal(o, p, seed=number, dtype=dtype) / p**0.5
         params[f"bias{number}"] = 0.1 * normal(o, seed=number, dtype=dtype)
     return params
@@ -245,6 +246,9 @@ def drawn(samples: int = 2) -> Any:
     return monte_carlo(nn.CrossEntropyLoss(), samples, torch.Generator().manual_seed(1))
 
 
+UNITS = {"weight0": 2.0, "bias0": 0.5, "weight1": 3.0, "bias1": 1.0}
+
+
 def sizes_of_leaves() -> dict[str, Any]:
     return {name: 0.5 + leaf.abs() for name, leaf in params_of(3, 5, 4).items()}
 
@@ -263,7 +267,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "prepared": prepared,
     "rule": lambda: perceptron(damping=signal_to_noise(), select=above(1e-3)),
     "rule on parameters": lambda: perceptron(31, damping=relative(0.05)),
-    "bootstrap": lambda: perceptron(damping=bootstrap([1e-3, 0.1, 10.0], torch.Generator().manual_seed(0))),
+    "bootstrap": lambda: perceptron(
+        damping=bootstrap([1e-3, 0.1, 10.0], torch.Generator().manual_seed(0))
+    ),
     "top_k": lambda: perceptron(damping=0.0, select=top_k(4)),
     "above": lambda: perceptron(31, damping=0.0, select=above(1e-3)),
     "complement": lambda: perceptron(select=top_k(4), complement=0.7),
@@ -281,12 +287,18 @@ CASES: dict[str, Callable[[], Case]] = {
         damping=relative(0.1), subsampling_ggn=[8, 1, 5], subsampling_curvature=[10, 0, 6, 2]
     ),
     "few directions' curvatures": lambda: perceptron(
-        damping=0.1, select=top_k(1), sizes=(3, 5, 9),
-        subsampling_ggn=[8, 1, 5], subsampling_curvature=[10, 0, 6, 2],
+        damping=0.1,
+        select=top_k(1),
+        sizes=(3, 5, 9),
+        subsampling_ggn=[8, 1, 5],
+        subsampling_curvature=[10, 0, 6, 2],
     ),
     "samples of every kind": lambda: perceptron(
-        31, damping=relative(0.1), subsampling_grad=slice(3, 30, 2),
-        subsampling_ggn=slice(20, 0, -1), subsampling_curvature=slice(15, None),
+        31,
+        damping=relative(0.1),
+        subsampling_grad=slice(3, 30, 2),
+        subsampling_ggn=slice(20, 0, -1),
+        subsampling_curvature=slice(15, None),
     ),
     "monte_carlo": lambda: perceptron(criterion=drawn()),
     "monte_carlo by a rule": lambda: perceptron(31, criterion=drawn(1), damping=relative(0.1)),
@@ -300,21 +312,28 @@ CASES: dict[str, Callable[[], Case]] = {
     "label smoothing": lambda: perceptron(criterion=nn.CrossEntropyLoss(label_smoothing=0.2)),
     "positions": tokens,
     "positions in layers": lambda: tokens(gram="structured", chunk_size=2),
-    "positions of samples": lambda: tokens(gram="structured", chunk_size=1, subsampling_ggn=[5, 1, 4]),
+    "positions of samples": lambda: tokens(
+        gram="structured", chunk_size=1, subsampling_ggn=[5, 1, 4]
+    ),
     "scale": lambda: perceptron(scale=sizes_of_leaves()),
     "scale in layers": lambda: perceptron(scale=sizes_of_leaves(), gram="structured", chunk_size=2),
-    "scale of leaves": lambda: perceptron(scale={"weight0": 2.0, "bias0": 0.5, "weight1": 3.0, "bias1": 1.0}, gram="structured", chunk_size=2),
+    "scale of leaves": lambda: perceptron(scale=UNITS, gram="structured", chunk_size=2),
     "jac": lambda: perceptron(31, scale="jac"),
     "jac in groups": lambda: perceptron(13, scale="jac", groups=SMALL_AND_LARGE),
     "complex": complex_parameters,
     "float32": lambda: perceptron(dtype=torch.float32, gram="structured", damping=1e-6),
     "chunks": lambda: perceptron(gram="structured", chunk_size=2),
-    "chunks of dense columns": lambda: perceptron(gram="dense", chunk_size=1, damping=relative(0.1)),
+    "chunks of dense columns": lambda: perceptron(
+        gram="dense", chunk_size=1, damping=relative(0.1)
+    ),
     "chunks on parameters": lambda: perceptron(31, gram="structured", chunk_size=2),
     "chunks of samples": lambda: perceptron(
-        gram="structured", chunk_size=2, subsampling_ggn=[9, 0, 4, 8, 3, 2, 10], subsampling_grad=[1, 9, 5]
+        gram="structured",
+        chunk_size=2,
+        subsampling_ggn=[9, 0, 4, 8, 3, 2, 10],
+        subsampling_grad=[1, 9, 5],
     ),
-}  # fmt: skip
+}
 """What is asked for, by name."""
 CASES |= {
     "split": lambda: perceptron(6, chunk_size=2),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ RANK_TOLERANCE = 1e-11
 
 
 def reference_step(case: Any) -> Tensor:
-    """−(G + δI)⁻¹g inside the range of G; both are summed over terms, and of sub-samples if given."""
+    """−(G + δI)⁻¹g in the range of G; both are summed over terms, and of sub-samples if given."""
     scale = 1.0
     if case.options.get("scale") is not None:
         scale = torch.cat(
@@ -44,13 +44,13 @@ def reference_step(case: Any) -> Tensor:
         ).double()
     G, g = 0.0, 0.0
     for name in case.model_fn if isinstance(case.model_fn, dict) else [None]:
-        model_fn, X, y, criterion = (
+        term = [
             part if name is None or not isinstance(part, Mapping) else part[name]
             for part in (case.model_fn, case.X, case.y, case.criterion)
-        )
+        ]
         samples = [case.options.get(option) for option in ("subsampling_ggn", "subsampling_grad")]
         samples = [part.get(name) if isinstance(part, dict) else part for part in samples]
-        of_curvature, of_slope = parts_of(model_fn, case.params, X, y, criterion, *samples)
+        of_curvature, of_slope = parts_of(case.params, term, *samples)
         G, g = G + of_curvature, g + of_slope
     S = scale * torch.eye(len(g), dtype=torch.float64)
     evals, E = torch.linalg.eigh(S @ G @ S)
@@ -58,10 +58,9 @@ def reference_step(case: Any) -> Tensor:
     return -S @ E[:, kept] @ ((E[:, kept].T @ S @ g) / (evals[kept] + case.damping))
 
 
-def parts_of(
-    model_fn: Any, params: Any, X: Any, y: Any, criterion: Any, of_ggn: Any, of_grad: Any
-) -> tuple[Tensor, Tensor]:
+def parts_of(params: Any, term: Sequence[Any], of_ggn: Any, of_grad: Any) -> tuple[Tensor, Tensor]:
     """G [d, d] and g [d] of a term: samples' parts of the whole batch's loss, N/S times."""
+    model_fn, X, y, criterion = term
     vector, function = as_function_of_reals(model_fn, params, X)
     outputs = function(vector)
     loss = of_reals(criterion, y, outputs)

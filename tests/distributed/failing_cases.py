@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -60,13 +61,14 @@ def failed_then_right(rank: int, name: str) -> Told:
     started = time.perf_counter()
     try:
         step_of(case, distributed.group.WORLD)
-    except BaseException as error:
-        seconds, cause = time.perf_counter() - started, repr(error.__cause__)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, ranks are to agree
+        seconds = time.perf_counter() - started
+        cause = "".join(traceback.format_exception(error.__cause__)) if error.__cause__ else ""
         return Told(type(error).__name__, str(error), cause, seconds, whole_step(rank))
     raise AssertionError("nothing was raised")
 
 
-# --- models and rules that fail --------------------------------------------------------------------
+# --- models and rules that fail -----------------------------------------------------------------
 
 
 class Backward(torch.autograd.Function):
@@ -141,6 +143,22 @@ def drawn(case: Case, rank: int) -> Case:
     return case._replace(criterion=monte_carlo(nn.CrossEntropyLoss(), 1, generator))
 
 
+def relative_to_rank(case: Case, rank: int) -> Case:
+    return case._replace(damping=relative(0.2 if rank == 2 else 0.1))
+
+
+def not_finite(case: Case, rank: int) -> Case:
+    return case._replace(X=case.X * torch.nan)
+
+
+def nothing(case: Case, rank: int) -> Case:
+    return case._replace(X=case.X[:0], y=case.y[:0])
+
+
+def two_outputs(params: Any, X: Tensor) -> Tensor:
+    return mlp(params, X)[:, :2]
+
+
 def without_edge(case: Case, rank: int) -> Case:
     parts = ({"inside": tree["inside"]} for tree in (case.model_fn, case.X, case.y))
     model_fn, X, y = parts
@@ -163,43 +181,138 @@ def fails_in_visit(case: Case, rank: int) -> Case:
 LATER = 7
 
 FAILURES = {
-    "X of another width": Failure(lambda case, _: case._replace(X=case.X[:, :2]), "RankError", "rank 2: RuntimeError: .*mat1 and mat2"),
-    "X of another dtype": Failure(lambda case, _: case._replace(X=case.X.float()), "RankError", "rank 2: RuntimeError: .*dtype"),
-    "nan in X": Failure(lambda case, _: case._replace(X=case.X * torch.nan), "NotFinite", "newton_step: rank 2: the outputs of model_fn must be finite"),
-    "nan in X of the leader": Failure(lambda case, _: case._replace(X=case.X * torch.nan), "NotFinite", "newton_step: rank 0: the outputs", culprit=0),
-    "more targets than inputs": Failure(lambda case, _: case._replace(X=case.X[:0]), "BadValue", "newton_step: rank 2: X and y must hold the same number"),
+    "X of another width": Failure(
+        lambda case, _: case._replace(X=case.X[:, :2]),
+        "RankError",
+        "rank 2: RuntimeError: .*mat1 and mat2",
+    ),
+    "X of another dtype": Failure(
+        lambda case, _: case._replace(X=case.X.float()),
+        "RankError",
+        "rank 2: RuntimeError: .*dtype",
+    ),
+    "nan in X": Failure(not_finite, "NotFinite", "rank 2: the outputs of model_fn must be finite"),
+    "nan in X of the leader": Failure(
+        not_finite, "NotFinite", "newton_step: rank 0: the outputs", culprit=0
+    ),
+    "more targets than inputs": Failure(
+        lambda case, _: case._replace(X=case.X[:0]),
+        "BadValue",
+        "newton_step: rank 2: X and y must hold the same number",
+    ),
     "no tensor": Failure(field(X=3), "BadType", "rank 2: X and y must be tensors"),
-    "targets of another dtype": Failure(lambda case, _: case._replace(y=case.y.int()), "BadValue", "newton_step: the targets of a sample must have the same shape and dtype on all ranks; got rank 0: y .. torch.int64; rank 2: y .. torch.int32"),
-    "targets of another shape": Failure(lambda case, _: case._replace(y=case.y[:, None]), "BadValue", "the targets of a sample .*rank 2: y .1."),
-    "no such class": Failure(lambda case, _: case._replace(y=case.y + 9), "BadValue", "newton_step: .*class"),
-    "no samples": Failure(lambda case, _: case._replace(X=case.X[:0], y=case.y[:0]), "BadValue", "newton_step: X and y must hold at least one sample on one of the ranks; got none", culprit=None),
+    "targets of another dtype": Failure(
+        lambda case, _: case._replace(y=case.y.int()),
+        "BadValue",
+        "targets of a sample must .*; got rank 0: y .. torch.int64; rank 2: y .. torch.int32",
+    ),
+    "targets of another shape": Failure(
+        lambda case, _: case._replace(y=case.y[:, None]),
+        "BadValue",
+        "the targets of a sample .*rank 2: y .1.",
+    ),
+    "no such class": Failure(
+        lambda case, _: case._replace(y=case.y + 9), "BadValue", "newton_step: .*class"
+    ),
+    "no samples": Failure(
+        nothing,
+        "BadValue",
+        "X and y must hold at least one sample on one of the ranks; got none",
+        culprit=None,
+    ),
     "forward": Failure(field(model_fn=forward), "RankError", "rank 2: LookupError: no way on"),
-    "forward of the leader": Failure(field(model_fn=forward), "RankError", "rank 0: LookupError: no way on", culprit=0),
-    "forward everywhere": Failure(field(model_fn=forward), "RankError", "^LookupError: no way on", culprit=None),
-    "backward": Failure(field(model_fn=backward), "BadValue", "newton_step: rank 2: model_fn must be differentiable .*ArithmeticError no way back"),
-    "other outputs": Failure(lambda case, _: case._replace(model_fn=lambda p, x: mlp(p, x)[:, :2]), "BadValue", "newton_step: the outputs of a sample must have the same shape and dtype on all ranks; got rank 0: .4. .*rank 2: .2."),
-    "in the ring": Failure(fails_in_visit, "RankError", "rank 1: MemoryError: no more", culprit=None),
-    "other params": Failure(lambda case, _: moved(case, "bias1"), "BadValue", r"newton_step: params\['bias1'\] must be the same on all ranks; got other values on rank 2"),
-    "other damping": Failure(field(damping=0.2), "BadValue", "newton_step: damping must be the same on all ranks; got 0.1 on rank 0, 0.2 on rank 2"),
-    "damping of another kind": Failure(field(damping=relative(0.1)), "BadValue", "damping must be the same on all ranks"),
-    "another rule": Failure(lambda case, rank: case._replace(damping=relative(0.1 + 0.1 * (rank == 2))), "BadValue", "damping.args.0. must be the same on all ranks; got 0.1 on rank 0, 0.2 on rank 2", culprit=None),
-    "a bad damping": Failure(field(damping=-1.0), "BadValue", "newton_step: rank 2: damping must be"),
-    "bad everywhere": Failure(field(damping=-1.0), "BadValue", "newton_step: damping must be", culprit=None),
-    "other select": Failure(option(select=top_k(2)), "BadValue", "select must be the same on all ranks; got None on rank 0"),
-    "other groups": Failure(option(groups=[Group(["bias1"])]), "BadValue", "groups must be the same on all ranks"),
-    "other criterion": Failure(field(criterion=nn.CrossEntropyLoss(label_smoothing=0.1)), "BadValue", r"criterion.label_smoothing must be the same on all ranks; got 0.0 on rank 0, 0.1 on rank 2"),
-    "other indices": Failure(option(subsampling_ggn=[1, 2]), "BadValue", "subsampling_ggn must be the same on all ranks"),
-    "too large an index": Failure(option(subsampling_ggn=[11]), "BadValue", "newton_step: subsampling_ggn must hold distinct .*has 11 samples", culprit=None),
-    "other seeds": Failure(drawn, "BadValue", "criterion.generator must be the same on all ranks; got a generator at .* on rank 0", culprit=None),
-    "a term less": Failure(without_edge, "BadValue", r"the terms of the loss must be the same on all ranks; got rank 0: \['inside', 'edge'\]; rank 2: ", of_terms=True),
-    "a key less": Failure(without_key, "BadValue", "newton_step: rank 2: .*missing 'edge'", of_terms=True),
-    "a rule that raises": Failure(field(damping=no_rule), "RankError", "rank 0: ZeroDivisionError: no damping", culprit=None),
-    "a rule of another shape": Failure(field(damping=of_another_shape), "BadValue", "newton_step: damping", culprit=None),
-}  # fmt: skip
+    "forward of the leader": Failure(
+        field(model_fn=forward), "RankError", "rank 0: LookupError: no way on", culprit=0
+    ),
+    "forward everywhere": Failure(
+        field(model_fn=forward), "RankError", "^LookupError: no way on", culprit=None
+    ),
+    "backward": Failure(
+        field(model_fn=backward),
+        "BadValue",
+        "rank 2: model_fn must be differentiable .*ArithmeticError no way back",
+    ),
+    "other outputs": Failure(
+        field(model_fn=two_outputs),
+        "BadValue",
+        "the outputs of a sample must have .*; got rank 0: .4. .*rank 2: .2.",
+    ),
+    "in the ring": Failure(
+        fails_in_visit, "RankError", "rank 1: MemoryError: no more", culprit=None
+    ),
+    "other params": Failure(
+        lambda case, _: moved(case, "bias1"),
+        "BadValue",
+        "params.'bias1'. must be the same .*; got other values on rank 2",
+    ),
+    "other damping": Failure(
+        field(damping=0.2),
+        "BadValue",
+        "newton_step: damping must be the same .*; got 0.1 on rank 0, 0.2 on rank 2",
+    ),
+    "damping of another kind": Failure(
+        field(damping=relative(0.1)), "BadValue", "damping must be the same on all ranks"
+    ),
+    "another rule": Failure(
+        relative_to_rank,
+        "BadValue",
+        "damping.args must be the same .*; got .0.1,. on rank 0, .0.2,. on rank 2",
+        culprit=None,
+    ),
+    "a bad damping": Failure(
+        field(damping=-1.0), "BadValue", "newton_step: rank 2: damping must be"
+    ),
+    "bad everywhere": Failure(
+        field(damping=-1.0), "BadValue", "newton_step: damping must be", culprit=None
+    ),
+    "other select": Failure(
+        option(select=top_k(2)),
+        "BadValue",
+        "select must be the same on all ranks; got None on rank 0",
+    ),
+    "other groups": Failure(
+        option(groups=[Group(["bias1"])]), "BadValue", "groups must be the same on all ranks"
+    ),
+    "other criterion": Failure(
+        field(criterion=nn.CrossEntropyLoss(label_smoothing=0.1)),
+        "BadValue",
+        "criterion.label_smoothing must .*; got 0.0 on rank 0, 0.1 on rank 2",
+    ),
+    "other indices": Failure(
+        option(subsampling_ggn=[1, 2]), "BadValue", "subsampling_ggn must be the same on all ranks"
+    ),
+    "too large an index": Failure(
+        option(subsampling_ggn=[11]),
+        "BadValue",
+        "subsampling_ggn must hold distinct .*has 11 samples",
+        culprit=None,
+    ),
+    "other seeds": Failure(
+        drawn,
+        "BadValue",
+        "criterion.generator must be the same .*; got a generator at .* on rank 0",
+        culprit=None,
+    ),
+    "a term less": Failure(
+        without_edge,
+        "BadValue",
+        "the terms of the loss must be the same .*; got rank 0: .'inside', 'edge'.; rank 2: ",
+        of_terms=True,
+    ),
+    "a key less": Failure(
+        without_key, "BadValue", "newton_step: rank 2: .*missing 'edge'", of_terms=True
+    ),
+    "a rule that raises": Failure(
+        field(damping=no_rule), "RankError", "rank 0: ZeroDivisionError: no damping", culprit=None
+    ),
+    "a rule of another shape": Failure(
+        field(damping=of_another_shape), "BadValue", "newton_step: damping", culprit=None
+    ),
+}
 """What goes wrong, by name."""
 
 
-# --- interrupts, ranks that end, and groups ---------------------------------------------------------
+# --- interrupts, ranks that end, and groups -----------------------------------------------------
 
 
 def interrupt(rank: int, culprit: int, where: str) -> Told:
@@ -212,7 +325,7 @@ def interrupt(rank: int, culprit: int, where: str) -> Told:
     started = time.perf_counter()
     try:
         step_of(case, distributed.group.WORLD)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - whatever it is, ranks are to agree
         seconds = time.perf_counter() - started
         return Told(type(error).__name__, str(error), "", seconds, whole_step(rank))
     raise AssertionError("nothing was raised")

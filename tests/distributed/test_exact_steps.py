@@ -131,7 +131,7 @@ def test_columns_of_other_forms_are_multiplied_all_the_same(four):
 
 
 def ring_bytes(counts, bytes_of_sample):
-    """To the rank before it each of four sends all; to the opposite one, the upper two send half."""
+    """To the rank before it each of four sends all; to the opposite one the upper two send half."""
     return [(n + (n if rank < 2 else n // 2)) * bytes_of_sample for rank, n in enumerate(counts)]
 
 

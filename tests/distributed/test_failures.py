@@ -42,11 +42,15 @@ def test_all_ranks_raise_what_one_does(four, right_step, name):
     assert {of_rank.step for of_rank in told} == {right_step}
 
 
-def test_the_rank_that_fails_has_the_cause(four):
-    told = four.results(failed_then_right, "forward")
-    assert [of_rank.cause for of_rank in told] == [
-        "None", "None", "LookupError('no way on')", "None"
-    ]  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "culprit", "words"),
+    [("forward", 2, "LookupError: no way on"), ("in the ring", 1, "columns/ring.py")],
+    ids=["forward", "ring"],
+)
+def test_the_rank_that_fails_has_the_cause(four, name, culprit, words):
+    causes = [of_rank.cause for of_rank in four.results(failed_then_right, name)]
+    assert words in causes[culprit]
+    assert [cause for rank, cause in enumerate(causes) if rank != culprit] == [""] * 3
 
 
 @pytest.mark.parametrize("culprit", [0, 3])
@@ -75,7 +79,7 @@ def test_no_step_is_returned_where_a_rank_ends(disposable, culprit):
     outcomes = pool.run(ends, culprit)
     assert outcomes[culprit].error[0] == "Dead"
     assert all(outcome.error is not None for outcome in outcomes)
-    assert all("Timeout" != outcome.error[0] for outcome in outcomes)
+    assert all(outcome.error[0] != "Timeout" for outcome in outcomes)
 
 
 def test_groups_that_are_none_are_refused_by_name(four):

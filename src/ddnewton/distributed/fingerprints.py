@@ -82,19 +82,14 @@ def _named(name: str, value: object) -> Iterator[tuple[str, object]]:
 
 
 def _parts(value: Any) -> Mapping[str, object]:
-    """Return what a value is made of: items, fields, arguments, or the attributes of a module."""
+    """Take a value apart: into items, fields, arguments, or the attributes of a module."""
     if isinstance(value, Mapping):
         return {f"[{key!r}]": part for key, part in value.items()}
     if isinstance(value, partial):
         return {".func": value.func, ".args": value.args, ".keywords": value.keywords}
     if isinstance(value, nn.Module):
-        attributes = {
-            f".{path}.{name}".replace("..", "."): part
-            for path, module in value.named_modules()
-            for name, part in vars(module).items()
-            if not name.startswith("_")
-        }
-        return attributes | {f".{path}": leaf for path, leaf in value.state_dict().items()}
+        return _attributes(value)
+    # Records by their fields, sequences by numbers.
     if is_dataclass(value) and not isinstance(value, type):
         return {f".{field.name}": getattr(value, field.name) for field in fields(value)}
     if isinstance(value, (list, tuple)) and not _are_numbers(value):
@@ -102,3 +97,14 @@ def _parts(value: Any) -> Mapping[str, object]:
         keys = names or [f"[{number}]" for number in range(len(value))]
         return dict(zip(keys, value, strict=True))
     return {}
+
+
+def _attributes(module: nn.Module) -> Mapping[str, object]:
+    """Return the settings of a module, and of those inside, and its tensors."""
+    settings = {
+        f"{path}.{name}".strip("."): part
+        for path, inner in module.named_modules()
+        for name, part in vars(inner).items()
+        if not name.startswith("_")
+    }
+    return {f".{name}": part for name, part in {**settings, **module.state_dict()}.items()}

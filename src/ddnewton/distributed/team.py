@@ -45,10 +45,12 @@ class Team:
 
     def exchanged(self, make: Callable[[], T]) -> list[T]:
         """Return the parts of all ranks on every rank; where one raises, raise on all."""
+        # A failure goes in place of a part.
         part = self._guarded(make)
         messages: list[Any] = [None] * self.size
         message = part if self.failure is None else failure_of(self.failure)
         dist.all_gather_object(messages, message, self.wire.group)
+        # All ranks see the same messages, and raise the same; but an interrupt stays what it is.
         try:
             self.raise_failures(messages)
         except Exception as error:
