@@ -117,10 +117,9 @@ def _told(plan: Update, state: State) -> dict[str, str]:
     """Describe settings and state, which have to be the same on all ranks."""
     settings = plan.settings._asdict()
     damping, bounds, rate = (settings.pop(key) for key in ("adaptation", "box", "learning_rate"))
-    settings |= {"damping": damping, "bounds": bounds}
+    settings |= {"damping": damping, "bounds": bounds, "state": state}
     settings["learning_rate"] = rate(state.updates) if callable(rate) else rate
-    of_state = {f"state.{name}": part for name, part in state._asdict().items()}
-    return options_told(settings | of_state)
+    return options_told(settings)
 
 
 def observed_update(

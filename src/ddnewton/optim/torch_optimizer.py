@@ -228,7 +228,7 @@ class DirectionalNewton(Optimizer):
         load_draws(self._criterion, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes to copy or pickle: no hooks, and no layers: these are found anew."""
+        """Return the attributes to copy or pickle: no hooks, and no layers, to be found anew."""
         names = ("_functions", "_criterion", "_base_rate", "_options", "_group_options", "_group")
         attributes: dict[str, Any] = super().__getstate__()
         attributes |= {name: getattr(self, name) for name in (*names, "_notices", "info")}
