@@ -78,7 +78,7 @@ def assert_same_bits(results):
                 assert torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
                 assert torch.equal(a.isnan(), b.isnan())
             else:
-                assert a == b
+                assert repr(a) == repr(b)  # nan too
 
 
 def assert_close(actual, expected, tolerance=1e-12):
@@ -86,7 +86,7 @@ def assert_close(actual, expected, tolerance=1e-12):
     (first, spec), (second, other) = tree_flatten(actual), tree_flatten(expected)
     assert spec == other
     for a, b in zip(first, second, strict=True):
-        if isinstance(b, torch.Tensor):
+        if isinstance(b, (torch.Tensor, float)):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
         else:
             assert a == b

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from ddnewton import (
     directional_newton,
@@ -193,6 +194,20 @@ def copied(rank):
 def test_copies_share_the_group_and_a_pickle_refuses_it(two):
     rule = "an optimizer that is pickled must have no process_group; got ProcessGroup"
     assert_all_raise(two.run(copied), "BadType", rule)
+
+
+def on_a_mesh(rank):
+    """An update of the ranks along an axis of a mesh, which copies share, too."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data",))
+    model_fn, p, X, y, criterion = squares()
+    optimizer = copy.deepcopy(directional_newton(model_fn, criterion, process_group=mesh["data"]))
+    return optimizer.update(p, optimizer.init(p), own(X, rank, 2), own(y, rank, 2))
+
+
+def test_a_mesh_is_a_group(two):
+    results = two.results(on_a_mesh)
+    assert_same_bits(results)
+    assert_close(results[0][0], updated(0, "trust region", 1, 1)[0][0])
 
 
 def alone(rank):

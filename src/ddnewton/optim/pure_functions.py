@@ -68,7 +68,8 @@ class Update:
         """Return the parameters after a step on a batch, the state for the next, and a record."""
         if not torch.compiler.is_compiling():
             return update(self, params, state, X, y)
-        if has_one_trial(self.settings, self.arguments.keywords["criterion"], state):
+        criterion, local = self.arguments.keywords["criterion"], self.group.processes is None
+        if local and has_one_trial(self.settings, criterion, state):
             updated = update(self, params, state, X, y)
             if is_all(updated[2]):
                 return updated

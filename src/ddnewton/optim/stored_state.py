@@ -75,7 +75,7 @@ def from_stored(
 
 
 def as_saved(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `Optimizer.state_dict` saved, whoever has read it since.
+    """Return a state as `Optimizer.state_dict` saved it, whoever has read it since.
 
     `torch.distributed.checkpoint` takes all keys for text: numbers that are saved under 0 it brings
     back under "0", beside those that were there.
