@@ -19,8 +19,7 @@ from benchmarks.large_recipes import COUNT, Instance
 from benchmarks.peers import flat, without_torchvision
 from ddnewton import ggn_eigh, newton_step, newton_step_and_info, prepare, top_k
 from ddnewton.quadratic.arguments import arguments_of
-from ddnewton.quadratic.matrix_free.free_model import free_model
-from ddnewton.quadratic.matrix_free.operator import operator_of
+from ddnewton.quadratic.matrix_free.free_model import free_model, operator_of
 
 OURS, PEER, EXACT = "ddnewton", "curvlinops + SciPy", "ddnewton, exact"
 

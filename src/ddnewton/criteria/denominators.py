@@ -7,6 +7,7 @@ in a batch and in the data set.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -17,10 +18,13 @@ from torch import Tensor
 
 from ddnewton.criteria.loss import Loss
 from ddnewton.criteria.option_checks import NoTargets, check_denominator
+from ddnewton.criteria.random_numbers import RowsOfBatch
 from ddnewton.errors import BadValue, sentence
 from ddnewton.linearize.precision import loss_in_float64
 from ddnewton.trees import take, tree_map
 from ddnewton.types import PyTree
+
+logger = logging.getLogger(__name__)
 
 DOUBLED_SAMPLES = 8
 """On how many samples, taken once and twice, it is seen whether a denominator counts them."""
@@ -112,6 +116,26 @@ def denominator_of(shares: Sequence[Share]) -> float:
     return first.denominator
 
 
+def common_denominator(loss: Loss, shares: Sequence[Share]) -> float | None:
+    """Return the denominator of the loss of a batch, by the shares of its parts.
+
+    It is None where samples have no losses of their own, which may show beside other parts alone.
+    """
+    probes = [share.probe for share in shares if share.probe is not None]
+    try:
+        if loss.joint is not None:
+            joint = loss.joint
+            outputs, y = tree_map(lambda *parts: torch.cat(parts), *probes)
+            if loss_in_float64(lambda f: joint(f, y), outputs, outputs) is not None:
+                return None
+        return denominator_of(shares)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as reason:  # noqa: BLE001 - the loss was never asked to take parts of a batch
+        logger.info("the loss has no parts: %s", reason)
+        return None
+
+
 def divided_by(loss: Loss, total: float) -> Loss:
     """Return the loss of a batch as a part of a data set, which divides by a given number.
 
@@ -126,6 +150,14 @@ def for_batch(loss: Loss, number: int) -> Loss:
         return loss
     further: Loss = loss.redrawn(number)
     return further._replace(check=loss.check)
+
+
+def for_rows(loss: Loss, first: int, whole: int) -> Loss:
+    """Return the loss of some samples of a batch, which draws what that draws for them."""
+    if loss.redrawn is None:
+        return loss
+    of_rows: Loss = loss.redrawn(0, RowsOfBatch(first, whole))
+    return of_rows._replace(check=loss.check)
 
 
 def _check(check: Callable[[Tensor, PyTree], None], outputs: Tensor, y: PyTree) -> None:

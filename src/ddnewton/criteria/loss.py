@@ -80,8 +80,10 @@ class Loss(NamedTuple):
     does not know; it is None where only a batch tells, for a function.
 
     ``redrawn(number)`` returns a loss that draws random numbers with others, for a further batch of
-    the same data set; it is None for a loss that draws none. ``curvature_ratio(outputs, y)`` is by
-    what the Hessian is multiplied because of what a batch divides by; it is None for none.
+    the same data set, and ``redrawn(0, rows)`` one that draws what a larger batch draws for some of
+    its samples; it is None for a loss that draws none. ``curvature_ratio(outputs, y)`` is by what
+    the Hessian is multiplied because of what a batch divides by; it is None for none. The curvature
+    of a sample ``depends_on_batch`` where other samples' outputs or targets have a part in it.
     """
 
     expand: Callable[[Tensor, PyTree], Expansion]
@@ -97,8 +99,9 @@ class Loss(NamedTuple):
     root: RootOf | None = None
     fisher_root: RootOf | None = None
     position_scores: Callable[[Tensor, PyTree, int, Uniform], PositionScores] | None = None
-    redrawn: Callable[[int], Any] | None = None
+    redrawn: Callable[..., Any] | None = None
     curvature_ratio: Callable[[Tensor, PyTree], Tensor] | None = None
+    depends_on_batch: bool = False
     made_by: Call | None = None  # by which it is pickled
 
     def __reduce__(self) -> tuple[Any, ...]:

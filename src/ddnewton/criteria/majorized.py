@@ -107,6 +107,7 @@ def majorized(criterion: AnyCriterion) -> Loss:
         root=lambda outputs, y: diagonal_root(*of_chords(outputs, y)),
         fisher_root=None,
         position_scores=None,
+        depends_on_batch=True,  # by the mean of |r|, at kinks
     )
 
 

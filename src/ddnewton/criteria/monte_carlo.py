@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from ddnewton.criteria.loss import Expansion, Loss, name_of, value_and_gradient
-from ddnewton.criteria.random_numbers import drawn_seed, further_seed, uniform_from
+from ddnewton.criteria.random_numbers import (
+    RowsOfBatch,
+    drawn_seed,
+    further_seed,
+    uniform_from,
+)
 from ddnewton.criteria.root import Root, dense_root, drawn_root
 from ddnewton.criteria.torch_losses import TORCH_LOSSES, record_of
 from ddnewton.errors import BadType, BadValue, public, sentence
@@ -153,14 +158,19 @@ def sampled(criterion: MonteCarlo) -> Loss:
     return _sampled_from(criterion, drawn_seed(criterion.generator), 0)
 
 
-def _sampled_from(criterion: MonteCarlo, first_seed: int, number: int) -> Loss:
-    """Return the loss for a batch of a data set, each with a seed of its own from the first."""
+def _sampled_from(
+    criterion: MonteCarlo, first_seed: int, number: int, rows: RowsOfBatch | None = None
+) -> Loss:
+    """Return the loss for a batch of a data set, each with a seed of its own from the first.
+
+    Some ``rows`` of a batch have the targets that they have in all of it.
+    """
     loss, samples, _, per = criterion
     seed = further_seed(first_seed, number)
 
     def scores(outputs: Tensor, y: PyTree) -> Tensor:
         assert loss.scores is not None
-        uniform = uniform_from(seed, outputs.device)
+        uniform = uniform_from(seed, outputs.device, rows)
         if per == "position":
             return loss.scores(outputs, y, samples, uniform)
         if loss.position_scores is not None:
@@ -182,9 +192,8 @@ def _sampled_from(criterion: MonteCarlo, first_seed: int, number: int) -> Loss:
         # The same targets by products, and S = [s_1 … s_S] / √S.
         value, gradient = value_and_gradient(loss, outputs, y)
         if loss.position_scores is not None:
-            by_products = loss.position_scores(
-                outputs, y, samples, uniform_from(seed, outputs.device)
-            )
+            uniform = uniform_from(seed, outputs.device, rows)
+            by_products = loss.position_scores(outputs, y, samples, uniform)
             by_position = per == "position"
             return drawn_root(value, gradient, by_products, samples, by_position=by_position)
         columns = scores(outputs, y)

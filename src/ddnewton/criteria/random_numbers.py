@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,13 @@ LEAST_UNIFORM = 2.0**-54
 
 SEEDS = 2**63 - 1
 """Seeds are below it."""
+
+
+class RowsOfBatch(NamedTuple):
+    """Samples of a larger batch, one after the other, as their place in it, and its size."""
+
+    first: int
+    whole: int
 
 
 def drawn_seed(generator: torch.Generator) -> int:
@@ -31,15 +39,20 @@ def further_seed(first: int, number: int) -> int:
     return int(torch.randint(SEEDS, (number,), generator=generator, device="cpu")[-1])
 
 
-def uniform_from(seed: int, device: torch.device) -> Uniform:
-    """Return a source of random numbers that the seed determines, on every device alike."""
+def uniform_from(seed: int, device: torch.device, rows: RowsOfBatch | None = None) -> Uniform:
+    """Return a source of random numbers that the seed determines, on every device alike.
+
+    Those of some ``rows`` of a batch, which are on the first axis, are what all of it draws there.
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
 
     def uniform(shape: Sequence[int]) -> Tensor:
+        n, *others = shape
+        first, whole = (0, n) if rows is None else rows
         with untransformed():
             numbers = torch.rand(
-                tuple(shape), generator=generator, dtype=torch.float64, device="cpu"
+                (whole, *others), generator=generator, dtype=torch.float64, device="cpu"
             )
-        return numbers.clamp(min=LEAST_UNIFORM).to(device)
+        return numbers[first : first + n].clamp(min=LEAST_UNIFORM).to(device)
 
     return uniform

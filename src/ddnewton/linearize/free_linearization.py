@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ddnewton.inputs.checks import check_derivatives, check_outputs
+from ddnewton.inputs.checks import check_outputs
 from ddnewton.inputs.memory import CHUNK_BYTES
 from ddnewton.linearize.calls import refusal
-from ddnewton.linearize.independence import check_independent, evaluate
+from ddnewton.linearize.first_products import MEASURED_SAMPLES, check_products
+from ddnewton.linearize.independence import evaluate
 from ddnewton.linearize.jacobian_products import Products, graph_bytes, products_of
 from ddnewton.linearize.model import Model, forgotten
-from ddnewton.linearize.precision import CHEAP_FLOPS, ramp, widened
+from ddnewton.linearize.precision import CHEAP_FLOPS, widened
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.linearize.structured.visit import run
 from ddnewton.linearize.widening import widen_leaf
@@ -45,9 +46,6 @@ those of a chunk are made anew for every product."""
 GRAPHS = 3
 """How many times the results of a model the graphs take: its own, and that of its pullback."""
 
-MEASURED_SAMPLES = 2
-"""On how many samples the size of a graph is measured, and on twice as many."""
-
 
 class FreeLinearization(NamedTuple):
     """A model at a batch whose Jacobian is known by products alone.
@@ -67,9 +65,13 @@ class FreeLinearization(NamedTuple):
     eps: float  # the rounding of a product
     at_batch: Callable[[PyTree], FreeLinearization]
     keeps_graphs: bool = True
+    depends: Callable[[], bool] | None = None  # on a parameter; None where a call shows it
+    of_ranks: Callable[[Sequence[int], Any], Products] | None = None  # which have the samples
 
     def products(self, wanted: Sequence[int], samples: Int[Tensor, " n"] | slice) -> Products:
         """Return the products of some samples with their Jacobian along some leaves."""
+        if self.of_ranks is not None:
+            return self.of_ranks(wanted, samples)
         return products_of(partial(_of_leaves, self.function, samples), self.leaves, wanted)
 
     def graphs_fit(self, count: int) -> bool:
@@ -86,24 +88,28 @@ def _of_leaves(
 
 @contextmanager
 def linearized_freely(
-    model_fn: ModelFn, params: PyTree, X: PyTree, chunk_size: int | None
+    model_fn: ModelFn, params: PyTree, X: PyTree, chunk_size: int | None, whole: int | None = None
 ) -> Iterator[FreeLinearization]:
-    """Linearize a model by products, prepared or not."""
+    """Linearize a model by products, prepared or not.
+
+    Where X is a part of a batch, the ``whole`` number of samples decides what is in float64.
+    """
     X = tree_map(plain_tensor, X)
+    whole = sample_count(X) if whole is None else whole
     if isinstance(model_fn, Prepared):
         with without_autocast(params):
-            yield _of_prepared(model_fn, params, X, chunk_size)
+            yield _of_prepared(model_fn, params, X, chunk_size, whole=whole)
         return
     model = evaluate(model_fn, params, X, chunk_size)
     try:
-        yield _of_model(model, chunk_size)
+        yield _of_model(model, chunk_size, whole)
     except RuntimeError as error:
         raise refusal(model, error) from error
 
 
-def _of_model(model: Model, chunk_size: int | None) -> FreeLinearization:
+def _of_model(model: Model, chunk_size: int | None, whole: int) -> FreeLinearization:
     """Linearize a model that has been evaluated, in float64 where that costs little."""
-    cheap = model.outputs.numel() * parameter_count(model.params) <= CHEAP_FLOPS
+    cheap = whole * model.outputs[0].numel() * parameter_count(model.params) <= CHEAP_FLOPS
     wide = widened(model, lambda X: batches(X, chunk_size)) if cheap else model
 
     def in_float64() -> FreeLinearization:
@@ -139,7 +145,8 @@ def _at(model: Model, narrow: Model, chunk_size: int | None) -> FreeLinearizatio
         at_samples = of_batch(tree_map(widen_leaf, dense) if widens else dense)
         return _anew(like, at_batch, at_samples, sample_count(X), chunk_size)
 
-    return _checked(linearization._replace(at_batch=at_batch))
+    check_products(linearization.products, linearization.precise, len(leaves))
+    return linearization._replace(at_batch=at_batch)
 
 
 def _of_batch(function: ModelFn, spec: TreeSpec, X: PyTree) -> OfSamples:
@@ -168,7 +175,13 @@ def _anew(
 
 
 def _of_prepared(
-    prepared: Prepared, params: PyTree, X: PyTree, chunk_size: int | None, wide: bool | None = None
+    prepared: Prepared,
+    params: PyTree,
+    X: PyTree,
+    chunk_size: int | None,
+    *,
+    wide: bool | None = None,
+    whole: int = 0,
 ) -> FreeLinearization:
     """Linearize a prepared model, in float64 where that costs little, or where it is said."""
     leaves, samples = prepared.leaves(params, X)
@@ -206,7 +219,7 @@ def _of_prepared(
         return by_program(wide)
     if prepared.wide is None:
         return by_program(wide=False)
-    count = len(samples[0]) * prepared.width
+    count = whole * prepared.width
     if prepared.narrow.rounding or count * sum(leaf.numel() for leaf in leaves) <= CHEAP_FLOPS:
         return by_program(wide=True)
     return by_program(wide=False)._replace(in_float64=partial(by_program, wide=True))
@@ -235,26 +248,3 @@ def _samples_at_once(
         return n
     size = max(0, bytes_of(2 * first) - first_bytes if n > 1 else first_bytes) // first + 1
     return n if n * size <= KEPT_BYTES else max(1, min(n, CHUNK_BYTES // size))
-
-
-def _checked(linearization: FreeLinearization) -> FreeLinearization:
-    """Require outputs and derivatives of the first samples to be those of them alone."""
-    n, leaves = len(linearization.outputs), linearization.leaves
-    if n == 1:
-        return linearization
-    # The first samples among twice as many, and by themselves.
-    first = min(n // 2, MEASURED_SAMPLES)
-    every = range(len(leaves))
-    separate = linearization.products(every, slice(0, first))
-    among = linearization.products(every, slice(0, 2 * first))
-    size = separate.outputs.abs().amax()
-    check_independent(linearization.precise[:first], separate.outputs, size, size, "outputs")
-    cotangent = ramp(among.outputs).reshape(len(among.outputs), -1)
-    cotangent[first:] = 0
-    pairs = zip(among.pull(cotangent), separate.pull(cotangent[:first]), strict=True)
-    for of_batch, of_samples in pairs:
-        check_derivatives(of_batch)
-        if of_batch.numel():
-            largest = torch.maximum(of_samples.abs().amax(), size.to(of_samples))
-            check_independent(of_batch, of_samples, largest, largest, "derivatives")
-    return linearization

@@ -16,7 +16,7 @@ def depends_on_parameters(linearization: Linearization | FreeLinearization) -> b
     """
     if is_batched(linearization.outputs):
         return True
-    if isinstance(linearization, Linearization) and linearization.depends is not None:
+    if linearization.depends is not None:
         return linearization.depends()
     try:
         with torch.inference_mode(False), torch.enable_grad():

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ddnewton.quadratic.matrix_free.free_model import FreeModel
-from ddnewton.quadratic.matrix_free.operator import Operator, operator_of
+from ddnewton.quadratic.matrix_free.free_model import FreeModel, operator_of
+from ddnewton.quadratic.matrix_free.operator import Operator
 from ddnewton.trees import along_block
 
 FEW_PARAMETERS, PROBES = 128, 2
@@ -50,7 +50,7 @@ def of_free_parameters(
     for (operator, gradient, _), block in zip(matrices, model.blocks, strict=True):
         mask = along_block(free, block.leaves, model.sizes).double()
         scale = mask if operator.scale is None else mask * operator.scale
-        operator_of_free = operator._replace(scale=scale)
+        operator_of_free = operator.in_units(scale)
         masked.append(FreeMatrix(operator_of_free, mask * gradient, _trace(operator_of_free)))
     return masked
 

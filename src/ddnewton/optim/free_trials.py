@@ -25,8 +25,7 @@ from ddnewton.optim.free_directions import Pull, step_along
 from ddnewton.optim.free_matrices import FreeMatrix
 from ddnewton.optim.settings import Complement
 from ddnewton.quadratic.matrix_free.along import Along, along_of
-from ddnewton.quadratic.matrix_free.free_model import FreeModel
-from ddnewton.quadratic.matrix_free.operator import operator_of
+from ddnewton.quadratic.matrix_free.free_model import FreeModel, operator_of
 from ddnewton.quadratic.matrix_free.steps import is_linear
 from ddnewton.quadratic.proximal import Proximal
 from ddnewton.trees import along_block, joined

@@ -9,7 +9,7 @@ samples are columns of their own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -29,6 +29,9 @@ from ddnewton.types import PyTree
 TermLosses: TypeAlias = Tensor | dict[Any, Tensor]
 """The loss of every term by its name, or that of the only one."""
 
+MeanLoss: TypeAlias = Callable[[Sequence[Tensor], Tensor | None], Tensor]
+"""``mean_loss(leaves, samples)``: the mean loss of some samples, None for all."""
+
 
 class Objective(NamedTuple):
     """The loss of a batch, and which samples its derivatives are of."""
@@ -39,6 +42,7 @@ class Objective(NamedTuple):
     y: PyTree
     samples: Samples
     gradient: bool  # whether anybody asks for it
+    mean_loss: MeanLoss | None = None  # at other parameters, where samples are on several ranks
 
 
 class SampleRows(NamedTuple):

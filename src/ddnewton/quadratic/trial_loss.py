@@ -50,6 +50,8 @@ def trial_of(term: TrialTerm, leaves: Sequence[Tensor], samples: Int[Tensor, " s
     linearization, outputs = term.linearization, term.linearization.outputs
     pairs = zip(leaves, linearization.leaves, strict=True)
     leaves = [new.to(leaf) for new, leaf in pairs]
+    if term.objective.mean_loss is not None:
+        return Trial(term.objective.mean_loss(leaves, samples), outputs[:0])
     # The outputs a chunk of samples at a time, as many as their Jacobians are.
     count = outputs.shape[0] if samples is None else len(samples)
     slices = chunks(count, term.samples_at_once)

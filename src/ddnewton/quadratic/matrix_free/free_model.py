@@ -25,9 +25,13 @@ from ddnewton.linearize.use_of_parameters import depends_on_parameters
 from ddnewton.quadratic.arguments import Arguments, Scaling, function_of, of_complex_outputs
 from ddnewton.quadratic.flat import LEAST_SLOPE, without_curvature
 from ddnewton.quadratic.matrix_free.free_term import FreeTerm, free_term
+from ddnewton.quadratic.matrix_free.operator import Operator
+from ddnewton.quadratic.matrix_free.rank_operator import rank_operator
+from ddnewton.quadratic.matrix_free.rank_terms import rank_term
+from ddnewton.quadratic.matrix_free.sample_operator import sample_operator
 from ddnewton.quadratic.matrix_free.streamed_terms import streamed_terms
 from ddnewton.quadratic.term import TermLosses, loss_of, losses_of, names_of
-from ddnewton.trees import as_real
+from ddnewton.trees import along_block, as_real
 
 
 class FreeModel(NamedTuple):
@@ -92,10 +96,7 @@ class FreeModel(NamedTuple):
         """Return the same model in float64, None where it is so already or cannot be."""
         if all(term.linearization.in_float64 is None for term in self.terms):
             return None
-        parts = [term.linearization for term in self.terms]
-        wide = [part if part.in_float64 is None else part.in_float64() for part in parts]
-        objectives = [term.objective for term in self.terms]
-        return self._replace(terms=list(map(free_term, objectives, wide)))
+        return self._replace(terms=[term.in_float64() for term in self.terms])
 
 
 @contextmanager
@@ -110,6 +111,9 @@ def free_model(arguments: Arguments) -> Iterator[FreeModel]:
         # Run the models, and keep them as they are for as long as products are asked for.
         for number, term in enumerate(arguments.terms):
             with about_term(term.name):
+                if arguments.leader is not None:
+                    terms.append(rank_term(arguments.leader, arguments, number))
+                    continue
                 function, objective = function_of(term, params), arguments.objectives[number]
                 linearization = stack.enter_context(
                     linearized_freely(function, as_real(params), term.X, arguments.chunk_size)
@@ -118,6 +122,18 @@ def free_model(arguments: Arguments) -> Iterator[FreeModel]:
                     objective = of_complex_outputs(objective, term, params)
                 terms.append(free_term(objective, linearization))
         yield FreeModel(terms, arguments.blocks, arguments)
+
+
+def operator_of(model: FreeModel, leaves: Sequence[int]) -> Operator:
+    """Return the operator along some leaves; the graphs of its samples are kept if they are few."""
+    terms, scale, leader = model.terms, model.scaling.scale, model.arguments.leader
+    scale = None if scale is None else along_block(scale, leaves, model.sizes)
+    if leader is None:
+        return sample_operator(terms, leaves, scale)
+    here = [term for term in terms if term.on_ranks is None]
+    return rank_operator(
+        leader, terms, leaves, scale, sample_operator(here, leaves, None) if here else None
+    )
 
 
 def check_free_slopes(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ddnewton.criteria.batch_root import root_of_batch
-from ddnewton.criteria.root import Product, Root, Rows
+from ddnewton.criteria.root import Root
 from ddnewton.linearize.free_linearization import FreeLinearization
 from ddnewton.linearize.jacobian_products import Products
 from ddnewton.quadratic.flat import LEAST_SLOPE
+from ddnewton.quadratic.matrix_free.distant_root import AnyRoot, Known
 from ddnewton.quadratic.term import Objective, output_rounding
 from ddnewton.trees import chunks
 
@@ -36,38 +37,18 @@ class Visit(NamedTuple):
         return self.root.transposed(v)
 
 
-class AnyRoot(Protocol):
-    """A `Root` of a batch, at hand or made anew where it is asked for."""
+class Wholes(NamedTuple):
+    """How many samples on all ranks give the slopes, and the directions."""
 
-    @property
-    def value(self) -> Float[Tensor, " n"]:
-        """The losses of all samples."""
+    slopes: int
+    directions: int
 
-    @property
-    def gradient(self) -> Float[Tensor, "n c"]:
-        """Their gradients in the outputs."""
 
-    @property
-    def columns(self) -> int:
-        """The number of columns of a sample."""
+class OnRanks(NamedTuple):
+    """The number of a term on the ranks that have its samples, and which those are."""
 
-    @property
-    def times(self) -> Product | None:
-        """Products with the roots, None where there are none."""
-
-    @property
-    def spans(self) -> bool:
-        """Whether the gradients lie in the span of the columns."""
-
-    @property
-    def squares(self) -> Float[Tensor, " n"] | None:
-        """Gradients squared over curvatures, None where these are not known."""
-
-    def product(self, v: Float[Tensor, "n c"], /) -> Float[Tensor, "n c"]:
-        """Return ∇²ℓ v."""
-
-    def at(self, samples: Rows, /) -> Root:
-        """Return the root of some samples."""
+    number: int
+    shards: Sequence[range]
 
 
 class FreeTerm(NamedTuple):
@@ -76,8 +57,10 @@ class FreeTerm(NamedTuple):
     objective: Objective
     linearization: FreeLinearization
     root: AnyRoot  # of all samples
-    steepest: Float[Tensor, " n"] | None = None  # what is known of samples that come in batches
-    uncurved: Bool[Tensor, " n"] | None = None
+    known: Known | None = None  # of samples that are not at hand
+    wholes: Wholes | None = None  # where these samples are a part of those of all ranks
+    on_ranks: OnRanks | None = None  # which have the samples
+    anew: Callable[[], FreeTerm] | None = None  # there, in float64
 
     @property
     def losses(self) -> Float[Tensor, " n"]:
@@ -98,18 +81,20 @@ class FreeTerm(NamedTuple):
     @property
     def rounding(self) -> Float[Tensor, ""]:
         """By how much the rounding of the outputs moves the mean loss."""
+        if self.known is not None:
+            return self.known.rounding
         return output_rounding(self.linearization.precise, self.root.gradient)
 
     @property
     def steepness(self) -> Float[Tensor, " n"]:
         """The largest slope of every sample along an output."""
-        return self.root.gradient.abs().amax(1) if self.steepest is None else self.steepest
+        return self.root.gradient.abs().amax(1) if self.known is None else self.known.steepness
 
     @property
     def is_uncurved(self) -> Bool[Tensor, " n"]:
         """Which samples have no curvature along their slope."""
-        if self.uncurved is not None:
-            return self.uncurved
+        if self.known is not None:
+            return self.known.is_uncurved
         if self.root.squares is not None:
             return self.root.squares.isinf()
         gradient = self.root.gradient
@@ -142,6 +127,26 @@ class FreeTerm(NamedTuple):
             return slopes is directions
         return torch.equal(slopes, directions)
 
+    @property
+    def slopes_count(self) -> int:
+        """How many samples the gradient is the mean over, those of other ranks included."""
+        return self.wholes.slopes if self.wholes else self.count(self.objective.samples.slopes)
+
+    @property
+    def directions_count(self) -> int:
+        """How many samples G is the mean over, those of other ranks included."""
+        if self.wholes:
+            return self.wholes.directions
+        return self.count(self.objective.samples.directions)
+
+    def in_float64(self) -> FreeTerm:
+        """Return the same term in float64, itself where it is so already or cannot be."""
+        if self.linearization.in_float64 is None:
+            return self
+        if self.anew is not None:
+            return self.anew()
+        return free_term(self.objective, self.linearization.in_float64())
+
     def count(self, samples: Int[Tensor, " _"] | None) -> int:
         """Return how many samples there are of some, None for all."""
         return len(self.root.value) if samples is None else len(samples)
@@ -158,4 +163,19 @@ def free_term(objective: Objective, linearization: FreeLinearization) -> FreeTer
     outputs, precise = linearization.outputs, linearization.precise
     return FreeTerm(
         objective, linearization, root_of_batch(objective.loss, outputs, precise, objective.y)
+    )
+
+
+def known_of(term: FreeTerm) -> Known:
+    """Return the part of a term that is kept without its samples."""
+    root = term.root
+    return Known(
+        value=root.value,
+        steepness=term.steepness,
+        is_uncurved=term.is_uncurved,
+        squares=root.squares,
+        rounding=term.rounding,
+        columns=root.columns,
+        spans=root.spans,
+        has_factors=root.times is not None,
     )

@@ -28,8 +28,8 @@ from ddnewton.quadratic.arguments import Arguments
 from ddnewton.quadratic.directions import orthonormal
 from ddnewton.quadratic.eigenpairs import BlockDerivatives, BlockEigenpairs
 from ddnewton.quadratic.kept import checked_selection
-from ddnewton.quadratic.matrix_free.free_model import FreeModel, free_model
-from ddnewton.quadratic.matrix_free.operator import Operator, operator_of
+from ddnewton.quadratic.matrix_free.free_model import FreeModel, free_model, operator_of
+from ddnewton.quadratic.matrix_free.operator import Operator
 from ddnewton.select import Above, Leading
 from ddnewton.types import Select
 

@@ -26,8 +26,13 @@ from ddnewton.quadratic.arguments import Arguments
 from ddnewton.quadratic.derivatives import Derivatives
 from ddnewton.quadratic.info import NewtonInfo, record_of
 from ddnewton.quadratic.matrix_free.along import along_of, dampings_along, left_out
-from ddnewton.quadratic.matrix_free.free_model import FreeModel, check_free_slopes, free_model
-from ddnewton.quadratic.matrix_free.operator import Operator, operator_of
+from ddnewton.quadratic.matrix_free.free_model import (
+    FreeModel,
+    check_free_slopes,
+    free_model,
+    operator_of,
+)
+from ddnewton.quadratic.matrix_free.operator import Operator
 from ddnewton.quadratic.solution import coefficients_along, is_one_damping
 
 MOST_PRODUCTS = 1000

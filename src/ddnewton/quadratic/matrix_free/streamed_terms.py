@@ -10,59 +10,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
-from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.criteria.denominators import Share, denominator_of, divided_by, share_of
-from ddnewton.criteria.root import Product, Root, Rows
 from ddnewton.inputs.batches import Pair, about_batch
 from ddnewton.inputs.term_names import about_term
 from ddnewton.linearize.free_linearization import FreeLinearization, linearized_freely
 from ddnewton.linearize.model import forgotten
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.quadratic.arguments import Arguments, function_of
-from ddnewton.quadratic.matrix_free.free_term import FreeTerm, free_term
+from ddnewton.quadratic.matrix_free.distant_root import DistantRoot
+from ddnewton.quadratic.matrix_free.free_term import FreeTerm, free_term, known_of
 from ddnewton.quadratic.streams import Source, Stream, sources_of
 from ddnewton.transforms import without_autocast
 from ddnewton.trees import as_real
-
-
-class StreamedRoot(NamedTuple):
-    """The root of the losses of a batch, of which only the losses themselves are at hand."""
-
-    value: Float[Tensor, " n"]
-    columns: int
-    spans: bool
-    squares: Float[Tensor, " n"] | None
-    factored: bool
-    term: Callable[[], FreeTerm]  # the batch, visited again
-
-    @property
-    def gradient(self) -> Float[Tensor, "n c"]:
-        """The gradients of the losses in the outputs."""
-        return self.term().root.gradient
-
-    @property
-    def times(self) -> Product | None:
-        """Products with the roots, None where there are none."""
-        return self._multiplied if self.factored else None
-
-    @property
-    def transposed(self) -> Product | None:
-        """Products with the transposed roots, None where there are none."""
-        return self._multiplied if self.factored else None
-
-    def product(self, v: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
-        """Return ∇²ℓ v."""
-        return self.term().root.product(v)
-
-    def at(self, samples: Rows) -> Root:
-        """Return the root of some samples."""
-        return self.term().root.at(samples)
-
-    def _multiplied(self, vector: Tensor) -> Tensor:
-        """Refuse a product with all samples at once: they are visited in parts."""
-        raise AssertionError(vector.shape)
 
 
 class Batch(NamedTuple):
@@ -135,7 +96,7 @@ def _at_batch(
 
 def _without_samples(term: FreeTerm) -> FreeTerm:
     """Return a term that holds nothing as large as its samples or its outputs."""
-    linearization, root = term.linearization, term.root
+    linearization, known = term.linearization, known_of(term)
     return FreeTerm(
         objective=term.objective._replace(y=None),
         linearization=linearization._replace(
@@ -146,16 +107,8 @@ def _without_samples(term: FreeTerm) -> FreeTerm:
             in_float64=None,
             keeps_graphs=False,
         ),
-        root=StreamedRoot(
-            value=root.value,
-            columns=root.columns,
-            spans=root.spans,
-            squares=root.squares,
-            factored=root.times is not None,
-            term=forgotten,
-        ),
-        steepest=term.steepness,
-        uncurved=term.is_uncurved,
+        root=DistantRoot(known, forgotten),
+        known=known,
     )
 
 
@@ -165,15 +118,10 @@ def _streamed(term: FreeTerm, total: float, stream: Stream[FreeTerm], number: in
     def outputs(leaves: Sequence[Tensor], samples: Any) -> Tensor:
         return stream.at(number).linearization.function(leaves, samples)
 
-    root, steepest = term.root, term.steepest
-    assert isinstance(root, StreamedRoot)
-    assert steepest is not None
+    assert term.known is not None
+    known = term.known.divided(total)
     return term._replace(
         linearization=term.linearization._replace(function=outputs),
-        root=root._replace(
-            value=root.value / total,
-            squares=None if root.squares is None else root.squares / total,
-            term=lambda: stream.at(number),
-        ),
-        steepest=steepest / total,
+        root=DistantRoot(known, lambda: stream.at(number).root),
+        known=known,
     )

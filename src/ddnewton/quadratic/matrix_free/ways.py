@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any, TypeVar
 
 from ddnewton.distributed.service import served
 from ddnewton.errors import BadValue, TooLarge, sentence, warn
 from ddnewton.quadratic.arguments import Arguments, Scaling
-from ddnewton.quadratic.ranks.shard import Shard
+from ddnewton.quadratic.matrix_free.free_shard import FreeShard
 from ddnewton.transforms import check_not_transformed, is_transformed
 from ddnewton.types import GramWays
 
@@ -41,8 +41,9 @@ def on_all_ranks(arguments: Arguments, call: Callable[[Arguments], R]) -> R:
     team = arguments.team
     if team is None:
         return call(arguments)
-    with ExitStack() as stack:
-        shard = Shard(team, arguments, stack)
+    # An error of the call is none of what stays open for as long as it lasts.
+    with closing(ExitStack()) as stack:
+        shard = FreeShard(team, arguments, stack)
         return served(team, shard, lambda leader: call(arguments._replace(leader=leader)))
 
 

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ddnewton.columns.factors import Jacobian
 from ddnewton.columns.ring import Part
+from ddnewton.criteria.denominators import Share
 from ddnewton.linearize.basis import Basis, stored, with_stored
+from ddnewton.linearize.free_linearization import FreeLinearization
 from ddnewton.linearize.linearization import Linearization
 
 Rows: TypeAlias = slice | Tensor
@@ -27,6 +29,24 @@ class Outputs(NamedTuple):
     can_widen: bool
     complex_outputs: bool
     dtypes: Sequence[torch.dtype]  # of the leaves
+
+
+class FreeOutputs(NamedTuple):
+    """What a rank tells of a linearization by products, and not its outputs."""
+
+    shape: tuple[int, ...]  # of a sample's outputs
+    dtype: torch.dtype
+    precise_dtype: torch.dtype
+    can_widen: bool
+    complex_outputs: bool
+    dtypes: Sequence[torch.dtype]  # of the leaves
+    eps: float
+
+
+class OwnShare(NamedTuple):
+    """What a rank's samples bring to what a loss divides by; None where they have no losses."""
+
+    share: Share | None
 
 
 class Form(NamedTuple):
@@ -54,6 +74,19 @@ def outputs_of(linearization: Linearization) -> Outputs:
         can_widen=linearization.in_float64 is not None,
         complex_outputs=linearization.complex_outputs,
         dtypes=[leaf.dtype for leaf in linearization.leaves],
+    )
+
+
+def free_outputs_of(linearization: FreeLinearization) -> FreeOutputs:
+    """Describe a linearization by products to the leader."""
+    return FreeOutputs(
+        shape=tuple(linearization.outputs.shape[1:]),
+        dtype=linearization.outputs.dtype,
+        precise_dtype=linearization.precise.dtype,
+        can_widen=linearization.in_float64 is not None,
+        complex_outputs=linearization.complex_outputs,
+        dtypes=[leaf.dtype for leaf in linearization.leaves],
+        eps=linearization.eps,
     )
 
 
