@@ -116,8 +116,7 @@ def newton_step(
         With "free", the share of the exact step's decrease that may be given away; residuals of
         eigenpairs are up to 1e-4 tol λ_max. `NewtonInfo` tells.
     chunk_size
-        How many samples' temporaries may exist at once; None fills some 256 MiB. With no more
-        columns N·M than parameters chunks are paired, so that time grows with their number.
+        How many samples' temporaries may exist at once; None fills some 256 MiB.
     scale
         The units of the parameters (SciPy's ``x_scale``): with s / scale in place of s, directions
         are eigenvectors, damping acts, and the rank tolerance counts. A positive number; a pytree

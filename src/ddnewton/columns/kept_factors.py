@@ -17,17 +17,17 @@ every visit."""
 def keeping(jacobian: Jacobian) -> Jacobian:
     """Return the same columns, whose factors are kept after the first visit, up to a size."""
     kept: dict[tuple[int, int], Sequence[Factor]] = {}
-    left = KEPT_FACTOR_BYTES
 
     def visit(chunk: slice) -> Sequence[Factor]:
-        nonlocal left
         key = chunk.start, chunk.stop
-        if key in kept:
-            return kept[key]
-        factors = jacobian.visit(chunk)
-        size = sum(leaf.nbytes for leaf in tree_leaves(factors) if isinstance(leaf, Tensor))
-        if size <= left:
-            kept[key], left = factors, left - size
+        factors = kept[key] if key in kept else jacobian.visit(chunk)
+        if sum(map(_bytes, (*kept.values(), factors))) <= KEPT_FACTOR_BYTES:
+            kept[key] = factors
         return factors
 
     return jacobian._replace(visit=visit)
+
+
+def _bytes(factors: Sequence[Factor]) -> int:
+    """Return how many bytes some factors take."""
+    return sum(leaf.nbytes for leaf in tree_leaves(factors) if isinstance(leaf, Tensor))
