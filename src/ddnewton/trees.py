@@ -20,6 +20,7 @@ from torch.utils._pytree import (
     tree_unflatten,
 )
 
+from ddnewton.dtensors import placed_like
 from ddnewton.types import PyTree
 
 __all__ = [
@@ -240,9 +241,9 @@ def unflatten(
 ) -> PyTree:
     """Return the vectors of blocks of leaves as a tree like ``like``.
 
-    Every leaf gets the shape, dtype and device that it has in ``like``, complex ones from pairs of
-    reals; leaves in no block are zero. There may be several vectors of every block, along axes in
-    front. `unflattened` does the same for one vector of all leaves.
+    Every leaf gets the shape, dtype, device and placements that it has in ``like``, complex ones
+    from pairs of reals; leaves in no block are zero. There may be several vectors of every block,
+    along axes in front. `unflattened` does the same for one vector of all leaves.
     """
     leaves, spec = tree_flatten(like)
     parts = _split_into_leaves(flat, blocks, list(map(real_count, leaves)))
@@ -250,9 +251,9 @@ def unflatten(
 
 
 def _shaped(part: Float[Tensor, "*k _"], leaf: Tensor) -> Tensor:
-    """Return vectors in the shape, dtype and device of a leaf."""
+    """Return vectors in the shape, dtype, device and placements of a leaf."""
     shape = (*part.shape[:-1], *leaf.shape)
     if leaf.is_complex():
         pairs = part.reshape((*shape, 2)).to(dtype=leaf.dtype.to_real(), device=leaf.device)
-        return torch.complex(*pairs.unbind(-1))
-    return part.reshape(shape).to(dtype=leaf.dtype, device=leaf.device)
+        return placed_like(torch.complex(*pairs.unbind(-1)), leaf)
+    return placed_like(part.reshape(shape).to(dtype=leaf.dtype, device=leaf.device), leaf)

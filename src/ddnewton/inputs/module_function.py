@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, overload
 
@@ -13,6 +14,12 @@ from ddnewton.errors import BadType, BadValue, sentence, warn
 from ddnewton.inputs.term_names import EXAMPLE, is_several
 from ddnewton.process import ONE_THREAD
 from ddnewton.types import PyTree
+
+FSDP_REMEDY = (
+    "Call a copy of the module from before, or one made on the meta device, with gathered "
+    "parameters: lambda p, X: functional_call(copy, {name: x.full_tensor() for name, x in "
+    "p.items()}, (X,)); and let params be dict(module.named_parameters())."
+)
 
 Forward: TypeAlias = Callable[[Any, Any], Tensor]
 """``forward(module, X) -> outputs``."""
@@ -160,7 +167,20 @@ def module_functions(
         rule, remedy = f"{caller}: forward must hold at least one term", f"Pass {EXAMPLE}."
         raise BadValue(sentence(rule, "an empty dict", remedy))
     inside = _inside_wrappers(module, exchanging=process_group is not None)
+    check_not_fully_sharded(caller, [inside])
     return {name: ModuleFunction(inside, function) for name, function in forwards.items()}
+
+
+def check_not_fully_sharded(where: str, modules: Sequence[nn.Module]) -> None:
+    """Refuse modules of FSDP, whose hooks put their own parameters in the place of others."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    for part in (part for module in modules for part in module.modules()):
+        if isinstance(part, kinds):
+            rule = f"{where}: a module must be called with any parameters, which FSDP replaces"
+            raise BadValue(sentence(rule, type(part).__name__, FSDP_REMEDY))
 
 
 def _inside_wrappers(module: nn.Module, *, exchanging: bool) -> nn.Module:

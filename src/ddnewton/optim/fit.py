@@ -16,6 +16,7 @@ from ddnewton.distributed.agreement import Processes, agreeing, team_of
 from ddnewton.distributed.fingerprints import options_told
 from ddnewton.errors import on_behalf, public
 from ddnewton.inputs.checks import check_params
+from ddnewton.inputs.dtensor_arguments import any_dtensor, ways_of, whole_tree
 from ddnewton.inputs.groups import Group, blocks_of
 from ddnewton.inputs.scale import Scale, scale_of
 from ddnewton.inputs.terms import TermIndices
@@ -209,13 +210,14 @@ def fit(
     limits = Limits(ftol, xtol, gtol, max_updates, max_seconds)
     points = lru_cache(1)(partial(points_at, (X, y)))
     team = team_of(process_group, params)
-    with agreeing(team, lambda: options_told({"bounds": bounds, **limits._asdict()})):
+    with agreeing(team, lambda: options_told({"bounds": whole_tree(bounds), **limits._asdict()})):
         # Refuse what breaks a rule, before any work.
-        check_limits(limits)
+        check_limits(limits, ranks=any_dtensor(params))
         check_watching(callback, progress)
         check_params(params)
         check_points(X=X, y=y)
         check_alone(params, X, y)
+        gram = ways_of(gram, params) if team is None else gram
         plan = on_behalf(directional_newton)(
             model_fn,
             criterion,
@@ -239,15 +241,17 @@ def fit(
         settings = plan.settings
         blocks_of(groups, params, select, settings.adaptation.rule)
         decays_of(weight_decay, params)
-        scale_of(settings.scale, params)
+        scale_of(whole_tree(settings.scale), whole_tree(params))
         kept = {"momentum": bool(settings.momentum), "sizes": isinstance(settings.scale, str)}
         start = first_state(params, **kept) if state is None else state
         check_state(start, params, **kept)
         if bounds is not None:
             check_bounded(settings, subsampling_curvature)
-            plan = replace(plan, settings=settings._replace(box=box_of(bounds, params)))
+            box = box_of(whole_tree(bounds), whole_tree(params))
+            plan = replace(plan, settings=settings._replace(box=box))
         # Find the layers of the model, if that pays, at the first points.
-        plan = with_fitted_model(plan, params, *points(int(start.updates)), team=team)
+        traced = params if team is None else whole_tree(params)
+        plan = with_fitted_model(plan, traced, *points(int(start.updates)), team=team)
         fixed = are_fixed(team, X, y)
     # Update until there is a reason to end.
     with progress_of(progress and (team is None or team.leads), max_updates) as tell:

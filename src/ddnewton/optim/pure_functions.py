@@ -16,6 +16,7 @@ from ddnewton.distributed.fingerprints import options_told
 from ddnewton.distributed.team import Team
 from ddnewton.errors import public
 from ddnewton.inputs.checks import check_params
+from ddnewton.inputs.dtensor_arguments import placed_tree, whole_tree
 from ddnewton.inputs.held_out_samples import first_samples
 from ddnewton.inputs.terms import TermIndices
 from ddnewton.optim.compiled import has_one_trial, is_all, uncompiled
@@ -138,8 +139,10 @@ def observed_update(
     with agreeing(team, lambda: _told(plan, state)):
         arguments, held_out = _arguments(plan, params, state, *batch(), team)
 
-    # Expand the loss, search for a step, and take it: by matrices, or by products. What passes
-    # between ranks are leaves, whose trees every rank has.
+    # Expand the loss, search for a step, and take it: by matrices, or by products, on whole
+    # tensors. What passes between ranks are leaves, whose trees every rank has.
+    like = params, state if state.previous == () else state._replace(previous=params)
+    params, state = whole_tree(params), whole_tree(state)
 
     def by_model(model: QuadraticModel | FreeModel) -> tuple[list[Tensor], UpdateInfo, T]:
         local = local_model(model, settings, params, state, held_out)
@@ -166,9 +169,8 @@ def observed_update(
         automatic=plan.automatic,
         unscaled=plan.automatic_scale,
     )
-    like = params, state if state.previous == () else state._replace(previous=params)
     if team is not None:
         pairs = zip(leaves, tree_leaves(like), strict=True)
         leaves = [leaf.to(before.device) for leaf, before in pairs]
-    updated, following = tree_unflatten(leaves, tree_structure(like))
+    updated, following = placed_tree(tree_unflatten(leaves, tree_structure(like)), like)
     return (updated, following, info), observed

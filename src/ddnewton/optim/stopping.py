@@ -64,8 +64,12 @@ class Verdict(NamedTuple):
     reason: str
 
 
-def check_limits(limits: Limits) -> None:
-    """Refuse limits that break a rule."""
+def check_limits(limits: Limits, *, ranks: bool) -> None:
+    """Refuse limits that break a rule; where there are ``ranks``, those that these do not share."""
+    if ranks and limits.max_seconds is not None:
+        rule = "max_seconds must be None where params are DTensors"
+        remedy = "Clocks of ranks differ, and one would wait for another: pass max_updates."
+        raise BadValue(sentence(rule, limits.max_seconds, remedy))
     # Tolerances are numbers, a count of updates is an integer, and time runs forwards.
     for name in ("ftol", "xtol", "gtol"):
         if getattr(limits, name) is not None:

@@ -14,6 +14,7 @@ from ddnewton.criteria import Criteria
 from ddnewton.distributed.agreement import Processes, agreeing, team_of
 from ddnewton.errors import BadValue, sentence
 from ddnewton.inputs.checks import check_nonnegative
+from ddnewton.inputs.dtensor_arguments import ways_of
 from ddnewton.inputs.module_function import Forward, module_functions
 from ddnewton.inputs.scale import Scale
 from ddnewton.inputs.term_names import one_or_several
@@ -198,7 +199,8 @@ class DirectionalNewton(Optimizer):
             X, y = batch_of_step(X, y, closure)
             params = self._trained()
             # Find the layers of the module, unless they are those of the last step.
-            gram, least = self._options["gram"], 1 if team is None else 0
+            gram, least = self._options["gram"], int(team is None)
+            gram = ways_of(gram, params) if least else gram
             self._traced = traced_terms(self._traced, self._functions, params, X, gram, least)
             parts = {name: Traced(t.model_fn, t.slow) for name, (t, *_) in self._traced.items()}
             layers = agreed_layers(parts, gram, team)
@@ -209,10 +211,9 @@ class DirectionalNewton(Optimizer):
         # Make the step as a pure function of parameters and state.
         with restoring_draws(self._criterion):
             updated, state, info = optimizer.update(params, state, X, y)
-        # Write the parameters in place, and store the state.
+        # In place, and to new dicts: those of before are not written.
         for name, p in params.items():
             p.copy_(updated[name])
-        # Its dicts are new ones: what state_dict returned before stays what it was.
         self.state.clear()
         self.state.update(to_stored(state, params, self.param_groups))
         self.info = info

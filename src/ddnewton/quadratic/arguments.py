@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,16 +17,23 @@ from ddnewton.distributed.agreement import Processes, agreeing, team_of
 from ddnewton.distributed.fingerprints import options_told, params_told
 from ddnewton.distributed.service import Leader
 from ddnewton.distributed.team import Team
-from ddnewton.inputs.checks import (
-    check_functions,
-    check_options,
-    check_params,
+from ddnewton.errors import BadValue, sentence
+from ddnewton.inputs.checks import check_functions, check_options, check_params
+from ddnewton.inputs.dtensor_arguments import (
+    any_dtensor,
+    check_places,
+    check_same_on_ranks,
+    on_whole,
+    ways_of,
+    whole_tree,
 )
 from ddnewton.inputs.groups import Block, Group, blocks_of
+from ddnewton.inputs.module_function import check_not_fully_sharded
 from ddnewton.inputs.samples import Samples
 from ddnewton.inputs.scale import Scale, scale_of
-from ddnewton.inputs.term_names import about_term
+from ddnewton.inputs.term_names import about_term, one_or_several
 from ddnewton.inputs.terms import TermArguments, TermIndices, terms_of
+from ddnewton.linearize.references import modules_of
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.quadratic.term import Objective
 from ddnewton.transforms import check_not_transformed
@@ -55,6 +63,7 @@ class Arguments(NamedTuple):
     complement: float | None
     chunk_size: int | None
     tol: float
+    has_dtensors: bool = False  # in the model, as parameters, which are whole here
     team: Team | None = None  # the ranks that hold the samples, None for this process alone
     leader: Leader | None = None  # of these, where it leads
 
@@ -116,26 +125,52 @@ def arguments_of(
     if process_group is not None:
         check_not_transformed("process_group")
     team = team_of(process_group, params)
+    # Where ranks hold the samples, models are of plain tensors; what is passed is not written to.
+    passed, params, scale = params, whole_tree(params), whole_tree(scale)
+    has_dtensors = team is None and any_dtensor(passed)
     with agreeing(team, lambda: params_told(params) | options_told(options)):
         # Everything that the values of params and X do not matter for.
         check_functions(model_fn, select)
         check_options(damping, complement, gram, chunk_size, tol)
         check_params(params)
+        ways = ways_of(gram, passed) if has_dtensors else gram
         terms = terms_of(
-            *(model_fn, X, y, criterion, gram, subsampling), takes_batches=takes_batches, team=team
+            *(model_fn, X, y, criterion, ways, subsampling), takes_batches=takes_batches, team=team
         )
+        # Among DTensors; ranks agree on the size of chunks only without measuring.
+        _check_callable(terms, passed, has_dtensors=has_dtensors)
+        if has_dtensors:
+            terms = [on_whole(term, passed) for term in terms]
+            chunk_size = chunk_size or sys.maxsize
+            parts = ({term.name: (term.X, term.y)[i] for term in terms} for i in range(2))
+            given = dict(zip("Xy", map(one_or_several, parts), strict=True))
+            told = params_told(params) | options_told(options | given | {"scale": scale})
+            check_same_on_ranks(passed, told)
+        check_places(terms)
         terms = [_where_params_are(term, params) for term in terms]
         return Arguments(
             params=params,
             terms=terms,
-            objectives=[_objective(term, params, gradient) for term in terms],
+            objectives=[_objective(term, passed, gradient) for term in terms],
             blocks=blocks_of(groups, params, select, damping),
             scaling=Scaling(isinstance(scale, str), scale_of(scale, params)),
             complement=complement,
             chunk_size=chunk_size,
             tol=tol,
+            has_dtensors=has_dtensors,
             team=team,
         )
+
+
+def _check_callable(terms: Sequence[TermArguments], params: PyTree, *, has_dtensors: bool) -> None:
+    """Refuse models that take no DTensors: prepared ones, and modules of FSDP."""
+    if not any_dtensor(params):
+        return
+    for term in terms:
+        if has_dtensors and isinstance(term.model_fn, Prepared):
+            rule, got = "model_fn must not be prepared where params are DTensors", "a prepared one"
+            raise BadValue(sentence(rule, got, "Pass the function that it was made from."))
+        check_not_fully_sharded("model_fn", modules_of(term.model_fn))
 
 
 def leaves_of(arguments: Arguments) -> list[Sequence[int]]:

@@ -14,6 +14,7 @@ from ddnewton.criteria.denominators import for_batch
 from ddnewton.criteria.loss import Loss
 from ddnewton.inputs.batches import Batches, Pair, Passes
 from ddnewton.inputs.checks import check_batch
+from ddnewton.inputs.dtensor_arguments import whole_tree
 from ddnewton.inputs.terms import TermArguments
 from ddnewton.quadratic.arguments import Arguments, of_complex_outputs
 from ddnewton.quadratic.term import Objective
@@ -33,7 +34,8 @@ class Source(NamedTuple):
     def at_batch(self, arguments: Arguments, pair: Pair) -> TermArguments:
         """Return the term at a batch, where the parameters are."""
         check_batch(X=pair.X, y=pair.y)
-        X, y = (moved_to(part, device_to_go_to(part, arguments.params)) for part in pair)
+        parts = map(whole_tree, pair)
+        X, y = (moved_to(part, device_to_go_to(part, arguments.params)) for part in parts)
         return self.term._replace(X=X, y=y)
 
     def loss_of(self, arguments: Arguments, number: int, *, complex_outputs: bool) -> Loss:

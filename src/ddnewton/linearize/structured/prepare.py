@@ -19,6 +19,7 @@ from ddnewton.inputs.checks import (
     check_functions,
     check_params,
 )
+from ddnewton.inputs.dtensor_arguments import any_dtensor
 from ddnewton.inputs.term_names import about_term, check_keys, is_several, of_term, term_names
 from ddnewton.linearize.calls import first_line, first_sample_outputs
 from ddnewton.linearize.independence import SamplesMix, check_independent, evaluate
@@ -106,9 +107,14 @@ def prepare(model_fn: AnyModelFn, params: PyTree, X: PyTree) -> Prepared | dict[
       ['scale']: directly (no rule for mul)
     )
     """
+    # Refuse what breaks a rule, before any model is run.
     check_functions(model_fn, None)
     check_params(params)
     check_keys(model_fn, X=X)
+    if any_dtensor((params, X)):
+        rule, remedy = "prepare needs tensors that are whole", "Pass model_fn itself to steps."
+        raise BadValue(sentence(rule, "DTensors", remedy))
+    # The layers of every term.
     prepared = {}
     for name in term_names(model_fn):
         with about_term(name):

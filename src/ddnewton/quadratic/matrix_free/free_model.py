@@ -17,9 +17,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ddnewton.dtensors import mixing
 from ddnewton.inputs.checks import check_dependence
 from ddnewton.inputs.groups import Block
 from ddnewton.inputs.term_names import about_term
+from ddnewton.linearize.adjoint import check_adjoint
 from ddnewton.linearize.free_linearization import linearized_freely
 from ddnewton.linearize.use_of_parameters import depends_on_parameters
 from ddnewton.quadratic.arguments import Arguments, Scaling, function_of, of_complex_outputs
@@ -104,6 +106,8 @@ def free_model(arguments: Arguments) -> Iterator[FreeModel]:
     """Expand the loss of a batch to second order, by products."""
     params, terms = arguments.params, []
     with ExitStack() as stack:
+        if arguments.has_dtensors:
+            stack.enter_context(mixing())
         # Batches are terms of their own.
         if arguments.in_batches:
             yield FreeModel(streamed_terms(arguments, stack), arguments.blocks, arguments)
@@ -118,6 +122,8 @@ def free_model(arguments: Arguments) -> Iterator[FreeModel]:
                 linearization = stack.enter_context(
                     linearized_freely(function, as_real(params), term.X, arguments.chunk_size)
                 )
+                if arguments.has_dtensors:
+                    check_adjoint(linearization)
                 if linearization.complex_outputs:
                     objective = of_complex_outputs(objective, term, params)
                 terms.append(free_term(objective, linearization))

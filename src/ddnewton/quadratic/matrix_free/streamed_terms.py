@@ -15,6 +15,7 @@ from torch import Tensor
 from ddnewton.criteria.denominators import Share, denominator_of, divided_by, share_of
 from ddnewton.inputs.batches import Pair, about_batch
 from ddnewton.inputs.term_names import about_term
+from ddnewton.linearize.adjoint import check_adjoint
 from ddnewton.linearize.free_linearization import FreeLinearization, linearized_freely
 from ddnewton.linearize.model import forgotten
 from ddnewton.linearize.structured.traced_model import Prepared
@@ -88,6 +89,8 @@ def _at_batch(
         else:
             first = linearized_freely(function, as_real(params), term.X, arguments.chunk_size)
             linearization = contexts.enter_context(first)
+            if arguments.has_dtensors:
+                check_adjoint(linearization)
             at.append(linearization.at_batch)
         loss = source.loss_of(arguments, number, complex_outputs=linearization.complex_outputs)
         objective = source.objective._replace(loss=divided_by(loss, total), y=term.y)

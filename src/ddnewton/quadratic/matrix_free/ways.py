@@ -15,6 +15,11 @@ from ddnewton.types import GramWays
 
 R = TypeVar("R")
 
+DTENSOR_REMEDY = (
+    'Ask for what products give, gram="free": steps, and ggn_eigh with select=top_k(k). Or gather '
+    "params, where they fit: p.full_tensor()."
+)
+
 
 def either_way(
     arguments: Arguments,
@@ -27,8 +32,8 @@ def either_way(
 ) -> R:
     """Return the result of a call by matrices or, where asked or too large, by products.
 
-    What is too large is said, and goes without a scale by columns if it may be ``unscaled``. It is
-    ``automatic`` to choose by products there, by default as the arguments say.
+    What is too large is said. It is ``automatic`` to choose by products there, by default as the
+    arguments say. By products goes without a scale by columns what may be ``unscaled``.
     """
     options: dict[str, Any] = {"say": say, "automatic": automatic, "unscaled": unscaled}
     return on_all_ranks(
@@ -58,6 +63,7 @@ def _either_way(
 ) -> R:
     """Return the result of a call by matrices or by products, on the process that decides."""
     if arguments.is_free:
+        arguments = _unscaled(arguments) if unscaled else arguments
         check_free(arguments)
         return by_products(arguments)
     try:
@@ -66,8 +72,7 @@ def _either_way(
         choose = is_automatic({term.name: term.gram for term in arguments.terms})
         if not (choose if automatic is None else automatic) or is_transformed():
             raise
-        if unscaled and arguments.scaling.by_columns:
-            arguments = arguments._replace(scaling=Scaling(by_columns=False))
+        arguments = _unscaled(arguments) if unscaled else arguments
         # What products do not give stays what it was: too large.
         try:
             check_free(arguments)
@@ -78,6 +83,13 @@ def _either_way(
             f"{reason}"
         )
         return by_products(arguments)
+
+
+def _unscaled(arguments: Arguments) -> Arguments:
+    """Return the arguments without a scale by columns, which products do not give."""
+    if not arguments.scaling.by_columns:
+        return arguments
+    return arguments._replace(scaling=Scaling(by_columns=False))
 
 
 def is_automatic(gram: GramWays) -> bool:
@@ -104,4 +116,6 @@ def refuse_free(arguments: Arguments, what: str, remedy: str) -> None:
     """Refuse products where what is asked for is all of a matrix."""
     if arguments.is_free:
         rule = f"{what} needs the matrix itself"
+        if arguments.has_dtensors:
+            raise BadValue(sentence(rule, "params that are DTensors", DTENSOR_REMEDY))
         raise BadValue(sentence(rule, 'gram="free"', remedy))
