@@ -245,9 +245,7 @@ def newton_step_and_info(
     return unflatten(vectors, leaves_of(arguments), params), grouped(infos, groups)
 
 
-def _steps_and_infos(
-    arguments: Arguments,
-) -> tuple[list[Float[Tensor, " _"]], list[NewtonInfo]]:
+def _steps_and_infos(arguments: Arguments) -> tuple[list[Float[Tensor, " _"]], list[NewtonInfo]]:
     """Return the steps of all blocks and their records, by their matrices."""
     with model_and_matrices(arguments) as (model, matrices):
         complement = arguments.complement

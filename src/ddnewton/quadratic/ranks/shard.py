@@ -122,10 +122,7 @@ class Shard:
         samples: Int[Tensor, " n"] | None,
         bases: Sequence[OwnBasis] = (),
     ) -> tuple[int, list[Form | None]]:
-        """Pull a basis back, of samples that the leader has the ``bases`` of; None for all.
-
-        The number of the columns is returned as well.
-        """
+        """Pull back the ``bases`` that the leader has of samples, None for all, and number it."""
         # The samples of this rank among those, and their basis.
         linearization, shard = self._linearizations[number], self._samples(self._terms[number])
         own = numbers_on(shard, samples)
@@ -149,7 +146,6 @@ class Shard:
     ) -> list[Float[Tensor, "k d"]]:
         """Return the sums of columns with weights, for every block."""
         jacobian, rows = self._columns[number]
-        sizes = self._sizes
 
         def make() -> list[Tensor]:
             if jacobian is None:
@@ -157,7 +153,7 @@ class Shard:
             own = [of_block[:, :, rows].flatten(1) for of_block in weights]
             return sums_of(jacobian, blocks, own)
 
-        lengths = [sum(sizes[leaf] for leaf in block) for block in blocks]
+        lengths = [sum(self._sizes[leaf] for leaf in block) for block in blocks]
         shapes = [(len(w), d) for w, d in zip(weights, lengths, strict=True)]
         return self._team.summed(make, shapes, "sums")
 
