@@ -75,7 +75,7 @@ def ggn_eigvalsh(
         gradient=False,
     )
     refuse_free(arguments, "all eigenvalues", "For leading ones pass select=top_k(k) to ggn_eigh.")
-    return grouped(on_all_ranks(arguments, all_eigenvalues), groups)
+    return grouped(on_all_ranks(arguments, all_eigenvalues, all_eigenvalues.__name__), groups)
 
 
 @public
@@ -255,4 +255,6 @@ def gram_matrix(
         takes_batches=False,
     )
     refuse_free(arguments, "the Gram matrix", "ggn_eigh has its leading part, by select=top_k(k).")
-    return grouped(on_all_ranks(arguments, whole_gram_matrices), groups)
+    return grouped(
+        on_all_ranks(arguments, whole_gram_matrices, whole_gram_matrices.__name__), groups
+    )

@@ -193,7 +193,8 @@ def _uncertainty(
         with about_noise():
             arguments = arguments_of(model_fn, params, X, y, _likelihoods(criterion), **ways)
             refuse_free(arguments, "a covariance", 'Leave gram at "auto".')
-    return on_all_ranks(arguments, partial(uncertainty_of, absolute_sigma=absolute_sigma))
+    call = partial(uncertainty_of, absolute_sigma=absolute_sigma)
+    return on_all_ranks(arguments, call, uncertainty_of.__name__)
 
 
 def _likelihoods(criterion: Criteria) -> Criteria:

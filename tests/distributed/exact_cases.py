@@ -398,6 +398,14 @@ def of_other_forms(rank: int) -> tuple[Tensor, list[bool]]:
     return result["step"], forms
 
 
+def with_shapeless_nothing(rank: int) -> str:
+    """A step where the samples of one rank are none, of no shape and of another dtype."""
+    case = of_rank(perceptron(), rank, [5, 0, 4, 2])
+    if rank == 1:
+        case = case._replace(X=torch.empty(0, dtype=torch.float32), y=torch.empty(0))
+    return digest(step_alone(case, distributed.group.WORLD))
+
+
 # --- what passes between ranks -------------------------------------------------------------------
 
 

@@ -382,6 +382,19 @@ def by_groups(rank: int) -> dict[str, str | None]:
     return steps
 
 
+def one_asks_for_more(rank: int) -> Told:
+    """What ranks raise where the last one calls another function, and a step of all after that."""
+    case = of_rank(perceptron(), rank, COUNTS)
+    call = ddnewton.newton_step_and_info if rank == 3 else ddnewton.newton_step
+    started = time.perf_counter()
+    try:
+        call(*case[:6], process_group=distributed.group.WORLD)
+    except ValueError as error:
+        seconds = time.perf_counter() - started
+        return Told(type(error).__name__, str(error), "", seconds, whole_step(rank))
+    raise AssertionError("nothing was raised")
+
+
 def of_two(rank: int) -> str:
     return step_of(of_rank(perceptron(), rank, [3, 8]), distributed.group.WORLD)
 

@@ -130,6 +130,12 @@ def test_columns_of_other_forms_are_multiplied_all_the_same(four):
     assert all(difference(step, reference["step"]) <= TOLERANCE for step in steps)
 
 
+def test_no_samples_may_be_of_any_shape(four):
+    by_rank = four.results(on_rank, "columns", [[5, 0, 4, 2]], 0)
+    steps = {digest for ((digest, _),) in by_rank}
+    assert set(four.results(exact_cases.with_shapeless_nothing)) == steps
+
+
 def ring_bytes(counts, bytes_of_sample):
     """To the rank before it each of four sends all; to the opposite one the upper two send half."""
     return [(n + (n if rank < 2 else n // 2)) * bytes_of_sample for rank, n in enumerate(counts)]

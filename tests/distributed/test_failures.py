@@ -14,6 +14,7 @@ from tests.distributed.failing_cases import (
     failed_then_right,
     interrupt,
     of_two,
+    one_asks_for_more,
     refused,
     whole_step,
 )
@@ -69,6 +70,14 @@ def test_an_interrupt_of_a_rule_ends_the_call_everywhere(four, right_step):
     told = four.results(interrupt, 0, "rule")
     assert [of_rank.kind for of_rank in told] == ["KeyboardInterrupt", *["RankError"] * 3]
     assert {of_rank.message for of_rank in told[1:]} == {"rank 0: KeyboardInterrupt: "}
+    assert at_once(told, four)
+    assert {of_rank.step for of_rank in told} == {right_step}
+
+
+def test_all_ranks_must_call_the_same_function(four, right_step):
+    told = four.results(one_asks_for_more)
+    rule = "rank 3: all ranks must call the same function; got steps on rank 0, steps_and_infos"
+    assert all(rule in of_rank.message for of_rank in told)
     assert at_once(told, four)
     assert {of_rank.step for of_rank in told} == {right_step}
 

@@ -23,8 +23,9 @@ T = TypeVar("T")
 
 
 class Order(NamedTuple):
-    """What every rank is to do: the name of a method, and its arguments."""
+    """What every rank is to do in a call: the name of a method, and its arguments."""
 
+    call: str
     method: str
     arguments: PyTree
 
@@ -48,11 +49,11 @@ class Leader(NamedTuple):
 
     def order(self, method: str, *arguments: Any, **for_leader: Any) -> Any:
         """Have every rank call a method; return what it returns here."""
-        self.team.told(Order(method, arguments))
+        self.team.told(Order(self.team.call, method, arguments))
         try:
             return getattr(self.servant, method)(*arguments, **for_leader)
         except SumFailed:
-            self.team.told(Order("reported", ()))
+            self.team.told(Order(self.team.call, "reported", ()))
             self.team.reported()
             raise
 
@@ -94,11 +95,14 @@ def _followed(team: Team, servant: Any) -> Any:
     """Follow the orders of a call until it ends."""
     while True:
         order = team.told()
+        # Its end, on all ranks at once.
         if isinstance(order, Ended):
             servant.drawn(order.draws)
             if order.failure is not None:
                 raise error_of(order.failure) from team.failure
             return order.result
+        # Something to be done.
+        team.checks(order.call)
         if order.method == "reported":
             team.reported()
         else:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ddnewton.distributed.failures import Failure, error_of, failure_of, on_rank
 from ddnewton.distributed.wire import Wire, broadcast, receive, send, wire_of
+from ddnewton.errors import BadValue, sentence
 from ddnewton.types import PyTree
 
 T = TypeVar("T")
@@ -37,11 +38,24 @@ class Team:
         self.wire: Wire = wire_of(group, home)
         self.failure: BaseException | None = None  # of this rank's last part
         self.error_of_all: BaseException | None = None  # which every rank raises by itself
+        self.call = ""  # which is made by all
+        self._refusal: Exception | None = None  # of a call that the leader does not make
 
     @property
     def leads(self) -> bool:
         """Whether this is the rank that leads."""
         return self.rank == LEADER
+
+    def makes(self, call: str) -> None:
+        """Begin a call, which has a name."""
+        self.call, self._refusal = call, None
+
+    def checks(self, call: str) -> None:
+        """Refuse, in place of a part of this rank, to take part in another call than its own."""
+        if call != self.call:
+            rule = "all ranks must call the same function"
+            got = f"{call.strip('_')} on rank {LEADER}, {self.call.strip('_')} here"
+            self._refusal = BadValue(sentence(rule, got, "Call it on every rank, or on none."))
 
     def exchanged(self, make: Callable[[], T]) -> list[T]:
         """Return the parts of all ranks on every rank; where one raises, raise on all."""
@@ -167,8 +181,10 @@ class Team:
 
     def _guarded(self, make: Callable[[], T]) -> T | None:
         """Return the part of this rank, None where it fails: see `failure`."""
+        self.failure = self._refusal
+        if self._refusal is not None:
+            return None
         try:
-            self.failure = None
             return make()
         except BaseException as error:  # noqa: BLE001 - it is raised when all have been told
             self.failure = error

@@ -37,18 +37,24 @@ def either_way(
     """
     options: dict[str, Any] = {"say": say, "automatic": automatic, "unscaled": unscaled}
     return on_all_ranks(
-        arguments, lambda arguments: _either_way(arguments, by_matrix, by_products, **options)
+        arguments,
+        lambda arguments: _either_way(arguments, by_matrix, by_products, **options),
+        by_matrix.__name__,
     )
 
 
-def on_all_ranks(arguments: Arguments, call: Callable[[Arguments], R]) -> R:
-    """Return the result of a call on every rank that holds samples of it, or on this process."""
+def on_all_ranks(arguments: Arguments, call: Callable[[Arguments], R], name: str) -> R:
+    """Return the result of a call on every rank that holds samples of it, or on this process.
+
+    By its ``name`` ranks see that they make the same call.
+    """
     team = arguments.team
     if team is None:
         return call(arguments)
     # An error of the call is none of what stays open for as long as it lasts.
     with closing(ExitStack()) as stack:
         shard = FreeShard(team, arguments, stack)
+        team.makes(name)
         return served(team, shard, lambda leader: call(arguments._replace(leader=leader)))
 
 
