@@ -398,6 +398,22 @@ def of_other_forms(rank: int) -> tuple[Tensor, list[bool]]:
     return result["step"], forms
 
 
+def not_in_float64(params: Any, X: Tensor) -> Tensor:
+    """A model that can be evaluated in its own dtype alone."""
+    if torch.float64 in (X.dtype, params["bias1"].dtype):
+        raise TypeError("no float64")
+    return mlp(params, X)
+
+
+def in_two_precisions(rank: int, gram: str, culprit: int) -> tuple[str, Tensor]:
+    """A step where one rank's samples are evaluated in float32, those of the others in float64."""
+    case = of_rank(perceptron(dtype=torch.float32, gram=gram, chunk_size=1), rank, [2, 4, 1, 4])
+    if rank == culprit:
+        case = case._replace(model_fn=not_in_float64)
+    result = step_alone(case, distributed.group.WORLD)
+    return digest(result), result["step"]
+
+
 def with_shapeless_nothing(rank: int) -> str:
     """A step where the samples of one rank are none, of no shape and of another dtype."""
     case = of_rank(perceptron(), rank, [5, 0, 4, 2])

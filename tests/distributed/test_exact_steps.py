@@ -130,6 +130,15 @@ def test_columns_of_other_forms_are_multiplied_all_the_same(four):
     assert all(difference(step, reference["step"]) <= TOLERANCE for step in steps)
 
 
+@pytest.mark.parametrize("culprit", [0, 3])
+@pytest.mark.parametrize("gram", ["dense", "structured"])
+def test_samples_of_one_rank_may_have_fewer_digits(gram, culprit, four):
+    by_rank = four.results(exact_cases.in_two_precisions, gram, culprit)
+    assert len({digest for digest, _ in by_rank}) == 1
+    case = exact_cases.perceptron(dtype=torch.float32)
+    assert difference(by_rank[0][1], reference_step(case)) <= 1e-5
+
+
 def test_no_samples_may_be_of_any_shape(four):
     by_rank = four.results(on_rank, "columns", [[5, 0, 4, 2]], 0)
     steps = {digest for ((digest, _),) in by_rank}

@@ -102,8 +102,9 @@ def _have_one_form(left: RankColumns, right: RankColumns) -> bool:
         pairs = zip(left.forms, right.forms, strict=True)
         if any(x is not None and y is None for x, y in pairs):
             return False
-    layouts = [{form.layout for form in side.forms if form is not None} for side in (left, right)]
-    return all(len(of_side) == 1 for of_side in layouts)
+    # The same factors, on the same digits.
+    sides = [[form for form in side.forms if form is not None] for side in (left, right)]
+    return all(len({form[1:] for form in side}) == 1 for side in sides)
 
 
 def _among(rows: Rows, samples: slice | Tensor) -> Rows:

@@ -7,7 +7,7 @@ it makes of one batch, random numbers included. Columns stay where their samples
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from jaxtyping import Int
@@ -60,11 +60,10 @@ def _gathered(
     outputs: Sequence[Outputs | None],
 ) -> Linearization:
     """Return a linearization by those of the ranks, with outputs of all their samples."""
-    # Outputs in the order of the ranks, in both precisions.
+    # Outputs in the order of the ranks, in both precisions, of which a rank may have one alone.
     parts = [part for part in outputs if part is not None]
     told = {
         rank: f"{list(part.outputs.shape[1:])} {part.outputs.dtype}"
-        + ", also in float64" * part.can_widen
         for rank, part in enumerate(outputs)
         if part is not None
     }
@@ -72,8 +71,8 @@ def _gathered(
     _check_alike("the outputs of a sample", told, remedy)
     narrow = torch.cat([part.outputs for part in parts])
     precise = narrow
-    if parts[0].precise is not None:
-        precise = torch.cat([part.precise for part in parts if part.precise is not None])
+    if any(part.precise is not None for part in parts):
+        precise = torch.cat([_most_precise(part) for part in parts])
 
     # What the leader asks of all ranks.
     def in_float64() -> Linearization:
@@ -85,23 +84,29 @@ def _gathered(
         of_ranks = leader.order("outputs", number, leaves, samples)
         rows = [rows_on(shard, samples) for shard in shards]
         first = next(part for part in of_ranks if part is not None)
-        whole: Tensor = first.new_empty(len(samples), *first.shape[1:])
+        whole: Tensor = precise.new_empty(len(samples), *first.shape[1:])
         for place, part in zip(rows, of_ranks, strict=True):
             if part is not None:
                 whole[place] = part
         return whole
 
-    pairs = zip(leaves, parts[0].dtypes, strict=True)
+    by_leaf = zip(*(part.dtypes for part in parts), strict=True)
+    dtypes = [reduce(torch.promote_types, of_leaf) for of_leaf in by_leaf]
     return Linearization(
         outputs=narrow,
         precise=precise,
         jacobian=partial(_jacobian, leader, number, shards, leaves),
         function=function,
-        leaves=[leaf.to(dtype) for leaf, dtype in pairs],
-        in_float64=in_float64 if parts[0].can_widen else None,
+        leaves=[leaf.to(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)],
+        in_float64=in_float64 if any(part.can_widen for part in parts) else None,
         complex_outputs=parts[0].complex_outputs,
         depends=lambda: any(leader.order("depends", number)),
     )
+
+
+def _most_precise(part: Outputs) -> Tensor:
+    """Return the outputs of a rank in the highest precision that it has them in."""
+    return part.outputs if part.precise is None else part.precise
 
 
 def _jacobian(

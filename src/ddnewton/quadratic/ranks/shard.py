@@ -89,9 +89,10 @@ class Shard:
         return self._added(number, make if len(self._samples(number)) else None)
 
     def widened(self, number: int) -> tuple[int, list[Outputs | None]]:
-        """Linearize once more in float64."""
+        """Linearize once more in float64, where that is possible with the samples of a rank."""
         narrow = self._linearizations[number]
-        return self._added(self._terms[number], None if narrow is None else narrow.in_float64)
+        wide = None if narrow is None else narrow.in_float64 or (lambda: narrow)
+        return self._added(self._terms[number], wide)
 
     def outputs(
         self, number: int, leaves: Sequence[Tensor], samples: Int[Tensor, " n"] | None
@@ -105,7 +106,8 @@ class Shard:
                 return None
             size = self._at_once[number] or len(own)
             parts = [own[chunk] for chunk in chunks(len(own), size)]
-            return torch.cat([linearization.function(leaves, part) for part in parts])
+            moved = [new.to(x) for new, x in zip(leaves, linearization.leaves, strict=True)]
+            return torch.cat([linearization.function(moved, part) for part in parts])
 
         return self._team.collected(make, "outputs")
 
