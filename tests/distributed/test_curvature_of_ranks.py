@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 
 from ddnewton import (
     Group,
@@ -20,6 +20,7 @@ from tests.distributed.split_problems import (
     assert_close,
     assert_same_bits,
     curve,
+    group_of,
     inputs,
     jacobian,
     labels,
@@ -90,8 +91,7 @@ def curvature(rank, name, size):
     (model_fn, p, X, y, _), options = CASES[name]()
     split = of_terms if isinstance(X, dict) else own
     X, y = split(X, rank, size), split(y, rank, size)
-    if size > 1:
-        options |= {"process_group": distributed.group.WORLD}
+    options |= {"process_group": group_of(size)}
 
     def results(function, **more):
         # A new generator for each of them, where there is one.
@@ -137,9 +137,8 @@ def test_eigenvalues_and_gram_matrix_are_those_of_the_jacobian(two):
 def uncertain(rank, size, function, redundant=False, **options):
     """The covariance or the standard errors of parameters, on the samples of a rank."""
     p = params() | ({"idle": torch.ones(1, dtype=torch.float64)} if redundant else {})
-    group = distributed.group.WORLD if size > 1 else None
     of_rank = own(inputs(), rank, size), own(targets(), rank, size)
-    return function(curve, p, *of_rank, process_group=group, **options)
+    return function(curve, p, *of_rank, process_group=group_of(size), **options)
 
 
 @pytest.mark.parametrize("absolute_sigma", [False, True])

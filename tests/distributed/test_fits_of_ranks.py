@@ -17,6 +17,7 @@ from tests.distributed.split_problems import (
     assert_close,
     assert_same_bits,
     curve,
+    group_of,
     inputs,
     normal,
     own,
@@ -62,11 +63,10 @@ CASES = {
 
 def fitted(rank, name, size, **more):
     problem, options = CASES[name]
-    group = distributed.group.WORLD if size > 1 else None
     model_fn, p, X, y, criterion = problem(rank, size)
     if "bounds" in options:
         p = {name: leaf.clamp(-0.3, 0.3) for name, leaf in p.items()}
-    return fit(model_fn, p, X, y, criterion, process_group=group, **options | more)
+    return fit(model_fn, p, X, y, criterion, process_group=group_of(size), **options | more)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -86,8 +86,7 @@ def continued(rank, size, result=None):
     start = {} if result is None else {"state": result.state}
     if result is not None:
         problem = (problem[0], result.params, *problem[2:])
-    group = distributed.group.WORLD if size > 1 else None
-    return fit(*problem, process_group=group, max_updates=2, **start)
+    return fit(*problem, process_group=group_of(size), max_updates=2, **start)
 
 
 def test_a_fit_goes_on_with_other_numbers_of_ranks(two, four):
@@ -247,10 +246,9 @@ def branching(p, x):
 def traced(rank, size, model_fn=branching):
     """A fit that searches for layers, as that of a larger model does."""
     _, p, X, y, criterion = squares(rank, size)
-    group = distributed.group.WORLD if size > 1 else None
     always = mock.patch.object(fitted_model, "LEAST_FLOPS_TO_TRACE", 0.0)
     with always, mock.patch("ddnewton.optim.modules.is_tiny", return_value=False):
-        return fit(model_fn, p, X, y, criterion, process_group=group, max_updates=2)
+        return fit(model_fn, p, X, y, criterion, process_group=group_of(size), max_updates=2)
 
 
 def test_layers_that_one_rank_has_not_found_are_used_by_none(two):

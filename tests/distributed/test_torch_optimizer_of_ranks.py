@@ -19,6 +19,7 @@ from tests.distributed.split_problems import (
     assert_all_raise,
     assert_close,
     assert_same_bits,
+    group_of,
     inputs,
     labels,
     net,
@@ -41,24 +42,33 @@ def groups(module):
 
 
 CASES = {
-    "trust region": lambda module: DirectionalNewton(module, nn.MSELoss(), **of_group()),
-    "layers": lambda module: DirectionalNewton(
-        module, nn.MSELoss(), levenberg_marquardt(), gram="structured", **of_group()
-    ),
-    "held out and drawn": lambda module: DirectionalNewton(
-        module, drawn(), held_out(every=2), **of_group()
-    ),
-    "momentum": lambda module: DirectionalNewton(
-        module, nn.CrossEntropyLoss(), spring(), momentum=0.5, **of_group()
-    ),
-    "groups": lambda module: DirectionalNewton(
-        module, nn.MSELoss(), 0.01, params=groups(module), **of_group()
-    ),
+    "trust region": lambda module: {"criterion": nn.MSELoss()},
+    "layers": lambda module: {
+        "criterion": nn.MSELoss(),
+        "damping": levenberg_marquardt(),
+        "gram": "structured",
+    },
+    "held out and drawn": lambda module: {"criterion": drawn(), "damping": held_out(every=2)},
+    "momentum": lambda module: {
+        "criterion": nn.CrossEntropyLoss(),
+        "damping": spring(),
+        "momentum": 0.5,
+    },
+    "groups": lambda module: {
+        "criterion": nn.MSELoss(),
+        "damping": 0.01,
+        "params": groups(module),
+    },
 }
 
 
-def of_group():
-    return {"process_group": distributed.group.WORLD if distributed.is_initialized() else None}
+def optimizer_of(name, module, size):
+    return DirectionalNewton(module, process_group=group_of(size), **CASES[name](module))
+
+
+def batch_of(name, rank, size):
+    y = labels() if name in ("held out and drawn", "momentum") else targets()
+    return own(inputs(), rank, size), own(y, rank, size)
 
 
 def everything(module, optimizer):
@@ -67,15 +77,10 @@ def everything(module, optimizer):
     return copy.deepcopy(saved)
 
 
-def y_of(optimizer):
-    return targets() if isinstance(optimizer._criterion, nn.MSELoss) else labels()
-
-
 def stepped(rank, name, size, count=STEPS):
     """Some steps: all that there is after each of them, and their losses."""
     module = net()
-    optimizer = CASES[name](module)
-    X, y = own(inputs(), rank, size), own(y_of(optimizer), rank, size)
+    optimizer, (X, y) = optimizer_of(name, module, size), batch_of(name, rank, size)
     losses, after = [], []
     for _ in range(count):
         losses.append(optimizer.step(X, y))
@@ -167,7 +172,8 @@ class Counted(nn.Module):
 def looked_through(rank, size, gram, branching_ranks=()):
     """Steps of a module whose layers are searched for in the first of them."""
     module = Counted(branching_ranks)
-    optimizer = DirectionalNewton(module, nn.MSELoss(), 0.01, gram=gram, **of_group())
+    options = {"gram": gram, "process_group": group_of(size)}
+    optimizer = DirectionalNewton(module, nn.MSELoss(), 0.01, **options)
     X, y = own(inputs(), rank, size), own(targets(), rank, size)
     with mock.patch("ddnewton.optim.modules.is_tiny", return_value=False):
         losses = [optimizer.step(X, y) for _ in range(STEPS)]
@@ -194,7 +200,8 @@ def test_layers_that_one_rank_has_not_found_are_used_by_none(two):
 def moving_samples(rank, size):
     """Steps on batches that are all on the one rank, and then all on the other."""
     module = net()
-    optimizer = DirectionalNewton(module, nn.MSELoss(), 0.01, gram="structured", **of_group())
+    options = {"gram": "structured", "process_group": group_of(size)}
+    optimizer = DirectionalNewton(module, nn.MSELoss(), 0.01, **options)
     losses = []
     for t in range(4):
         X, y = inputs()[t:], targets()[t:]
@@ -217,7 +224,7 @@ def no_batch():
 def refused(rank, kind):
     """What a refused step has changed, and its error."""
     module = net()
-    optimizer = CASES["held out and drawn"](module)
+    optimizer = optimizer_of("held out and drawn", module, 2)
     X, y = own(inputs(), rank, 2), own(labels(), rank, 2)
     optimizer.step(X, y)
     before = everything(module, optimizer)
@@ -250,7 +257,7 @@ def test_what_fails_on_one_rank_changes_nothing_on_any(kind, name, message, two)
 
 def of_other_parameters(rank):
     module = net(rank)
-    optimizer = CASES["trust region"](module)
+    optimizer = optimizer_of("trust region", module, 2)
     optimizer.step(own(inputs(), rank, 2), own(targets(), rank, 2))
 
 
@@ -262,7 +269,7 @@ def test_modules_that_differ_are_refused(two):
 def copied(rank):
     """Steps of a copy; and how a pickle is refused."""
     module = net()
-    optimizer = CASES["trust region"](module)
+    optimizer = optimizer_of("trust region", module, 2)
     twin, copy_of_optimizer = copy.deepcopy((module, optimizer))
     batch = own(inputs(), rank, 2), own(targets(), rank, 2)
     losses = optimizer.step(*batch), copy_of_optimizer.step(*batch)
@@ -327,10 +334,9 @@ def part_of_run(rank, name, way, size, folder, first):
     """Two steps of a run, from its start or from where it was saved."""
     save, load = WAYS[way]
     module = net(7 if first else 8)
-    optimizer = CASES[name](module)
+    optimizer, (X, y) = optimizer_of(name, module, size), batch_of(name, rank, size)
     if not first:
         load(module, optimizer, folder)
-    X, y = own(inputs(), rank, size), own(y_of(optimizer), rank, size)
     for _ in range(2):
         optimizer.step(X, y)
     save(rank, module, optimizer, folder)

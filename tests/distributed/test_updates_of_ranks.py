@@ -23,6 +23,7 @@ from tests.distributed.split_problems import (
     assert_close,
     assert_same_bits,
     curve,
+    group_of,
     inputs,
     labels,
     normal,
@@ -98,8 +99,7 @@ def updated(rank, name, size, count=UPDATES, start=None):
     """Some updates: parameters, state and record after each of them."""
     problem, options = CASES[name]
     model_fn, p, X, y, criterion = problem()
-    group = distributed.group.WORLD if size > 1 else None
-    optimizer = directional_newton(model_fn, criterion, process_group=group, **options)
+    optimizer = directional_newton(model_fn, criterion, process_group=group_of(size), **options)
     p, state = (p, optimizer.init(p)) if start is None else start
     done = []
     for _ in range(count):

@@ -45,7 +45,7 @@ def first_stored(
 
     For `torch.distributed.checkpoint`, which loads into the entries that there are.
     """
-    if not params or any(map(is_lazy, params.values())):
+    if not params or any(is_lazy(p) or p.is_meta for p in params.values()):
         return {}
     return to_stored(init(params), params, groups)
 

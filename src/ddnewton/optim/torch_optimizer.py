@@ -224,7 +224,7 @@ class DirectionalNewton(Optimizer):
         return super().state_dict() | stored_draws(self._criterion)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, to go on from where it was saved."""
+        """Load a state, to go on from where it was saved, on any number of ranks."""
         super().load_state_dict(as_saved(state_dict))
         load_draws(self._criterion, state_dict)
 
