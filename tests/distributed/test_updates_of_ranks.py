@@ -91,6 +91,7 @@ CASES = {
         {"damping": spring(), "subsampling_grad": [1, 7, 20], "subsampling_ggn": [4, 18]},
     ),
     "two terms": (terms, {}),
+    "products": (classes, {"damping": levenberg_marquardt(), "gram": "free"}),
     "complex": (complex_outputs, {"damping": 0.01}),
 }
 
