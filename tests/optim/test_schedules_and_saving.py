@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch.optim import lr_scheduler
 
 from ddnewton import held_out, top_k
@@ -193,6 +194,20 @@ def test_the_state_of_a_fresh_optimizer_is_that_of_a_start():
     optimizer.load_state_dict(fresh)
     module.load_state_dict(start)
     assert [optimizer.step(*batch(seed=t)) for t in range(3)] == first
+
+
+def test_parameters_without_values_have_no_state_yet():
+    for module in (nn.Linear(3, 4, device="meta"), nn.LazyLinear(4)):
+        assert DirectionalNewton(module, CROSS_ENTROPY, held_out()).state_dict()["state"] == {}
+
+
+def test_a_module_that_is_cast_after_the_optimizer_is_made_starts_anew():
+    module = net().float()
+    optimizer = DirectionalNewton(module, CROSS_ENTROPY, held_out())
+    module.double()
+    optimizer.step(*batch())
+    previous = [optimizer.state[p]["previous"].dtype for p in module.parameters()]
+    assert previous == [FLOAT64] * len(previous)
 
 
 def test_going_back_is_exact():
