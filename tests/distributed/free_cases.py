@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.distributed import group
 
 from ddnewton import (
@@ -72,6 +73,10 @@ def valid_mean(outputs, y):
 def weighted_mean(outputs, y):
     target, weight = y
     return (weight * (outputs - target).square()).sum() / weight.sum()
+
+
+def squares_of_pairs(outputs, y):
+    return (outputs - y[0]).square().mean()
 
 
 def waves(outputs, y):
@@ -149,6 +154,16 @@ CASES = {
     "with_curvature of other counts": Case(
         lambda: with_curvature(nn.CrossEntropyLoss(ignore_index=1), nn.CrossEntropyLoss()),
         LABELS,
+        there=False,
+    ),
+    "with_curvature of a weighted mean": Case(
+        lambda: with_curvature(squares_of_pairs, weighted_mean), (REAL, WEIGHTS), there=False
+    ),
+    "with_curvature and a part without labels": Case(
+        lambda: with_curvature(
+            nn.CrossEntropyLoss(ignore_index=0), fisher(nn.CrossEntropyLoss(ignore_index=0))
+        ),
+        torch.where(torch.arange(N) < 7, 0, LABELS),
         there=False,
     ),
     "drawn squares": Case(lambda: monte_carlo(nn.MSELoss(), 2, seeded()), REAL),
@@ -273,6 +288,23 @@ def constant_net(params, X):
 def fails_on_one(params, X):
     """Outputs that are not finite where the first input is above 1.5."""
     return net(params, X) + torch.where(X[:, :1] > 1.5, torch.inf, 0.0)
+
+
+class Doubled(torch.autograd.Function):
+    """Twice a number, whose derivative has none."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+def once(params, X):
+    return Doubled.apply(net(params, X))
 
 
 def bent(outputs, y):

@@ -7,7 +7,7 @@ from torch.func import functional_call
 
 from ddnewton import directional_newton
 from ddnewton.optim.free_matrices import PROBES
-from ddnewton.quadratic.matrix_free.operator import Operator
+from ddnewton.quadratic.matrix_free.sample_operator import SampleOperator
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Y = torch.randn(12, 5, generator=GENERATOR), torch.randint(3, (12,), generator=GENERATOR)
@@ -25,7 +25,7 @@ def net():
 def products(monkeypatch):
     """Return how many products with G, and how many curvatures, are made."""
     counts = {"product": 0, "curvature": 0}
-    product, curvatures = Operator.product, Operator.curvatures
+    product, curvatures = SampleOperator.product, SampleOperator.curvatures
 
     def counted_product(self, vectors):
         counts["product"] += len(vectors)
@@ -35,8 +35,8 @@ def products(monkeypatch):
         counts["curvature"] += len(vectors)
         return curvatures(self, vectors)
 
-    monkeypatch.setattr(Operator, "product", counted_product)
-    monkeypatch.setattr(Operator, "curvatures", counted_curvatures)
+    monkeypatch.setattr(SampleOperator, "product", counted_product)
+    monkeypatch.setattr(SampleOperator, "curvatures", counted_curvatures)
     return counts
 
 

@@ -101,7 +101,7 @@ def denominator_of(shares: Sequence[Share]) -> float:
     """Return the denominator of the loss of all batches."""
     # What multiplies a curvature cannot differ from batch to batch.
     first = shares[0]
-    if any(abs(share.ratio - first.ratio) > 1e-12 * abs(first.ratio) for share in shares):
+    if not all(abs(share.ratio - first.ratio) <= 1e-12 * abs(first.ratio) for share in shares):
         got = "a gradient and a curvature that divide by numbers of other ratios in every batch"
         raise BadValue(sentence(BATCHES_RULE, got, WHOLE_REMEDY))
     # A mean, or a sum.

@@ -128,5 +128,5 @@ def _with_metric(loss: Loss, metric: Loss) -> Loss:
         fisher_root=changed_root(metric.fisher_root, root_with_slopes),
         position_scores=position_scores if metric.position_scores else None,
         curvature_ratio=ratio,
-        depends_on_batch=metric.depends_on_batch,
+        depends_on_batch=metric.depends_on_batch or metric.joint is not None,
     )

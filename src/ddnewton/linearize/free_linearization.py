@@ -67,6 +67,7 @@ class FreeLinearization(NamedTuple):
     keeps_graphs: bool = True
     depends: Callable[[], bool] | None = None  # on a parameter; None where a call shows it
     of_ranks: Callable[[Sequence[int], Any], Products] | None = None  # which have the samples
+    refused: Callable[[Exception], Exception] | None = None  # the error of a product that fails
 
     def products(self, wanted: Sequence[int], samples: Int[Tensor, " n"] | slice) -> Products:
         """Return the products of some samples with their Jacobian along some leaves."""
@@ -102,7 +103,7 @@ def linearized_freely(
         return
     model = evaluate(model_fn, params, X, chunk_size)
     try:
-        yield _of_model(model, chunk_size, whole)
+        yield _of_model(model, chunk_size, whole)._replace(refused=partial(refusal, model))
     except RuntimeError as error:
         raise refusal(model, error) from error
 

@@ -65,7 +65,8 @@ def products_of(
         parts = [_aligned(vector[i]) for i in images]
         with torch.inference_mode(False):
             (pushed,) = _backward(list(images.values()), [cotangent], parts)
-        assert pushed is not None
+        if pushed is None:
+            raise RuntimeError("a derivative of the model has no derivative of its own")
         return pushed.detach().reshape(shape[0], -1)
 
     def pull(u: Float[Tensor, "n c"]) -> list[Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -62,7 +63,8 @@ class FreeShard(ShardTerms):
 
         def pushed(_: FreeLinearization) -> Tensor:
             visits = self._visited(number, wanted, samples)
-            return torch.cat([products.push(vector) for products in visits])
+            parts = [partial(products.push, vector) for products in visits]
+            return torch.cat([self._refusing([number], part) for part in parts])
 
         linearization = self._entries[number].linearization
         return self._collected(linearization if len(own) else None, pushed, "slopes")
@@ -158,7 +160,7 @@ class FreeShard(ShardTerms):
 
         def parts() -> list[Tensor]:
             operator = self._operator(entries, numbers)
-            return [] if operator is None else [make(operator)]
+            return [] if operator is None else [self._refusing(entries, partial(make, operator))]
 
         return self._team.summed(parts, [shape], "products")
 
@@ -172,7 +174,9 @@ class FreeShard(ShardTerms):
 
         def parts() -> list[list[Tensor] | None]:
             operator = self._operator(entries, numbers)
-            made = iter([] if operator is None else make(operator))
+            made = iter(
+                [] if operator is None else self._refusing(entries, partial(make, operator))
+            )
             return [None if self._entries[x].losses is None else next(made) for x in entries]
 
         return self._team.collected(parts, "slopes")

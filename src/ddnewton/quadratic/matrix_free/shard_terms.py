@@ -179,3 +179,16 @@ class ShardTerms(Shard):
     def _collected(self, present: T | None, make: Callable[[T], R], kind: str) -> list[R | None]:
         """Return the results of all ranks, None where they have nothing to make them of."""
         return self._team.collected(lambda: None if present is None else make(present), kind)
+
+    def _refusing(self, numbers: Sequence[int], make: Callable[[], R]) -> R:
+        """Return a result of products, or raise what is wrong with the model that fails in them."""
+        try:
+            return make()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            linearizations = [self._entries[number].linearization for number in numbers]
+            for linearization in linearizations:
+                if linearization is not None and linearization.refused is not None:
+                    raise linearization.refused(error) from error
+            raise
