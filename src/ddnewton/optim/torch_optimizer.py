@@ -83,8 +83,7 @@ class DirectionalNewton(Optimizer):
         ``forward(module, X) -> outputs``, where the outputs are not ``module(X)``. For a loss of
         several terms, a dict of such functions; X, y and criterion are dicts of the same keys.
     process_group
-        As for `ddnewton.newton_step`: X and y of ``step`` are this rank's samples, and parameters
-        are the same on all. Copies of the optimizer share the group, and a pickle refuses it.
+        As for `ddnewton.newton_step`, of X and y of ``step``. Copies share it, a pickle refuses it.
 
     Attributes
     ----------
