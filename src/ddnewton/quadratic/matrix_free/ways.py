@@ -43,7 +43,7 @@ def either_way(
     )
 
 
-def on_all_ranks(arguments: Arguments, call: Callable[[Arguments], R], name: str) -> R:
+def on_all_ranks(arguments: Arguments, call: Callable[[Arguments], R], name: str = "") -> R:
     """Return the result of a call on every rank that holds samples of it, or on this process.
 
     By its ``name`` ranks see that they make the same call.
