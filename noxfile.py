@@ -119,6 +119,13 @@ def large(session: nox.Session) -> None:
     session.run("python", "-m", "benchmarks.large_problems", *session.posargs, env=ONE_THREAD)
 
 
+@nox.session
+def ranks(session: nox.Session) -> None:
+    """Measure steps of several processes beside one; arguments go to the benchmark."""
+    install(session)
+    session.run("python", "-m", "benchmarks.several_processes", *session.posargs, env=ONE_THREAD)
+
+
 # Peers of the trainings, taken without what they depend on besides torch.
 TRAINERS = ("pytorch-optimizer", "torch-levenberg-marquardt")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_tests, wheels
+from benchmarks import gpu_tests, nets, ranks_model, several_processes, wheels
 
 ROOT = Path(__file__).parents[1]
 QUANTITIES = ("top10", "all", "eigenvalues")
@@ -121,6 +121,64 @@ def test_large_problems_must_be_known():
     ended = command("large_problems", "--only", "huge")
     assert ended.returncode == 2
     assert "--only must name beginnings of GPT, V = 1000, N = 4" in ended.stderr
+
+
+def test_several_processes(tmp_path):
+    ended = command("several_processes", "--quick", "--json", tmp_path / "ranks.json")
+    assert ended.returncode == 0, ended.stderr
+    records = json.loads((tmp_path / "ranks.json").read_text(encoding="utf-8"))["records"]
+    tasks = several_processes.QUICK
+    asked = [(r["problem"], r["samples"], r["quantity"], r["prepared"]) for r in records]
+    assert asked == [tuple(task) for task in tasks]
+    for record in records:
+        assert record["ranks"] == 2
+        assert record["runs"] == 1
+        assert min(record["seconds"], record["seconds_of_ranks"]) > 0
+        # Products in float32 are summed in another order, to a tolerance of the step.
+        assert record["difference"] < (1e-3 if record["quantity"] == "free" else 1e-6)
+        assert {"orders", "results"} < set(record["sent"])
+    # The matrix of the parameters is summed once, with the gradient and a place for failures.
+    d = 7 * 5 + 5 + 5 * 5 + 5 + 5 * 3 + 3
+    assert records[-1]["sent"]["matrices"] == 8 * (d**2 + d + 1)
+    assert ended.stdout.count("| tiny-") == 4
+    assert ended.stdout.count("| reference |") == 1
+
+
+def test_several_processes_must_be_of_problems_that_are_there():
+    ended = command("several_processes", "--only", "huge")
+    assert ended.returncode == 2
+    assert "--only must name beginnings of mlp, 3c3d-128, pinn; got ['huge']" in ended.stderr
+
+
+def test_the_model_on_paper():
+    ended = command("several_processes", "--model")
+    assert ended.returncode == 0, ended.stderr
+    rows = [line.split(" | ") for line in ended.stdout.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + len(ranks_model.NETS) * len(ranks_model.COUNTS)
+    assert {len(row) for row in rows} == {len(ranks_model.HEADINGS)}
+    # The nets are those of torch, but that their layers leave out biases.
+    for net, module in (("MLP", nets.mlp(784, 512, 256, 10)), ("3c3d", nets.net_3c3d())):
+        sizes, _ = ranks_model.NETS[net]
+        matrices = [p for p in module.parameters() if p.dim() > 1]
+        assert sizes.parameters == sum(p.numel() for p in module.parameters())
+        assert [(x.outputs, x.inputs) for x in sizes.layers] == [
+            (len(p), p[0].numel()) for p in matrices
+        ]
+
+
+def test_bytes_on_paper_of_two_ranks():
+    net = ranks_model.Net(ranks_model.dense(4, 3, 2), 23, 2, 1)
+    # Columns of 6 samples each: one rank passes all of its factors, the other one half of them.
+    sent = ranks_model.bytes_of(net, 12, 2)
+    assert sent["columns"] == (6 + 3) * (4 + 3 + 3 + 2) * 4
+    # The second rank has its 6 columns with themselves, and half of those with the others.
+    assert sent["tiles"] == (6 * 6 + 6 * 3) * 8
+    assert sent["sums"] == 24 * 8
+    assert ranks_model.bytes_of(net, 12, 1) == {}
+    # On the side of the parameters one matrix, and no columns.
+    sent = ranks_model.bytes_of(net, 24, 2)
+    assert sent["matrices"] == (23**2 + 23 + 1) * 8
+    assert "columns" not in sent
 
 
 # --- on a GPU -------------------------------------------------------------------------------
