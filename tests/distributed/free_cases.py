@@ -135,7 +135,7 @@ CASES = {
     "weighted mean": Case(lambda: weighted_mean, (REAL, WEIGHTS), there=False),
     "weights of parts": Case(
         lambda: weighted_mean,
-        (REAL, torch.where(torch.arange(N) < 7, 1.0, 2.0)[:, None].expand(N, OUT).double()),
+        (REAL, torch.where(torch.arange(N) < 6, 1.0, 2.0)[:, None].expand(N, OUT).double()),
         there=False,
     ),
     "empirical_fisher": Case(lambda: empirical_fisher(nn.MSELoss()), REAL),
@@ -216,7 +216,7 @@ def observed(rank, name, options, X, y, alone=False):
         process_group=None if alone else group.WORLD,
         **options,
     )
-    numbers = on_all_ranks(arguments, partial(of_model, case.divisible))
+    numbers = on_all_ranks(arguments, partial(of_model, case.divisible), "observed")
     sent = {} if arguments.team is None else dict(arguments.team.wire.traffic)
     return numbers, sent
 
