@@ -61,9 +61,12 @@ class FreeShard(ShardTerms):
         """Return J v of samples, None for all, for a vector given leaf by leaf."""
         own = numbers_on(self._samples(self._entries[number].term), samples)
 
-        def pushed(_: FreeLinearization) -> Tensor:
+        def pushed(linearization: FreeLinearization) -> Tensor:
             visits = self._visited(number, wanted, samples)
-            parts = [partial(products.push, vector) for products in visits]
+            own_vector = [
+                x.to(linearization.leaves[i]) for i, x in zip(wanted, vector, strict=True)
+            ]
+            parts = [partial(products.push, own_vector) for products in visits]
             return torch.cat([self._refusing([number], part) for part in parts])
 
         linearization = self._entries[number].linearization

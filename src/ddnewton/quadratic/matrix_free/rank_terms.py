@@ -8,7 +8,7 @@ others, outputs and targets are gathered, and only products with Jacobians are m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -44,9 +44,11 @@ class Place(NamedTuple):
 
     def assembled(self, parts: Sequence[Tensor | None], samples: Tensor | None) -> Tensor:
         """Return the parts of the ranks, of samples or None for all, in the order of these."""
-        first = next(part for part in parts if part is not None)
-        n = self.whole if samples is None else len(samples)
-        whole: Tensor = first.new_empty(n, *first.shape[1:])
+        present = [part for part in parts if part is not None]
+        n, first = self.whole if samples is None else len(samples), present[0]
+        # Ranks may compute in other dtypes, where not all can in float64.
+        dtype = reduce(torch.promote_types, (part.dtype for part in present))
+        whole: Tensor = first.new_empty(n, *first.shape[1:], dtype=dtype)
         for shard, part in zip(self.shards, parts, strict=True):
             if part is not None:
                 whole[rows_on(shard, samples)] = part

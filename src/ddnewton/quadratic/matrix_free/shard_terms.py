@@ -133,7 +133,8 @@ class ShardTerms(Shard):
 
         def outputs(linearization: FreeLinearization) -> Tensor:
             parts = [own[chunk] for chunk in chunks(len(own), linearization.samples_at_once)]
-            return torch.cat([linearization.function(leaves, part) for part in parts])
+            at = [x.to(leaf) for x, leaf in zip(leaves, linearization.leaves, strict=True)]
+            return torch.cat([linearization.function(at, part) for part in parts])
 
         return self._collected(linearization if len(own) else None, outputs, "outputs")
 
