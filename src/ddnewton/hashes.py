@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 
 MULTIPLIER = 0x9E3779B1
@@ -11,9 +12,7 @@ MULTIPLIER = 0x9E3779B1
 
 def hashed(leaf: Tensor) -> int:
     """Return a hash of the bytes of a tensor: multiples of them, summed modulo 2⁶⁴."""
-    leaf = leaf.detach()
-    leaf = leaf if leaf.layout == torch.strided else leaf.to_dense()
-    octets = leaf.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    octets = octets_of(leaf)
     # As many as there are whole words of, and what is left of them.
     whole = octets.numel() // 8 * 8
     words = [octets[:whole].clone().view(torch.int64), octets[whole:].long()]
@@ -23,3 +22,10 @@ def hashed(leaf: Tensor) -> int:
         factors = torch.arange(part.numel(), device=leaf.device).mul_(2 * MULTIPLIER).add_(1)
         total = total * MULTIPLIER + factors.mul_(part ^ (part >> 29)).sum()
     return int(total)
+
+
+def octets_of(leaf: Tensor) -> UInt8[Tensor, " _"]:
+    """Return the bytes of a tensor, in the order of its entries."""
+    leaf = leaf.detach()
+    leaf = leaf if leaf.layout == torch.strided else leaf.to_dense()
+    return leaf.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ddnewton.distributed.failures import Failure, error_of, failure_of, on_rank
-from ddnewton.distributed.wire import Wire, broadcast, receive, send, wire_of
+from ddnewton.distributed.wire import Wire, broadcast, exchange, receive, send, wire_of
 from ddnewton.errors import BadValue, sentence
 from ddnewton.types import PyTree
 
@@ -61,9 +61,7 @@ class Team:
         """Return the parts of all ranks on every rank; where one raises, raise on all."""
         # A failure goes in place of a part.
         part = self._guarded(make)
-        messages: list[Any] = [None] * self.size
-        message = part if self.failure is None else failure_of(self.failure)
-        dist.all_gather_object(messages, message, self.wire.group)
+        messages = exchange(self.wire, part if self.failure is None else failure_of(self.failure))
         # All ranks see the same messages, and raise the same; but an interrupt stays what it is.
         try:
             self.raise_failures(messages)

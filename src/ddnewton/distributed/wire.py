@@ -1,23 +1,36 @@
 """Trees of tensors on their way between ranks.
 
-A tree goes in two parts: itself, with what is told of its tensors in their places, and then the
-tensors, one by one. They travel on the host, or on the device where the group has a backend there.
+A tree goes in two parts: itself, with what is told of its tensors in their places, and then those
+that are not small, one by one. They travel on the host, or on the device where the group has a
+backend there.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ddnewton.distributed.packets import (
+    arriving,
+    empty_packet,
+    exchanged_messages,
+    message_of,
+    missing_packets,
+    packets_of,
+)
+from ddnewton.hashes import octets_of
 from ddnewton.trees import tree_leaves, tree_map
 from ddnewton.types import PyTree
+
+TOLD_BYTES = 2**12
+"""Up to how many bytes a tensor is a part of what is told of its tree."""
 
 
 @dataclass(frozen=True)  # a leaf of a tree, as a NamedTuple would not be
@@ -27,11 +40,7 @@ class Announced:
     shape: tuple[int, ...]
     dtype: torch.dtype
     at_home: bool  # whether it is where the parameters are, or else on the host
-
-    @property
-    def count(self) -> int:
-        """The number of entries."""
-        return torch.Size(self.shape).numel()
+    octets: bytes | None  # of a small one, which then does not travel by itself
 
 
 class Wire(NamedTuple):
@@ -52,52 +61,53 @@ def wire_of(group: dist.ProcessGroup, home: torch.device) -> Wire:
     return Wire(group, home if on_device else torch.device("cpu"), home, Counter())
 
 
+def exchange(wire: Wire, message: Any) -> list[Any]:
+    """Return the messages of all ranks, which are small, on every rank."""
+    return exchanged_messages(message, wire.group, wire.device)
+
+
 def broadcast(wire: Wire, tree: PyTree, source: int, kind: str) -> PyTree:
     """Return the tree of one rank on all ranks."""
+    # The same transfers on all ranks, from the memory of one to that of the others.
     sends = dist.get_rank(wire.group) == source
-    message: list[Any] = [_announcement(wire, tree) if sends else None]
-    dist.broadcast_object_list(message, group_src=source, group=wire.group)
-    tensors = _tensors(tree) if sends else _memory(wire, message[0])
-    on_wire = [_on_wire(wire, tensor) for tensor in tensors]
-    for tensor in on_wire:
-        dist.broadcast(tensor, group_src=source, group=wire.group)
-        if sends:
-            wire.traffic[kind] += tensor.nbytes
-    return tree if sends else _arrived(wire, message[0], on_wire)
+    to_all = partial(dist.broadcast, group_src=source, group=wire.group)
+    if sends:
+        outgoing = _on_wire(wire, tree, kind)
+        for tensor in (*packets_of(_announcement(wire, tree), wire.device), *outgoing):
+            to_all(tensor)
+        return tree
+    announced = arriving(to_all, wire.device)
+    tensors = _memory(wire, announced)
+    for tensor in tensors:
+        to_all(tensor)
+    return _arrived(wire, announced, tensors)
 
 
 def send(wire: Wire, tree: PyTree, rank: int, kind: str) -> None:
     """Send a tree to a rank that is to `receive` it."""
-    dist.send_object_list([_announcement(wire, tree)], group_dst=rank, group=wire.group)
-    for tensor in _tensors(tree):
-        dist.send(_on_wire(wire, tensor), group_dst=rank, group=wire.group)
-        wire.traffic[kind] += tensor.nbytes
+    outgoing = _on_wire(wire, tree, kind)
+    for tensor in (*packets_of(_announcement(wire, tree), wire.device), *outgoing):
+        dist.send(tensor, group_dst=rank, group=wire.group)
 
 
 def receive(wire: Wire, rank: int) -> PyTree:
     """Return a tree that a rank is to `send`."""
-    message: list[Any] = [None]
-    dist.recv_object_list(message, group_src=rank, group=wire.group)
-    tensors = _memory(wire, message[0])
+    from_rank = partial(dist.recv, group_src=rank, group=wire.group)
+    announced = arriving(from_rank, wire.device)
+    tensors = _memory(wire, announced)
     for tensor in tensors:
-        dist.recv(tensor, group_src=rank, group=wire.group)
-    return _arrived(wire, message[0], tensors)
+        from_rank(tensor)
+    return _arrived(wire, announced, tensors)
 
 
 def swap(wire: Wire, tree: PyTree, to: int | None, source: int | None, kind: str) -> PyTree:
     """Send a tree to a rank, and return one from a rank; None stands for no rank, and no tree."""
-    # What is announced, as bytes, whose number goes ahead.
-    message = bytearray(pickle.dumps(_announcement(wire, tree)))
-    outgoing = [torch.frombuffer(message, dtype=torch.uint8).to(wire.device)]
-    length = torch.tensor([len(message)], device=wire.device)
-    (count,) = _both(wire, [length], to, source, [torch.zeros_like(length)])
-    incoming = [torch.empty(int(count), dtype=torch.uint8, device=wire.device)]
-    (received,) = _both(wire, outgoing, to, source, incoming)
-    announced = None if source is None else pickle.loads(received.cpu().numpy().tobytes())
-    # The tensors themselves.
-    outgoing = [_on_wire(wire, tensor) for tensor in _tensors(tree)]
-    if to is not None:
-        wire.traffic[kind] += sum(tensor.nbytes for tensor in outgoing)
+    # What is announced, in one packet or two, and then the tensors.
+    first, *further = packets_of(_announcement(wire, tree), wire.device)
+    packets = [*_both(wire, [first], to, source, [empty_packet(wire.device)])]
+    packets += _both(wire, further, to, source, missing_packets(packets[0]))
+    announced = None if source is None else message_of(packets)
+    outgoing = [] if to is None else _on_wire(wire, tree, kind)
     tensors = _both(wire, outgoing, to, source, _memory(wire, announced))
     return _arrived(wire, announced, tensors)
 
@@ -122,31 +132,33 @@ def _both(
 
 
 def _announcement(wire: Wire, tree: PyTree) -> PyTree:
-    """Return a tree with what is told of its tensors in their places."""
-    return tree_map(
-        lambda x: (
-            Announced(tuple(x.shape), x.dtype, x.device == wire.home)
-            if isinstance(x, Tensor)
-            else x
-        ),
-        tree,
-    )
+    """Return a tree with what is told of its tensors in their places, small ones altogether."""
+
+    def announced(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        octets = octets_of(leaf).cpu().numpy().tobytes() if leaf.nbytes <= TOLD_BYTES else None
+        return Announced(tuple(leaf.shape), leaf.dtype, leaf.device == wire.home, octets)
+
+    return tree_map(announced, tree)
 
 
-def _tensors(tree: PyTree) -> list[Tensor]:
-    """Return the tensors of a tree that have entries."""
-    return [x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.numel()]
-
-
-def _on_wire(wire: Wire, tensor: Tensor) -> Tensor:
-    """Return a tensor as it travels."""
-    return tensor.detach().to(wire.device).contiguous()
+def _on_wire(wire: Wire, tree: PyTree, kind: str) -> list[Tensor]:
+    """Return the tensors of a tree that travel by themselves, and count those of all."""
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    wire.traffic[kind] += sum(tensor.nbytes for tensor in tensors)
+    large = [tensor for tensor in tensors if tensor.nbytes > TOLD_BYTES]
+    return [tensor.detach().to(wire.device).contiguous() for tensor in large]
 
 
 def _memory(wire: Wire, announced: PyTree) -> list[Tensor]:
     """Return the memory that the tensors of a tree arrive in."""
-    expected = [x for x in tree_leaves(announced) if isinstance(x, Announced) and x.count]
-    return [torch.empty(x.shape, dtype=x.dtype, device=wire.device) for x in expected]
+    expected = [leaf for leaf in tree_leaves(announced) if isinstance(leaf, Announced)]
+    return [
+        torch.empty(leaf.shape, dtype=leaf.dtype, device=wire.device)
+        for leaf in expected
+        if leaf.octets is None
+    ]
 
 
 def _arrived(wire: Wire, announced: PyTree, tensors: Sequence[Tensor]) -> PyTree:
@@ -156,8 +168,14 @@ def _arrived(wire: Wire, announced: PyTree, tensors: Sequence[Tensor]) -> PyTree
     def placed(leaf: Any) -> Any:
         if not isinstance(leaf, Announced):
             return leaf
-        empty = torch.empty(leaf.shape, dtype=leaf.dtype, device=wire.device)
-        tensor = next(arrived) if leaf.count else empty
+        tensor = next(arrived) if leaf.octets is None else _tensor_of(leaf, leaf.octets)
         return tensor.to(wire.home if leaf.at_home else "cpu")
 
     return tree_map(placed, announced)
+
+
+def _tensor_of(announced: Announced, octets: bytes) -> Tensor:
+    """Return a tensor whose bytes were told."""
+    if not octets:
+        return torch.empty(announced.shape, dtype=announced.dtype)
+    return torch.frombuffer(bytearray(octets), dtype=announced.dtype).reshape(announced.shape)
