@@ -41,6 +41,6 @@ def first_samples(
 def _counts(model_fn: Any, X: PyTree, team: Team | None) -> dict[Name, int]:
     """Return how many samples every term has."""
     if team is None:
-        return sample_counts(model_fn, least=1, X=X)
-    shards = shards_of(team, lambda: sample_counts(model_fn, least=0, X=X))
+        return sample_counts(model_fn, of_rank=False, X=X)
+    shards = shards_of(team, lambda: sample_counts(model_fn, of_rank=True, X=X))
     return {name: of_ranks[-1].stop for name, of_ranks in shards.items()}

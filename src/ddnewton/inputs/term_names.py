@@ -94,16 +94,16 @@ def _differing_keys(trees: Mapping[str, Any]) -> str:
     return sentence(rule, "; ".join(differences.values()), remedy)
 
 
-def sample_counts(model_fn: Any, *, least: int = 0, **trees: PyTree) -> dict[Name, int]:
-    """Return how many samples there are here of every term."""
+def sample_counts(model_fn: Any, *, of_rank: bool, **trees: PyTree) -> dict[Name, int]:
+    """Return how many samples there are here of every term; on one rank of several perhaps none."""
     counts = {}
     for name in term_names(model_fn):
         with about_term(name):
             of_name = {argument: of_term(tree, name) for argument, tree in trees.items()}
-            if isinstance(of_name["X"], Batches):
+            if of_rank and isinstance(of_name["X"], Batches):
                 rule, remedy = "Batches must be of one process", "Leave process_group out."
                 raise BadValue(sentence(rule, "a process_group", remedy))
-            check_batch(**of_name, least=least)
+            check_batch(**of_name, least=0 if of_rank else 1)
             counts[name] = sample_count(of_name["X"])
     return counts
 

@@ -80,7 +80,7 @@ def terms_of(
         _check_no_indices(subsampling)
     shards: dict[Any, list[range]] = {}
     if team is not None:
-        shards = shards_of(team, partial(sample_counts, model_fn, X=X, y=y))
+        shards = shards_of(team, partial(sample_counts, model_fn, of_rank=True, X=X, y=y))
     terms = []
     for name in term_names(model_fn):
         inputs, targets = of_term(X, name), of_term(y, name)
