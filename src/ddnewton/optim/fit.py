@@ -212,7 +212,7 @@ def fit(
     team = team_of(process_group, params)
     with agreeing(team, lambda: options_told({"bounds": whole_tree(bounds), **limits._asdict()})):
         # Refuse what breaks a rule, before any work.
-        check_limits(limits, ranks=any_dtensor(params))
+        check_limits(limits, ranks=team is None and any_dtensor(params))
         check_watching(callback, progress)
         check_params(params)
         check_points(X=X, y=y)
