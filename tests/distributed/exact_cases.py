@@ -436,9 +436,9 @@ def traffic(rank: int, name: str, counts: Sequence[int]) -> tuple[dict[str, int]
     logger.setLevel(logging.INFO)
     try:
         with pytest.MonkeyPatch.context() as monkeypatch:
-            gather = distributed.all_gather_object
+            gather = distributed.all_gather
             monkeypatch.setattr(
-                distributed, "all_gather_object", lambda *args: exchanges.append(gather(*args))
+                distributed, "all_gather", lambda *args: exchanges.append(gather(*args))
             )
             step_alone(of_rank(CASES[name](), rank, counts), distributed.group.WORLD)
     finally:

@@ -146,7 +146,8 @@ def _announcement(wire: Wire, tree: PyTree) -> PyTree:
 def _on_wire(wire: Wire, tree: PyTree, kind: str) -> list[Tensor]:
     """Return the tensors of a tree that travel by themselves, and count those of all."""
     tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-    wire.traffic[kind] += sum(tensor.nbytes for tensor in tensors)
+    if count := sum(tensor.nbytes for tensor in tensors):
+        wire.traffic[kind] += count
     large = [tensor for tensor in tensors if tensor.nbytes > TOLD_BYTES]
     return [tensor.detach().to(wire.device).contiguous() for tensor in large]
 
