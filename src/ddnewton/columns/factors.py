@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from torch import Tensor
+
+from ddnewton.columns.asked_of_ranks import ColumnsOfRanks
 
 INTERMEDIATE_BYTES = 2**25
 """How large an intermediate may be: a few of them at once stay in a processor's cache."""
@@ -44,41 +46,6 @@ class Stack(NamedTuple):
 
 Factor: TypeAlias = Tensor | Outer | Stack
 """Columns of some samples along some parameters: dense [n·m, d], or as outer products."""
-
-
-class ColumnsOfRanks(Protocol):
-    """The columns of samples that several processes hold, by what is asked of all of them.
-
-    They are in the order of their samples, and in no units.
-    """
-
-    def sums(
-        self, blocks: Sequence[Sequence[int]], weights: Sequence[Float[Tensor, "_ i"]], /
-    ) -> list[Float[Tensor, "_ _"]]:
-        """Return W Aᵀ for every block."""
-
-    def slopes(
-        self, block: Sequence[int], vectors: Float[Tensor, "k d"], /
-    ) -> Float[Tensor, "i k"]:
-        """Return AᵀE for vectors of a block."""
-
-    def tiles(
-        self, other: Jacobian, blocks: Sequence[Sequence[int]], /, *, symmetric: bool
-    ) -> Iterator[Any]:
-        """Yield the tiles of the inner products with other columns."""
-
-    def equations(
-        self, blocks: Sequence[Sequence[int]], root_and_z: Float[Tensor, "2 i"], /
-    ) -> list[Any]:
-        """Return A diag(w) Aᵀ and A z for every block."""
-
-    def rows(self, block: Sequence[int], weights: Float[Tensor, " i"], /) -> Float[Tensor, "i d"]:
-        """Return the rows √w_i a_i of a block."""
-
-    def triangles(
-        self, block: Sequence[int], root: Float[Tensor, " i"], /
-    ) -> Iterator[Float[Tensor, "_ d"]]:
-        """Yield no more rows of every process than it has parameters, with the same products."""
 
 
 class Jacobian(NamedTuple):

@@ -31,6 +31,10 @@ CHOLESKY_CONDITION = 1e6
 CHOLESKY_BLOCK = 96
 """Of how many columns at a time the factor is made."""
 
+SHARED_SIDE = 1024
+"""From which side on several ranks factorize a matrix: of a smaller one, what travels takes longer
+than what is saved."""
+
 LEAST_WEIGHT = 1e-200
 """The least weight of a column beside the largest in a factorization: smaller ones are as good as
 zero."""
@@ -60,7 +64,8 @@ def damped_step(
     if right is None:
         return None
     # K + δI or G + δI = L Lᵀ, and two triangular solves.
-    solved = _in_place if _is_large(matrix.entries) else _of_copy
+    in_place = _is_large(matrix.entries) or _is_shared(matrix)
+    solved = _in_place if in_place else _of_copy
     solution, failed = solved(matrix, right, delta)
     if failed or not solution.isfinite().all():
         return None
@@ -90,11 +95,16 @@ def _in_place(
     side, root = len(right), torch.ones_like(right)
     if matrix.on_columns:
         root = matrix.weights.clamp(min=LEAST_WEIGHT * float(matrix.weights.amax())).sqrt()
-    entries = matrix.entries[:side]
+    # By all ranks that have columns of it, or by this process.
+    entries, shifts = matrix.entries[:side], delta / root.square()
     corners: list[Tensor] = []
     try:
-        factor, failed = _factorized(entries, delta / root.square(), corners)
-        return _solution(factor, right / root) / root, failed
+        if matrix.of_ranks is not None and _is_shared(matrix):
+            corners += _corners(entries)
+            failed = matrix.of_ranks.factorized(entries, shifts)
+        else:
+            failed = _factorized(entries, shifts, corners)
+        return _solution(entries, right / root) / root, failed
     finally:
         _put_back(entries, corners)
 
@@ -159,12 +169,17 @@ def _is_large(matrix: Tensor) -> bool:
     return matrix.is_cpu and len(matrix) > 2 * CHOLESKY_BLOCK
 
 
+def _is_shared(matrix: GaussNewton) -> bool:
+    """Return whether a matrix is factorized by several ranks."""
+    return matrix.of_ranks is not None and matrix.side >= SHARED_SIDE
+
+
 def _factorized(
     matrix: Float[Tensor, "side side"], shifts: Float[Tensor, " side"], corners: list[Tensor]
-) -> tuple[Float[Tensor, "side side"], Bool[Tensor, ""]]:
-    """Return the lower factor of a matrix with shifts of its diagonal, and whether there is none.
+) -> Bool[Tensor, ""]:
+    """Factorize a matrix with shifts of its diagonal; return whether it has no factor.
 
-    It is written over the matrix; what lies above the blocks on the diagonal is left there. The
+    This is written over the matrix; what lies above the blocks on the diagonal is left there. The
     blocks are put among the ``corners`` before.
     """
     block = CHOLESKY_BLOCK
@@ -180,7 +195,14 @@ def _factorized(
         below = torch.linalg.solve_triangular(corner.mT, panel[block:], upper=True, left=False)
         panel[:block], panel[block:] = corner, below
         failures.append(failed)
-    return matrix, torch.stack(failures).any()
+    return torch.stack(failures).any()
+
+
+def _corners(matrix: Float[Tensor, "side side"]) -> list[Float[Tensor, "_ _"]]:
+    """Return the blocks on the diagonal of a matrix."""
+    starts = range(0, len(matrix), CHOLESKY_BLOCK)
+    blocks = (slice(start, start + CHOLESKY_BLOCK) for start in starts)
+    return [matrix[block, block].clone() for block in blocks]
 
 
 def _put_back(matrix: Float[Tensor, "side side"], corners: Sequence[Float[Tensor, "_ _"]]) -> None:

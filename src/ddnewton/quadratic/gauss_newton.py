@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.columns.alignment import Leaves
-from ddnewton.columns.factors import Jacobian
+from ddnewton.columns.factors import ColumnsOfRanks, Jacobian
 from ddnewton.columns.gram import Columns, columns_of, matmat
 from ddnewton.columns.normal_equations import NormalEquations, normal_equations
 from ddnewton.columns.tiles import side_by_side
@@ -53,6 +53,7 @@ class GaussNewton(NamedTuple):
     gradient_weights: Float[Tensor, " a"]
     entries: Float[Tensor, "side side2"]
     gradient: Float[Tensor, " side"]
+    of_ranks: ColumnsOfRanks | None = None  # those that can factorize it, where there are several
 
     @property
     def side(self) -> int:
@@ -217,6 +218,7 @@ def block_matrices(
             gradient_weights=gradient_weights,
             entries=matrix,
             gradient=gradient,
+            of_ranks=jacobians[0].of_ranks,
         )
         for (block, is_on_columns), (matrix, gradient) in zip(sided_blocks, sides, strict=True)
     ]

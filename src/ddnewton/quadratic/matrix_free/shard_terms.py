@@ -22,13 +22,13 @@ from ddnewton.linearize.use_of_parameters import depends_on_parameters
 from ddnewton.quadratic.arguments import Arguments, function_of, of_complex_outputs
 from ddnewton.quadratic.matrix_free.distant_root import Known
 from ddnewton.quadratic.matrix_free.free_term import FreeTerm, Wholes, free_term, known_of
+from ddnewton.quadratic.ranks.column_shard import ColumnShard
 from ddnewton.quadratic.ranks.messages import (
     FreeOutputs,
     OwnShare,
     free_outputs_of,
     numbers_on,
 )
-from ddnewton.quadratic.ranks.shard import Shard
 from ddnewton.quadratic.term import Objective
 from ddnewton.quadratic.trial_loss import trial_of
 from ddnewton.trees import as_real, chunks
@@ -47,7 +47,7 @@ class Entry(NamedTuple):
     losses: FreeTerm | None = None  # once they are expanded
 
 
-class ShardTerms(Shard):
+class ShardTerms(ColumnShard):
     """The samples of this rank, with which Jacobians and losses are multiplied as well."""
 
     def __init__(self, team: Team, arguments: Arguments, stack: ExitStack) -> None:

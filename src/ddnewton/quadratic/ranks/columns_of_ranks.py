@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ddnewton.columns.alignment import Leaves
@@ -14,6 +14,7 @@ from ddnewton.columns.normal_equations import NormalEquations
 from ddnewton.columns.ring import Part, Plan
 from ddnewton.columns.tiles import Tile
 from ddnewton.distributed.service import Leader
+from ddnewton.distributed.shared_factor import PANEL, Panels, panel_starts
 from ddnewton.quadratic.ranks.messages import Form, Rows
 
 
@@ -72,6 +73,31 @@ class RankColumns(NamedTuple):
         """Return the rows √w_i a_i of a block."""
         by_sample = weights.unflatten(0, self._shape)
         return self._assembled(self.leader.order("rows", self.number, block, by_sample))
+
+    def factorized(
+        self, matrix: Float[Tensor, "side side2"], shifts: Float[Tensor, " side"], /
+    ) -> Bool[Tensor, ""]:
+        """Factorize a symmetric matrix with shifts of its diagonal, over its lower triangle.
+
+        Returned is whether it has no factor.
+        """
+        # Its panels with the shifts, for the ranks in turn.
+        size = self.leader.team.size
+        panels: list[Panels] = [{} for _ in range(size)]
+        for number, start in enumerate(panel_starts(len(matrix))):
+            panel = matrix[start:, start : start + PANEL].clone()
+            panel.diagonal().add_(shifts[start : start + PANEL])
+            panels[number % size][number] = panel
+
+        def write(number: int, panel: Float[Tensor, "n b"]) -> None:
+            start, width = PANEL * number, panel.shape[1]
+            end = start + width
+            corner = matrix[start:end, start:end]
+            corner.copy_(panel[:width].tril() + corner.triu(1))
+            matrix[end:, start:end] = panel[width:]
+
+        self.leader.order("factorized", len(matrix), panels=panels, write=write)
+        return matrix.diagonal().isnan().any()
 
     def triangles(
         self, block: Leaves, root: Float[Tensor, " i"], /
