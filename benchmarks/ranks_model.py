@@ -11,9 +11,10 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from benchmarks.floor import Layer, contraction
+from benchmarks.shared_factorization import GIB, Speeds, factorization_seconds, panel_bytes
 from ddnewton.columns.tiles import TILE_COLUMNS, TILES_A_SIDE
+from ddnewton.quadratic.cholesky import SHARED_SIDE, SHARED_SIDE_ON_GPUS
 
-GIB = 2**30
 PRODUCTS = 20
 """Of a step by products alone: what a δ of a hundredth of the largest eigenvalue takes."""
 
@@ -28,17 +29,14 @@ class Net(NamedTuple):
     entry: int = 4
 
 
-class Speeds(NamedTuple):
-    """What a rank does in a second; and what a message costs, and how many bytes a link carries."""
-
-    flops: float
-    factorization: float  # flops, in float64
-    link: float = 1e9
-    message: float = 1e-4
-    memory: float = 16 * GIB
-
-
-DATACENTRE = Speeds(flops=3e13, factorization=1e13, link=2.5e10, message=3e-5, memory=80 * GIB)
+DATACENTRE = Speeds(
+    flops=3e13,
+    factorization=1e13,
+    link=2.5e10,
+    message=3e-5,
+    memory=80 * GIB,
+    shared_side=SHARED_SIDE_ON_GPUS,
+)
 """A GPU whose products make 30 TFlop/s, and a factorization in float64 10; 25 GB/s a link."""
 
 
@@ -76,7 +74,7 @@ def is_of_parameters(net: Net, N: int) -> bool:
     return N * net.columns > net.parameters
 
 
-def bytes_of(net: Net, N: int, p: int) -> dict[str, float]:
+def bytes_of(net: Net, N: int, p: int, shared_side: int = SHARED_SIDE) -> dict[str, float]:
     """Return what all ranks send for a step with one δ, by what it is, as `ddnewton` logs it.
 
     What the leader tells counts once, however many ranks hear it.
@@ -88,6 +86,7 @@ def bytes_of(net: Net, N: int, p: int) -> dict[str, float]:
         "bases": away * N * net.outputs * net.columns * 8,
         "results": D * 8,
     }
+    sent |= panel_bytes(min(NM, D), p, shared_side)
     if is_of_parameters(net, N):
         sent |= {"orders": 2 * NM * 8, "matrices": (p - 1) * (D**2 + D + 1) * 8}
     else:
@@ -109,7 +108,7 @@ def seconds_of(net: Net, N: int, p: int, speeds: Speeds) -> dict[str, float]:
     """
     M, D = net.columns, net.parameters
     visit = N / p * visit_flops(net) / speeds.flops
-    sent = bytes_of(net, N, p)
+    sent = bytes_of(net, N, p, speeds.shared_side)
     at_leader = sum(sent.get(kind, 0.0) for kind in ("outputs", "targets", "bases", "tiles"))
     told = (sent.get("results", 0.0) + sent.get("orders", 0.0)) / speeds.link
     summed = (p > 1) * 8 / speeds.link
@@ -118,7 +117,7 @@ def seconds_of(net: Net, N: int, p: int, speeds: Speeds) -> dict[str, float]:
             "model": visit,
             "products": 2 * N * M / p * D**2 / 2 / speeds.flops,
             "to the leader": at_leader / speeds.link + summed * (D**2 + D),
-            "factorization": D**3 / 3 / speeds.factorization,
+            "factorization": factorization_seconds(D, p, speeds),
             "step": told,
             "messages": messages(p) * speeds.message,
         }
@@ -130,14 +129,17 @@ def seconds_of(net: Net, N: int, p: int, speeds: Speeds) -> dict[str, float]:
         "products": of_rank * half / speeds.flops,
         "ring": sent.get("columns", 0.0) / p / speeds.link,
         "to the leader": at_leader / speeds.link,
-        "factorization": (N * M) ** 3 / 3 / speeds.factorization,
+        "factorization": factorization_seconds(N * M, p, speeds),
         "step": told + summed * D,
         "messages": messages(p) * speeds.message,
     }
 
 
 def memory_of(net: Net, N: int) -> float:
-    """Return the bytes of the matrix on the leader, and of what it makes of the outputs."""
+    """Return the bytes of the matrix on the leader, and of what it makes of the outputs.
+
+    Its panels are a copy of half of the matrix, divided by the ranks: of many, next to nothing.
+    """
     of_outputs = N * net.outputs * (net.entry + 8 + 8 * net.columns)
     if is_of_parameters(net, N):
         return of_outputs + 16.0 * net.parameters**2

@@ -31,9 +31,9 @@ CHOLESKY_CONDITION = 1e6
 CHOLESKY_BLOCK = 96
 """Of how many columns at a time the factor is made."""
 
-SHARED_SIDE = 1024
+SHARED_SIDE, SHARED_SIDE_ON_GPUS = 2048, 10240
 """From which side on several ranks factorize a matrix: of a smaller one, what travels takes longer
-than what is saved."""
+than what is saved. The second is on paper, for links of 25 GB/s and 10 TFlop/s."""
 
 LEAST_WEIGHT = 1e-200
 """The least weight of a column beside the largest in a factorization: smaller ones are as good as
@@ -171,7 +171,8 @@ def _is_large(matrix: Tensor) -> bool:
 
 def _is_shared(matrix: GaussNewton) -> bool:
     """Return whether a matrix is factorized by several ranks."""
-    return matrix.of_ranks is not None and matrix.side >= SHARED_SIDE
+    least = SHARED_SIDE if matrix.entries.is_cpu else SHARED_SIDE_ON_GPUS
+    return matrix.of_ranks is not None and matrix.side >= least
 
 
 def _factorized(

@@ -19,7 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.columns.alignment import Leaves
-from ddnewton.columns.factors import ColumnsOfRanks, Jacobian
+from ddnewton.columns.asked_of_ranks import ColumnsOfRanks
+from ddnewton.columns.factors import Jacobian
 from ddnewton.columns.gram import Columns, columns_of, matmat
 from ddnewton.columns.normal_equations import NormalEquations, normal_equations
 from ddnewton.columns.tiles import side_by_side
@@ -171,9 +172,8 @@ def _copies(count: int, d: int, device: torch.device, *, by_eigenpairs: bool) ->
 def check_sums_fit(lengths: Sequence[int], device: torch.device) -> None:
     """Require sums over the batches of the matrices of blocks of parameters to fit into memory."""
     size = 3 * sum(d**2 for d in lengths) * torch.float64.itemsize
-    what = (
-        f"Gauss-Newton matrices of side {', '.join(map(str, lengths))}, a copy and vectors of each"
-    )
+    sides = ", ".join(map(str, lengths))
+    what = f"Gauss-Newton matrices of side {sides}, a copy and vectors of each"
     check_fits(size, what, 'Pass gram="free", or groups for smaller matrices.', device)
 
 
