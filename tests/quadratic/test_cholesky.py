@@ -34,8 +34,8 @@ def positive(side: int) -> torch.Tensor:
 def factorized(matrix: torch.Tensor, shifts: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """A factor, of a matrix that is put back afterwards."""
     corners: list[torch.Tensor] = []
-    written, failed = _factorized(matrix, shifts, corners)
-    factor = written.tril()
+    failed = _factorized(matrix, shifts, corners)
+    factor = matrix.tril()
     _put_back(matrix, corners)
     return factor, bool(failed)
 
