@@ -88,6 +88,7 @@ def serve(rank: int, size: int, folder: str, tasks: list[Task], rounds: int) -> 
                 draft = file.with_suffix(".draft")
                 draft.write_text(json.dumps(record), encoding="utf-8")
                 draft.rename(file)
+            dist.barrier()  # so that nobody is gone before all is told
     finally:
         dist.destroy_process_group()
 

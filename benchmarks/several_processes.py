@@ -30,6 +30,7 @@ FULL = [
     Task("mlp", 128, "top 10"),
     Task("mlp", 256, "one δ"),
     Task("mlp", 512, "one δ"),
+    Task("mlp", 1024, "one δ"),
     Task("mlp", 512, "free"),
     Task("3c3d-128", 128, "one δ", prepared=False),
     Task("3c3d-128", 128, "one δ"),
