@@ -117,13 +117,16 @@ def agreeing(
 
 def check_same(told: Sequence[Mapping[str, Any]]) -> None:
     """Require what the ranks tell to be the same, item by item."""
+    # Every rank beside the first, by all that either has told; parameters by their names alone.
     first = told[0]
     for rank, of_rank in enumerate(told):
         for name in dict.fromkeys([*first, *of_rank]):
             if first.get(name) != of_rank.get(name):
                 rule = f"{name} must be the same on all ranks"
-                got = f"other values on rank {rank} than on rank 0"
-                values = f"{first.get(name)} on rank 0, {of_rank.get(name)} on rank {rank}"
-                got = got if name.startswith("params") else values
-                remedy = "Broadcast from rank 0 what each process has made by itself."
+                if name.startswith("params"):
+                    got = f"other values on rank {rank} than on rank 0"
+                    remedy = "Broadcast from rank 0 what each process has made by itself."
+                else:
+                    got = f"{first.get(name)} on rank 0, {of_rank.get(name)} on rank {rank}"
+                    remedy = "Pass the same on every rank."
                 raise BadValue(sentence(rule, got, remedy))
