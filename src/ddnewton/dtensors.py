@@ -62,9 +62,9 @@ def samples_placed_like(samples: Tensor, leaf: Tensor) -> Tensor:
         return samples
     # Over how many ranks axis 0 is sharded.
     placements, mesh = _behind(0, leaf.placements), leaf.device_mesh  # type: ignore[attr-defined]
-    along = [i for i, placement in enumerate(placements) if placement.is_shard(0)]
-    if len(samples) % math.prod(mesh.size(i) for i in along):
-        for i in along:
+    axes = [i for i, placement in enumerate(placements) if placement.is_shard(0)]
+    if len(samples) % math.prod(mesh.size(i) for i in axes):
+        for i in axes:
             placements[i] = _replicate()
     return _placed(samples, leaf, placements)
 

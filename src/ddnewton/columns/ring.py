@@ -92,13 +92,13 @@ def ring(
             arrived = swap(team.wire, message, to, source, "columns")
             if left is None or expected is None or failures or arrived is FAILED:
                 continue
-            others = _arrived(
+            right_columns = _arrived(
                 left if right is None else right, arrived, parts[turn.source], expected
             )
-            own = left if turn.left is None else narrowed(left, turn.left)
-            tiles = tiles_of(own, others, blocks, symmetric=False)
+            left_columns = left if turn.left is None else narrowed(left, turn.left)
+            tiles = tiles_of(left_columns, right_columns, blocks, symmetric=False)
             # So that they end before others come: products alone are left.
-            del message, arrived, others
+            del message, arrived, right_columns
             for tile in _until_failure(failures, tiles):
                 right_samples = _moved(tile.right, expected.start)
                 yield RankTile(team.rank, turn.source, tile._replace(right=right_samples))

@@ -47,11 +47,11 @@ def uniform_from(seed: int, device: torch.device, rows: RowsOfBatch | None = Non
     generator = torch.Generator("cpu").manual_seed(seed)
 
     def uniform(shape: Sequence[int]) -> Tensor:
-        n, *others = shape
+        n, *axes = shape
         first, whole = (0, n) if rows is None else rows
         with untransformed():
             numbers = torch.rand(
-                (whole, *others), generator=generator, dtype=torch.float64, device="cpu"
+                (whole, *axes), generator=generator, dtype=torch.float64, device="cpu"
             )
         return numbers[first : first + n].clamp(min=LEAST_UNIFORM).to(device)
 

@@ -106,13 +106,13 @@ def agreeing(
             raise
         failure = error
 
-    def own() -> Mapping[str, Any]:
+    def told_here() -> Mapping[str, Any]:
         if failure is not None:
             raise failure
         return told() if told else {}
 
     # Nothing is wrong anywhere, and all are told the same.
-    check_same(team.exchanged(own))
+    check_same(team.exchanged(told_here))
 
 
 def check_same(told: Sequence[Mapping[str, Any]]) -> None:

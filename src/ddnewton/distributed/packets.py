@@ -60,16 +60,16 @@ def arriving(receive: Callable[[Tensor], object], device: torch.device) -> Any:
 
 def exchanged_messages(message: Any, group: dist.ProcessGroup, device: torch.device) -> list[Any]:
     """Return the messages of all ranks, on every rank."""
-    own, size = packets_of(message, device), dist.get_world_size(group)
+    packets, size = packets_of(message, device), dist.get_world_size(group)
     firsts = [empty_packet(device) for _ in range(size)]
-    dist.all_gather(firsts, own[0], group)
+    dist.all_gather(firsts, packets[0], group)
     # What does not fit, filled up to the longest.
     lengths = [sum(map(len, missing_packets(first))) for first in firsts]
     if not any(lengths):
         return [message_of([first]) for first in firsts]
     further = [first.new_zeros(max(lengths)) for first in firsts]
-    padded = own[0].new_zeros(max(lengths))
-    for part in own[1:]:
+    padded = packets[0].new_zeros(max(lengths))
+    for part in packets[1:]:
         padded[: len(part)] = part
     dist.all_gather(further, padded, group)
     pairs = zip(firsts, further, lengths, strict=True)

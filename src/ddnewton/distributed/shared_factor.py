@@ -33,18 +33,18 @@ def panel_starts(side: int) -> range:
     return range(0, side, PANEL)
 
 
-def factorized_together(wire: Wire, side: int, own: Panels, write: WritePanel | None) -> None:
-    """Factorize a matrix of which this rank has its ``own`` panels, which are written over.
+def factorized_together(wire: Wire, side: int, panels: Panels, write: WritePanel | None) -> None:
+    """Factorize a matrix of which this rank has some ``panels``, which are written over.
 
     All panels of the factor are passed to ``write``. Where there is no factor they hold nan.
     """
     rank, size = dist.get_rank(wire.group), dist.get_world_size(wire.group)
-    own = {number: panel.to(wire.home) for number, panel in own.items()}
+    panels = {number: panel.to(wire.home) for number, panel in panels.items()}
     for number, start in enumerate(panel_starts(side)):
         # The next panel of the factor, of the rank that has it.
         owner, width = number % size, min(PANEL, side - start)
         if owner == rank:
-            panel = _factorized(own.pop(number)).to(wire.device)
+            panel = _factorized(panels.pop(number)).to(wire.device)
             wire.traffic["panels"] += panel.nbytes
         else:
             panel = torch.empty(side - start, width, dtype=torch.float64, device=wire.device)
@@ -53,7 +53,7 @@ def factorized_together(wire: Wire, side: int, own: Panels, write: WritePanel | 
         if write is not None:
             write(number, panel)
         # What it explains of this rank's later panels.
-        for later, columns in own.items():
+        for later, columns in panels.items():
             below = panel[PANEL * (later - number) :]
             columns.addmm_(below, below[: columns.shape[1]].mT, alpha=-1)
 

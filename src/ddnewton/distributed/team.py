@@ -131,7 +131,7 @@ class Team:
             send(self.wire, part, LEADER, kind)
         return iter(())
 
-    def _arriving(self, own: list[T], message: int | Failure) -> Iterator[T]:
+    def _arriving(self, parts: list[T], message: int | Failure) -> Iterator[T]:
         """Yield the parts of this rank and of all others; they all arrive, whatever happens."""
         messages: list[Any] = [message]
 
@@ -143,7 +143,7 @@ class Team:
 
         arrivals = of_others()
         try:
-            yield from own
+            yield from parts
             for part in arrivals:  # noqa: UP028 - `yield from` would close them with this one
                 yield part
         finally:

@@ -67,8 +67,8 @@ def _of_term(term: TermArguments, params: PyTree) -> Traced:
     A rank without samples of it has nothing to look at.
     """
     function: ModelFn = term.model_fn
-    known = term.gram in ("dense", "free") or isinstance(function, Prepared)
-    if known or not sample_count(term.X):
+    settled = term.gram in ("dense", "free") or isinstance(function, Prepared)
+    if settled or not sample_count(term.X):
         return Traced(function, None)
     # Dense products of so few numbers are done before a trace would be.
     n = sample_count(term.X) if term.shards is None else term.shards[-1].stop

@@ -106,8 +106,8 @@ def traced_modules(
         tensors = (*module.parameters(), *module.buffers())
         untrained = [tensor for tensor in tensors if id(tensor) not in trained]
         fingerprint = list(_fingerprint(module, trained, params, X))
-        known = [one for one in before if one.fingerprint]
-        alike = [one for one in known if _all_alike(equal, one.untrained, untrained)]
+        fingerprinted = [one for one in before if one.fingerprint]
+        alike = [one for one in fingerprinted if _all_alike(equal, one.untrained, untrained)]
         right = (one for one in alike if _all_alike(_is_same, one.fingerprint, fingerprint))
         current = next(right, None)
         kept = [one for one in alike if one is not current][: TRACES_KEPT - 1]

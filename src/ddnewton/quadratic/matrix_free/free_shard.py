@@ -59,7 +59,7 @@ class FreeShard(ShardTerms):
         vector: Sequence[Tensor],
     ) -> list[Float[Tensor, "n c"] | None]:
         """Return J v of samples, None for all, for a vector given leaf by leaf."""
-        own = numbers_on(self._samples(self._entries[number].term), samples)
+        indices = numbers_on(self._samples(self._entries[number].term), samples)
 
         def pushed(linearization: FreeLinearization) -> Tensor:
             visits = self._visited(number, wanted, samples)
@@ -70,7 +70,7 @@ class FreeShard(ShardTerms):
             return torch.cat([self._refusing([number], part) for part in parts])
 
         linearization = self._entries[number].linearization
-        return self._collected(linearization if len(own) else None, pushed, "slopes")
+        return self._collected(linearization if len(indices) else None, pushed, "slopes")
 
     def free_pulled(
         self,
@@ -123,10 +123,10 @@ class FreeShard(ShardTerms):
         weights: Sequence[Sequence[Float[Tensor, "k m n"]]] = (),
     ) -> list[Tensor]:
         """Return this rank's part of B u, for as many weights of the columns of every term."""
-        own = self._team.scattered(weights, "weights")
+        of_rank = self._team.scattered(weights, "weights")
 
         def to_parameters(operator: SampleOperator) -> Tensor:
-            pairs = zip(entries, own, strict=True)
+            pairs = zip(entries, of_rank, strict=True)
             parts = [w.flatten(1) for entry, w in pairs if self._entries[entry].losses is not None]
             return operator.to_parameters(torch.cat(parts, 1))
 
@@ -189,10 +189,10 @@ class FreeShard(ShardTerms):
         key = tuple(entries), tuple(numbers)
         if key not in self._operators:
             terms = [self._entries[entry].losses for entry in entries]
-            own = [term for term in terms if term is not None]
-            if not own:
+            present = [term for term in terms if term is not None]
+            if not present:
                 return None
-            self._operators[key] = sample_operator(own, numbers, None)
+            self._operators[key] = sample_operator(present, numbers, None)
         return self._operators[key]
 
     def _visited(
@@ -205,13 +205,13 @@ class FreeShard(ShardTerms):
                 return products.visit()
         term, linearization, _ = self._entries[number]
         assert linearization is not None
-        own = numbers_on(self._samples(term), samples)
-        parts = [own[part] for part in chunks(len(own), linearization.samples_at_once)]
+        indices = numbers_on(self._samples(term), samples)
+        parts = [indices[part] for part in chunks(len(indices), linearization.samples_at_once)]
 
         def visit() -> list[Products]:
             return [linearization.products(wanted, part) for part in parts]
 
-        if linearization.graphs_fit(len(own)):
+        if linearization.graphs_fit(len(indices)):
             kept = visit()
             self._products.append(OwnProducts(number, wanted, samples, lambda: kept))
             return kept

@@ -7,7 +7,7 @@ Numbers of samples are collected, and put in the order in which the samples were
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -16,66 +16,31 @@ from torch import Tensor
 from ddnewton.distributed.service import Leader
 from ddnewton.quadratic.derivatives import Derivatives
 from ddnewton.quadratic.matrix_free.free_term import FreeTerm
+from ddnewton.quadratic.matrix_free.operator import Operator
 from ddnewton.quadratic.matrix_free.sample_operator import SampleOperator, of_all_terms
 from ddnewton.quadratic.ranks.messages import rows_on
 
 
-class RankOperator(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class RankOperator(Operator):
     """G of a block, by products with samples on several ranks.
 
     Of some terms the losses are here, and only the products with Jacobians are made there.
     """
 
     leader: Leader
-    terms: Sequence[FreeTerm]
-    leaves: Sequence[Tensor]  # of the block
-    scale: Float[Tensor, " d"] | None
-    numbers: Sequence[int]  # of the leaves
     here: SampleOperator | None  # of the terms whose losses are here, without the scale
-
-    @property
-    def d(self) -> int:
-        """The number of parameters."""
-        return sum(leaf.numel() for leaf in self.leaves)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """Of every term, columns of a sample and samples that give the directions."""
         return [(term.root.columns, term.directions_count) for term in self.terms]
 
-    @property
-    def i(self) -> int:
-        """The number of columns."""
-        return sum(m * n for m, n in self.shapes)
-
-    @property
-    def has_columns(self) -> bool:
-        """Whether the losses have roots, and not products with their Hessians alone."""
-        return all(term.root.times is not None for term in self.terms)
-
-    @property
-    def eps(self) -> float:
-        """The rounding of a product."""
-        return max(term.linearization.eps for term in self.terms)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the vectors are."""
-        return self.leaves[0].device
-
-    def in_units(self, scale: Float[Tensor, " d"]) -> RankOperator:
-        """Return the same in other units."""
-        return self._replace(scale=scale)
-
     def product(self, vectors: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
         """Return G v of every vector v."""
         vectors = self._scaled(vectors)
         total = self._summed("free_product", vectors, like=vectors)
         return self._scaled(total if self.here is None else total + self.here.product(vectors))
-
-    def along(self, vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-        """Return G v."""
-        return self.product(vector[None])[0]
 
     def to_columns(self, vectors: Float[Tensor, "k d"]) -> Float[Tensor, "k i"]:
         """Return Bᵀv of every vector v, columns counted by m·N + n."""
@@ -108,8 +73,10 @@ class RankOperator(NamedTuple):
             there.append([by_column[:, :, rows_on(x, samples)] for x in term.on_ranks.shards])
         total = weights.new_zeros(len(weights), self.d)
         if there:
-            own = [[of_term[rank] for of_term in there] for rank in range(self.leader.team.size)]
-            total = self._summed("free_parameters", len(weights), like=total, weights=own)
+            of_ranks = [
+                [of_term[rank] for of_term in there] for rank in range(self.leader.team.size)
+            ]
+            total = self._summed("free_parameters", len(weights), like=total, weights=of_ranks)
         if self.here is not None:
             total = total + self.here.to_parameters(torch.cat(here, 1))
         return self._scaled(total)
@@ -158,11 +125,11 @@ class RankOperator(NamedTuple):
         """The numbers, on the ranks, of the terms whose losses are there."""
         return [term.on_ranks.number for term in self.terms if term.on_ranks is not None]
 
-    def _summed(self, order: str, *parts: object, like: Tensor, **own: object) -> Tensor:
+    def _summed(self, order: str, *parts: object, like: Tensor, **for_ranks: object) -> Tensor:
         """Return the sum of what all ranks make of their samples, zeros where nothing is there."""
         if not self._entries:
             return torch.zeros_like(like)
-        (total,) = self.leader.order(order, self._entries, list(self.numbers), *parts, **own)
+        (total,) = self.leader.order(order, self._entries, list(self.numbers), *parts, **for_ranks)
         summed: Tensor = total
         return summed
 
@@ -195,4 +162,4 @@ def rank_operator(
 ) -> RankOperator:
     """Return the operator along some leaves, of samples on several ranks."""
     every = terms[0].linearization.leaves
-    return RankOperator(leader, terms, [every[leaf] for leaf in numbers], scale, numbers, here)
+    return RankOperator(terms, [every[leaf] for leaf in numbers], scale, numbers, leader, here)

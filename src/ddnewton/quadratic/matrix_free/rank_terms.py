@@ -8,7 +8,7 @@ others, outputs and targets are gathered, and only products with Jacobians are m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ddnewton.criteria.denominators import common_denominator
 from ddnewton.distributed.service import Leader
-from ddnewton.errors import BadValue, sentence
 from ddnewton.linearize.free_linearization import FreeLinearization
 from ddnewton.linearize.jacobian_products import Products
 from ddnewton.linearize.model import forgotten
@@ -24,7 +23,13 @@ from ddnewton.quadratic.arguments import Arguments, of_complex_outputs
 from ddnewton.quadratic.matrix_free.distant_root import DistantRoot, Known
 from ddnewton.quadratic.matrix_free.free_term import FreeTerm, OnRanks, free_term
 from ddnewton.quadratic.ranks.gathered import gathered_targets
-from ddnewton.quadratic.ranks.messages import FreeOutputs, rows_on
+from ddnewton.quadratic.ranks.messages import (
+    OUTPUTS_REMEDY,
+    FreeOutputs,
+    assembled,
+    check_alike,
+    rows_on,
+)
 from ddnewton.quadratic.term import Objective
 from ddnewton.trees import as_real, tree_leaves
 
@@ -44,15 +49,7 @@ class Place(NamedTuple):
 
     def assembled(self, parts: Sequence[Tensor | None], samples: Tensor | None) -> Tensor:
         """Return the parts of the ranks, of samples or None for all, in the order of these."""
-        present = [part for part in parts if part is not None]
-        n, first = self.whole if samples is None else len(samples), present[0]
-        # Ranks may compute in other dtypes, where not all can in float64.
-        dtype = reduce(torch.promote_types, (part.dtype for part in present))
-        whole: Tensor = first.new_empty(n, *first.shape[1:], dtype=dtype)
-        for shard, part in zip(self.shards, parts, strict=True):
-            if part is not None:
-                whole[rows_on(shard, samples)] = part
-        return whole
+        return assembled(parts, self.shards, samples)
 
 
 def rank_term(leader: Leader, arguments: Arguments, term: int) -> FreeTerm:
@@ -79,7 +76,8 @@ def _linearized(
     assert shards is not None
     place = Place(leader, shards, term, told[0])
     parts: list[FreeOutputs] = [part for part in told[1] if part is not None]
-    _check_alike(told[1])
+    forms = {r: f"{list(x.shape)} {x.dtype}" for r, x in enumerate(told[1]) if x is not None}
+    check_alike("a sample's outputs", forms, OUTPUTS_REMEDY)
     # Empty outputs, with the dtypes that they have.
     params: list[Tensor] = tree_leaves(as_real(arguments.params))
     first, n = parts[0], place.whole
@@ -108,7 +106,7 @@ def _denominator(place: Place, objective: Objective) -> float | None:
     if objective.loss.depends_on_batch:
         return None
     told = place.leader.order("free_shares", place.number)
-    shares = [own.share for own in told if own is not None]
+    shares = [share.share for share in told if share is not None]
     if any(share is None for share in shares):
         return None
     return common_denominator(objective.loss, shares)
@@ -198,26 +196,15 @@ def _gathered(
 
 def _products(place: Place, outputs: Tensor, wanted: Sequence[int], samples: Any) -> Products:
     """Return the products of samples with their Jacobian, where they are; a slice is all."""
-    own = None if isinstance(samples, slice) else samples
-    asked = place.number, list(wanted), own
+    indices = None if isinstance(samples, slice) else samples
+    asked = place.number, list(wanted), indices
 
     def push(vector: Sequence[Tensor]) -> Tensor:
-        return place.assembled(place.leader.order("free_pushed", *asked, list(vector)), own)
+        return place.assembled(place.leader.order("free_pushed", *asked, list(vector)), indices)
 
     def pull(u: Tensor) -> list[Tensor]:
-        parts = [u[rows_on(shard, own)] for shard in place.shards]
+        parts = [u[rows_on(shard, indices)] for shard in place.shards]
         pulled: list[Tensor] = place.leader.order("free_pulled", *asked, cotangents=parts)
         return pulled
 
     return Products(outputs[samples], push, pull)
-
-
-def _check_alike(told: Sequence[FreeOutputs | None]) -> None:
-    """Require outputs of one shape and dtype on all ranks."""
-    forms = {rank: part[:2] for rank, part in enumerate(told) if part is not None}
-    first, *others = forms
-    for rank in others:
-        if forms[rank] != forms[first]:
-            rule = "a sample's outputs must have the same shape and dtype on all ranks"
-            got = "; ".join(f"rank {r}: {list(forms[r][0])} {forms[r][1]}" for r in (first, rank))
-            raise BadValue(sentence(rule, got, "Pass the same model_fn, and X alike, everywhere."))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ddnewton.quadratic.derivatives import Derivatives, over_all_samples
 from ddnewton.quadratic.matrix_free.free_term import FreeTerm, Visit
+from ddnewton.quadratic.matrix_free.operator import Operator
 
 Visits: TypeAlias = Callable[[], Iterator[Visit]]
 """The samples of a term, a chunk at a time; they may be visited again."""
@@ -19,22 +21,14 @@ Derivative: TypeAlias = Callable[[Visit, Float[Tensor, "n c"]], Float[Tensor, " 
 """A derivative of every sample along a vector v, from J_n v."""
 
 
-class SampleOperator(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class SampleOperator(Operator):
     """G of a block, by products with samples that can be visited.
 
     Where these are a part of those of all ranks, results are their parts of the sums.
     """
 
-    terms: Sequence[FreeTerm]
-    leaves: Sequence[Tensor]  # of the block
-    scale: Float[Tensor, " d"] | None
     visits: Sequence[Visits]  # of the samples that give the directions, of every term
-    numbers: Sequence[int]  # of the leaves
-
-    @property
-    def d(self) -> int:
-        """The number of parameters."""
-        return sum(leaf.numel() for leaf in self.leaves)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -42,30 +36,6 @@ class SampleOperator(NamedTuple):
         samples = [term.objective.samples.directions for term in self.terms]
         pairs = zip(self.terms, samples, strict=True)
         return [(term.root.columns, term.count(some)) for term, some in pairs]
-
-    @property
-    def i(self) -> int:
-        """The number of columns."""
-        return sum(m * n for m, n in self.shapes)
-
-    @property
-    def has_columns(self) -> bool:
-        """Whether the losses have roots, and not products with their Hessians alone."""
-        return all(term.root.times is not None for term in self.terms)
-
-    @property
-    def eps(self) -> float:
-        """The rounding of a product."""
-        return max(term.linearization.eps for term in self.terms)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the vectors are."""
-        return self.leaves[0].device
-
-    def in_units(self, scale: Float[Tensor, " d"]) -> SampleOperator:
-        """Return the same in other units."""
-        return self._replace(scale=scale)
 
     def product(self, vectors: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
         """Return G v of every vector v."""
@@ -77,10 +47,6 @@ class SampleOperator(NamedTuple):
                     image = visit.root.product(pushed) / term.directions_count
                     totals[number] += self._pulled(visit, image)
         return totals
-
-    def along(self, vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-        """Return G v."""
-        return self.product(vector[None])[0]
 
     def to_columns(self, vectors: Float[Tensor, "k d"]) -> Float[Tensor, "k i"]:
         """Return Bᵀv of every vector v, columns counted by m·N + n."""
@@ -216,7 +182,8 @@ def sample_operator(
     """Return the operator along some leaves; the graphs of its samples are kept if they are few."""
     every = terms[0].linearization.leaves
     leaves = [every[number] for number in numbers]
-    return SampleOperator(terms, leaves, scale, [_visits(term, numbers) for term in terms], numbers)
+    visits = [_visits(term, numbers) for term in terms]
+    return SampleOperator(terms, leaves, scale, numbers, visits)
 
 
 def _visits(term: FreeTerm, leaves: Sequence[int]) -> Visits:

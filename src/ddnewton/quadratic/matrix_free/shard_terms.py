@@ -35,7 +35,6 @@ from ddnewton.trees import as_real, chunks
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 R = TypeVar("R")
 
 
@@ -110,8 +109,10 @@ class ShardTerms(ColumnShard):
             loss = for_rows(objective.loss, shard.start, whole)
             loss = divided_by(loss, total * len(shard) / whole)
             wholes = [whole if x is None else len(x) for x in objective.samples[:2]]
-            own = [None if x is None else numbers_on(shard, x) for x in objective.samples]
-            term = free_term(objective._replace(loss=loss, samples=Samples(*own)), linearization)
+            subsets = [None if x is None else numbers_on(shard, x) for x in objective.samples]
+            term = free_term(
+                objective._replace(loss=loss, samples=Samples(*subsets)), linearization
+            )
             term = term._replace(wholes=Wholes(*wholes))
             self._entries[number] = entry._replace(losses=term)
             return known_of(term)
@@ -129,27 +130,29 @@ class ShardTerms(ColumnShard):
     ) -> list[Float[Tensor, "n ..."] | None]:
         """Return the outputs of samples, None for all, at other parameters."""
         term, linearization, _ = self._entries[number]
-        own = numbers_on(self._samples(term), samples)
+        indices = numbers_on(self._samples(term), samples)
 
         def outputs(linearization: FreeLinearization) -> Tensor:
-            parts = [own[chunk] for chunk in chunks(len(own), linearization.samples_at_once)]
+            parts = [
+                indices[chunk] for chunk in chunks(len(indices), linearization.samples_at_once)
+            ]
             at = [x.to(leaf) for x, leaf in zip(leaves, linearization.leaves, strict=True)]
             return torch.cat([linearization.function(at, part) for part in parts])
 
-        return self._collected(linearization if len(own) else None, outputs, "outputs")
+        return self._collected(linearization if len(indices) else None, outputs, "outputs")
 
     def free_loss(
         self, number: int, leaves: Sequence[Tensor], samples: Int[Tensor, " n"] | None
     ) -> list[Tensor]:
         """Return the sum of the losses of samples, None for all, at other parameters."""
         term, _, losses = self._entries[number]
-        own = numbers_on(self._samples(term), samples)
+        indices = numbers_on(self._samples(term), samples)
 
         def total() -> list[Tensor]:
-            if losses is None or not len(own):
+            if losses is None or not len(indices):
                 return []
-            trial = trial_of(losses, leaves, None if samples is None else own)
-            return [len(own) * trial.loss]
+            trial = trial_of(losses, leaves, None if samples is None else indices)
+            return [len(indices) * trial.loss]
 
         return self._team.summed(total, [()], "losses")
 
@@ -176,10 +179,6 @@ class ShardTerms(ColumnShard):
         if linearization is not None and linearization.complex_outputs:
             return of_complex_outputs(objective, arguments.terms[term], arguments.params)
         return objective
-
-    def _collected(self, present: T | None, make: Callable[[T], R], kind: str) -> list[R | None]:
-        """Return the results of all ranks, None where they have nothing to make them of."""
-        return self._team.collected(lambda: None if present is None else make(present), kind)
 
     def _refusing(self, numbers: Sequence[int], make: Callable[[], R]) -> R:
         """Return a result of products, or raise what is wrong with the model that fails in them."""

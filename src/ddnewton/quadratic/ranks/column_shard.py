@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.columns.alignment import Leaves
+from ddnewton.columns.factors import Jacobian
 from ddnewton.columns.gram import slopes_of, sums_of
 from ddnewton.columns.normal_equations import equations_of_one, scaled_rows, weighted_rows
 from ddnewton.columns.ring import Plan, RankTile, ring
@@ -30,8 +31,8 @@ class ColumnShard(Shard):
         def make() -> list[Tensor]:
             if jacobian is None:
                 return []
-            own = [of_block[:, :, rows].flatten(1) for of_block in weights]
-            return sums_of(jacobian, blocks, own)
+            of_rank = [of_block[:, :, rows].flatten(1) for of_block in weights]
+            return sums_of(jacobian, blocks, of_rank)
 
         lengths = [sum(self._sizes[leaf] for leaf in block) for block in blocks]
         shapes = [(len(w), d) for w, d in zip(weights, lengths, strict=True)]
@@ -42,9 +43,7 @@ class ColumnShard(Shard):
     ) -> list[Float[Tensor, "i k"] | None]:
         """Return the slopes of columns along vectors of a block."""
         jacobian, _ = self._columns[number]
-        return self._team.collected(
-            lambda: None if jacobian is None else slopes_of(jacobian, block, vectors), "slopes"
-        )
+        return self._collected(jacobian, lambda x: slopes_of(x, block, vectors), "slopes")
 
     def equations(
         self, number: int, blocks: Sequence[Leaves], root_and_z: Float[Tensor, "2 m n"]
@@ -55,8 +54,8 @@ class ColumnShard(Shard):
         def make() -> list[Tensor]:
             if jacobian is None:
                 return []
-            own = root_and_z[:, :, rows].flatten(1)
-            return [part for block in equations_of_one(jacobian, blocks, own) for part in block]
+            of_rank = root_and_z[:, :, rows].flatten(1)
+            return [part for block in equations_of_one(jacobian, blocks, of_rank) for part in block]
 
         lengths = [sum(self._sizes[leaf] for leaf in block) for block in blocks]
         shapes = [shape for d in lengths for shape in ((d, d), (d,))]
@@ -68,12 +67,10 @@ class ColumnShard(Shard):
         """Return the rows √w_i a_i of a block."""
         jacobian, rows = self._columns[number]
 
-        def make() -> Tensor | None:
-            if jacobian is None:
-                return None
+        def make(jacobian: Jacobian) -> Tensor:
             return scaled_rows([jacobian], block, weights[:, rows].flatten())
 
-        return self._team.collected(make, "rows")
+        return self._collected(jacobian, make, "rows")
 
     def triangles(
         self, number: int, block: Leaves, root: Float[Tensor, "m n"]
@@ -81,15 +78,13 @@ class ColumnShard(Shard):
         """Return no more rows than a block has parameters, with the products of its own rows."""
         jacobian, rows = self._columns[number]
 
-        def make() -> Tensor | None:
-            if jacobian is None:
-                return None
+        def make(jacobian: Jacobian) -> Tensor:
             factor = root.new_zeros(0, sum(self._sizes[leaf] for leaf in block))
             for piece in weighted_rows([jacobian], block, root[:, rows].flatten().square()):
                 factor = torch.linalg.qr(torch.cat([factor, piece]), mode="r").R
             return factor
 
-        return self._team.collected(make, "rows")
+        return self._collected(jacobian, make, "rows")
 
     def tiles(
         self,
@@ -113,8 +108,8 @@ class ColumnShard(Shard):
         self, side: int, panels: Sequence[Panels] = (), write: WritePanel | None = None
     ) -> None:
         """Factorize a matrix whose panels the leader has, and is to write, all ranks together."""
-        own = self._team.scattered(panels, "panels")
-        factorized_together(self._team.wire, side, own, write)
+        of_rank = self._team.scattered(panels, "panels")
+        factorized_together(self._team.wire, side, of_rank, write)
 
     @property
     def _sizes(self) -> list[int]:

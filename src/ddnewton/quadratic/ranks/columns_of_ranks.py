@@ -137,5 +137,5 @@ def _among(rows: Rows, samples: slice | Tensor) -> Rows:
     """Return where samples of a rank are among all samples."""
     if isinstance(rows, slice) and isinstance(samples, slice):
         return slice(rows.start + samples.start, rows.start + samples.stop)
-    own: Tensor = rows.start + samples if isinstance(rows, slice) else rows[samples]
-    return own
+    places: Tensor = rows.start + samples if isinstance(rows, slice) else rows[samples]
+    return places

@@ -6,7 +6,7 @@ it makes of one batch, random numbers included. Columns stay where their samples
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial, reduce
 
 import torch
@@ -15,13 +15,21 @@ from torch import Tensor
 
 from ddnewton.columns.factors import Jacobian
 from ddnewton.distributed.service import Leader
-from ddnewton.errors import BadValue, sentence
 from ddnewton.inputs.terms import TermArguments
 from ddnewton.linearize.basis import Basis
 from ddnewton.linearize.linearization import Linearization
 from ddnewton.linearize.model import forgotten
 from ddnewton.quadratic.ranks.columns_of_ranks import RankColumns
-from ddnewton.quadratic.ranks.messages import Form, Outputs, OwnBasis, own_basis, rows_on
+from ddnewton.quadratic.ranks.messages import (
+    OUTPUTS_REMEDY,
+    Form,
+    Outputs,
+    OwnBasis,
+    assembled,
+    check_alike,
+    own_basis,
+    rows_on,
+)
 from ddnewton.trees import named_leaves, tree_map
 from ddnewton.types import PyTree
 
@@ -48,7 +56,7 @@ def gathered_targets(leader: Leader, number: int, term: TermArguments) -> PyTree
         rank: ", ".join(f"y{path} {list(y.shape[1:])} {y.dtype}" for path, y in named_leaves(part))
         for rank, part in parts.items()
     }
-    _check_alike("the targets of a sample", told, "Cast and pad y alike everywhere.")
+    check_alike("the targets of a sample", told, "Cast and pad y alike everywhere.")
     return tree_map(lambda *of_leaf: torch.cat(of_leaf), *parts.values())
 
 
@@ -67,8 +75,7 @@ def _gathered(
         for rank, part in enumerate(outputs)
         if part is not None
     }
-    remedy = "Pass the same model_fn, and X alike, everywhere."
-    _check_alike("the outputs of a sample", told, remedy)
+    check_alike("the outputs of a sample", told, OUTPUTS_REMEDY)
     narrow = torch.cat([part.outputs for part in parts])
     precise = narrow
     if any(part.precise is not None for part in parts):
@@ -82,13 +89,7 @@ def _gathered(
         if isinstance(samples, slice):
             samples = torch.arange(len(narrow), device=narrow.device)[samples]
         of_ranks = leader.order("outputs", number, leaves, samples)
-        rows = [rows_on(shard, samples) for shard in shards]
-        first = next(part for part in of_ranks if part is not None)
-        whole: Tensor = precise.new_empty(len(samples), *first.shape[1:])
-        for place, part in zip(rows, of_ranks, strict=True):
-            if part is not None:
-                whole[place] = part
-        return whole
+        return assembled(of_ranks, shards, samples).to(precise.dtype)
 
     by_leaf = zip(*(part.dtypes for part in parts), strict=True)
     dtypes = [reduce(torch.promote_types, of_leaf) for of_leaf in by_leaf]
@@ -136,13 +137,3 @@ def _jacobian(
         sums=max(form.sums for form in present),
         of_ranks=RankColumns(leader, place, n, m, forms, rows),
     )
-
-
-def _check_alike(what: str, told: Mapping[int, str], remedy: str) -> None:
-    """Require what is told of a sample to be the same on all ranks that have one."""
-    first, *others = told
-    for rank in others:
-        if told[rank] != told[first]:
-            rule = f"{what} must have the same shape and dtype on all ranks"
-            got = "; ".join(f"rank {r}: {told[r]}" for r in (first, rank))
-            raise BadValue(sentence(rule, got, remedy))

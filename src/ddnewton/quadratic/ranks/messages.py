@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -13,12 +13,17 @@ from torch import Tensor
 from ddnewton.columns.factors import Jacobian
 from ddnewton.columns.ring import Part
 from ddnewton.criteria.denominators import Share
+from ddnewton.errors import BadValue, sentence
+from ddnewton.hashes import hashed
 from ddnewton.linearize.basis import Basis, stored, with_stored
 from ddnewton.linearize.free_linearization import FreeLinearization
 from ddnewton.linearize.linearization import Linearization
 
 Rows: TypeAlias = slice | Tensor
 """Where the samples of a rank are among all those that are asked for."""
+
+
+OUTPUTS_REMEDY = "Pass the same model_fn, and X alike, everywhere."
 
 
 class Outputs(NamedTuple):
@@ -92,9 +97,7 @@ def free_outputs_of(linearization: FreeLinearization) -> FreeOutputs:
 
 def form_of(jacobian: Jacobian) -> Form:
     """Describe columns to the leader."""
-    digest = None
-    if jacobian.order is not None:
-        digest = hashlib.sha256(jacobian.order.cpu().numpy().tobytes()).hexdigest()
+    digest = None if jacobian.order is None else hashed(jacobian.order)
     pieces = [list(map(tuple, factor_pieces)) for factor_pieces in jacobian.pieces]
     return Form(
         part=Part(jacobian.samples, jacobian.columns, list(jacobian.chunks)),
@@ -116,8 +119,35 @@ def numbers_on(shard: range, samples: Int[Tensor, " n"] | None) -> Int[Tensor, "
     """Return the numbers in a shard of its samples among all that are asked for."""
     if samples is None:
         return torch.arange(len(shard))
-    own: Tensor = samples[rows_on(shard, samples)] - shard.start
-    return own
+    numbers: Tensor = samples[rows_on(shard, samples)] - shard.start
+    return numbers
+
+
+def assembled(
+    parts: Sequence[Float[Tensor, "n ..."] | None],
+    shards: Sequence[range],
+    samples: Int[Tensor, " n"] | None,
+) -> Float[Tensor, "n ..."]:
+    """Return the parts of all ranks in the order of samples that were asked for, None for all."""
+    present = [part for part in parts if part is not None]
+    n, first = shards[-1].stop if samples is None else len(samples), present[0]
+    # Ranks may compute in other dtypes, where not all can in float64.
+    dtype = reduce(torch.promote_types, (part.dtype for part in present))
+    whole: Tensor = first.new_empty(n, *first.shape[1:], dtype=dtype)
+    for shard, part in zip(shards, parts, strict=True):
+        if part is not None:
+            whole[rows_on(shard, samples)] = part
+    return whole
+
+
+def check_alike(what: str, told: Mapping[int, str], remedy: str) -> None:
+    """Require what is told of a sample to be the same on all ranks that have one."""
+    first, *further = told
+    for rank in further:
+        if told[rank] != told[first]:
+            rule = f"{what} must have the same shape and dtype on all ranks"
+            got = "; ".join(f"rank {r}: {told[r]}" for r in (first, rank))
+            raise BadValue(sentence(rule, got, remedy))
 
 
 def own_basis(basis: Basis, rows: Rows) -> OwnBasis:
@@ -129,9 +159,9 @@ def own_basis(basis: Basis, rows: Rows) -> OwnBasis:
     return OwnBasis(with_stored(basis, entries[rows]), None)
 
 
-def basis_of(own: OwnBasis) -> Basis:
+def basis_of(passed: OwnBasis) -> Basis:
     """Return the basis that was passed."""
-    basis, copies = own
+    basis, copies = passed
     assert basis is not None
     if copies is None:
         return basis

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -36,6 +36,9 @@ from ddnewton.quadratic.ranks.messages import (
 )
 from ddnewton.trees import as_real, chunks
 from ddnewton.types import PyTree
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Columns(NamedTuple):
@@ -94,13 +97,13 @@ class Shard:
     ) -> list[Float[Tensor, "n ..."] | None]:
         """Return the outputs of samples, None for all, at other parameters."""
         linearization = self._linearizations[number]
-        own = numbers_on(self._samples(self._terms[number]), samples)
+        indices = numbers_on(self._samples(self._terms[number]), samples)
 
         def make() -> Tensor | None:
-            if linearization is None or not len(own):
+            if linearization is None or not len(indices):
                 return None
-            size = self._at_once[number] or len(own)
-            parts = [own[chunk] for chunk in chunks(len(own), size)]
+            size = self._at_once[number] or len(indices)
+            parts = [indices[chunk] for chunk in chunks(len(indices), size)]
             moved = [new.to(x) for new, x in zip(leaves, linearization.leaves, strict=True)]
             return torch.cat([linearization.function(moved, part) for part in parts])
 
@@ -108,10 +111,7 @@ class Shard:
 
     def depends(self, number: int) -> list[bool | None]:
         """Return whether outputs depend on the parameters."""
-        linearization = self._linearizations[number]
-        if linearization is None:
-            return self._team.collected(lambda: None, "reports")
-        return self._team.collected(lambda: depends_on_parameters(linearization), "reports")
+        return self._collected(self._linearizations[number], depends_on_parameters, "reports")
 
     def pulled_back(
         self,
@@ -122,15 +122,15 @@ class Shard:
         """Pull back the ``bases`` that the leader has of samples, None for all, and number it."""
         # The samples of this rank among those, and their basis.
         linearization, shard = self._linearizations[number], self._samples(self._terms[number])
-        own = numbers_on(shard, samples)
+        numbers = numbers_on(shard, samples)
         basis, place = self._team.scattered(bases, "bases"), len(self._columns)
         self._columns.append(Columns(None, rows_on(shard, samples)))
 
         # Their columns, which stay here.
         def make() -> Form | None:
-            if linearization is None or not len(own):
+            if linearization is None or not len(numbers):
                 return None
-            indices = None if samples is None else own
+            indices = None if samples is None else numbers
             jacobian = keeping(linearization.jacobian(basis_of(basis), indices))
             self._columns[place] = self._columns[place]._replace(jacobian=jacobian)
             self._at_once[number] = jacobian.chunks[0].stop
@@ -154,6 +154,10 @@ class Shard:
             return outputs_of(linearization)
 
         return number, self._team.collected(made, "outputs")
+
+    def _collected(self, present: T | None, make: Callable[[T], R], kind: str) -> list[R | None]:
+        """Return the results of all ranks, None where they have nothing to make them of."""
+        return self._team.collected(lambda: None if present is None else make(present), kind)
 
     def _samples(self, term: int) -> range:
         """Return the samples of a term that are on this rank, counted in the whole batch."""
