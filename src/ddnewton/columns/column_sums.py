@@ -59,6 +59,10 @@ def _weighted_sums_outer(
     """Return Σ_nm w_nm Σ_t b_nmt ⊗ a_nt for every row w of the weights."""
     k, shape = weights.shape[0], outer.b.shape[2:]
     g, o, _ = shape
+    # Columns in one position, b ⊗ a with a number a, are summed as they are.
+    if single_position(outer) and sum(outer.widths) == 1:
+        numbers = (weights * outer.a[:, 0, 0]).to(outer.b.dtype)
+        return [(numbers.flatten(1) @ outer.b.flatten(2).flatten(0, 1)).double()]
     # First Σ_m w_nm b_nmt [n k g o t], then the sum over samples and positions with a. A product of
     # many small matrices takes several times as long as one of their entries.
     by_sample = weights.to(outer.b.dtype).transpose(0, 1)

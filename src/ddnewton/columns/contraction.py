@@ -30,6 +30,7 @@ from ddnewton.columns.factors import (
     rows_of,
     single_position,
 )
+from ddnewton.columns.positions import in_one_position
 from ddnewton.transforms import is_batched, scaled
 from ddnewton.trees import chunks
 
@@ -59,6 +60,8 @@ def inner(
     counted, all samples of the first column first.
     """
     if isinstance(left, Outer) and isinstance(right, Outer):
+        if left.b.shape[2:4] != right.b.shape[2:4]:  # one of them in one position
+            left, right = in_one_position(left), in_one_position(right)
         if single_position(left) and single_position(right):
             return _of_single_positions(left, right)
         # The order that ends with fewer positions on the left is the cheaper one.

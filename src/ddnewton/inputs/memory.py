@@ -26,6 +26,10 @@ CHUNK_BYTES, CHUNK_SHARE = 2**28, 16
 """How large the temporaries of a chunk of samples are, or, beside a matrix that is larger by far,
 which share of that: more of them at once are no faster."""
 
+WHOLE_BYTES, WHOLE_SHARE = 2**30, 8
+"""How large those of a whole batch may be, and which share of the memory, where chunks would be
+visited more than once."""
+
 UNKNOWN_BYTES = 2**33
 """The memory of a system that does not tell."""
 
@@ -50,15 +54,22 @@ def check_fits(size: int, what: str, remedy: str, device: torch.device) -> None:
         raise TooLarge(sentence("a step must fit into the memory at hand", got, remedy))
 
 
-def samples_at_once(n: int, sample_bytes: int, side: int, device: torch.device) -> int:
+def samples_at_once(
+    n: int, sample_bytes: int, side: int, device: torch.device, *, revisited: bool = False
+) -> int:
     """Return so many of n samples that they fill a chunk, beside a matrix of a side in float64.
 
-    A chunk is at most a quarter of the memory.
+    A chunk is at most a quarter of the memory; on a GPU it is that, as a few large kernels take
+    less time than many small ones. Where chunks are ``revisited``, a batch of moderate size is one.
     """
     if n * sample_bytes <= NEVER_ASKED_BYTES:
         return n
+    memory = memory_bytes(device)
+    if revisited and n * sample_bytes <= min(WHOLE_BYTES, memory // WHOLE_SHARE):
+        return n
     size = max(CHUNK_BYTES, side**2 * torch.float64.itemsize // CHUNK_SHARE)
-    return max(1, min(n, min(size, memory_bytes(device) // 4) // sample_bytes))
+    size = memory // 4 if device.type == "cuda" else min(size, memory // 4)
+    return max(1, min(n, size // sample_bytes))
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -15,16 +15,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ddnewton.columns.contraction import flops
-from ddnewton.columns.factors import Factor, Jacobian, Outer, written_out
+from ddnewton.columns.factors import Factor, Jacobian, written_out
+from ddnewton.columns.kept_factors import keeping
 from ddnewton.inputs.checks import check_outputs
-from ddnewton.inputs.memory import samples_at_once
 from ddnewton.linearize.basis import Basis, basis_at
 from ddnewton.linearize.independence import evaluate
 from ddnewton.linearize.jacobians import jacobian
 from ddnewton.linearize.model import Model
 from ddnewton.linearize.precision import float64_throughout, widened
 from ddnewton.linearize.sample_columns import tangents_pay
+from ddnewton.linearize.structured.costs import samples_of_chunk, step_flops
 from ddnewton.linearize.structured.prepare import layers_of
 from ddnewton.linearize.structured.program import Program
 from ddnewton.linearize.structured.traced_model import Prepared
@@ -150,7 +150,7 @@ def _by_layers(
 
     # In float64 at once, or in its own dtype with float64 on demand. Casts below its own dtype
     # round more than small curvatures can bear.
-    cost = partial(_cost, narrow, whole, prepared.width)
+    cost = partial(step_flops, narrow, whole, prepared.width)
     if narrow.rounding or float64_throughout(cost):
         return in_float64()
     in_own_dtype = _by_program(prepared, narrow, leaves, samples, chunk_size, whole)
@@ -166,19 +166,21 @@ def _by_program(
     whole: int,
 ) -> Linearization:
     """Linearize a model by a program; where all samples are one chunk it is run only once."""
-    n = samples[0].shape[0]
+    n, d = samples[0].shape[0], sum(leaf.numel() for leaf in leaves)
 
     def size_of(n: int, m: int) -> int:
-        return chunk_size or _samples_at_once(program, leaves, n, m)
+        return chunk_size or samples_of_chunk(program, leaves, n, m)
 
     def visit_of(indices: Int[Tensor, " n"] | slice) -> Visit:
         return visit(program, leaves, prepared.at(samples, indices))
 
     # Run it on all samples for the outputs; a single chunk stays ready to be pulled back.
-    first_chunk, *further_chunks = chunks(n, size_of(n, prepared.width))
-    first = None if further_chunks else visit_of(first_chunk)
+    first_chunk, *further_chunks = chunks(n, size_of(n, 1))
+    first = [] if further_chunks else [visit_of(first_chunk)]
     parts = [prepared.at(samples, chunk) for chunk in (first_chunk, *further_chunks)]
-    outputs = first.outputs if first else torch.cat([run(program, leaves, part) for part in parts])
+    outputs = (
+        first[0].outputs if first else torch.cat([run(program, leaves, part) for part in parts])
+    )
     check_outputs(outputs, n)
     eps = max(program.rounding, *(torch.finfo(x.dtype).eps for x in (outputs, *leaves)))
 
@@ -190,9 +192,12 @@ def _by_program(
             visited = visit_of(chunk if indices is None else indices[chunk])
             return visited.pullback(basis_at(basis, chunk))
 
-        # The factors of a single chunk are kept, those of several are computed at every visit.
+        # The factors of a single chunk are kept; those of several as far as they are not too large,
+        # where products of all with all visit them again and again.
         if len(parts) == 1:
-            factors = first.pullback(basis) if first and indices is None else of_chunk(parts[0])
+            factors = first[0].pullback(basis) if first and indices is None else of_chunk(parts[0])
+        else:
+            first.clear()
         columns = Jacobian(
             visit=lambda chunk: factors or of_chunk(chunk),
             chunks=parts,
@@ -205,7 +210,9 @@ def _by_program(
             eps=eps,
             sums=0.0 if outputs.dtype == torch.float64 else torch.finfo(outputs.dtype).eps,
         )
-        return written_out(columns, factors, whole) if factors else columns
+        if factors:
+            return written_out(columns, factors, whole)
+        return keeping(columns) if basis.shape[0] * basis.shape[2] <= d else columns
 
     return Linearization(
         outputs=outputs.to(prepared.dtype),
@@ -216,43 +223,3 @@ def _by_program(
         in_float64=None,
         complex_outputs=prepared.complex_outputs,
     )
-
-
-def _cost(program: Program, n: int, m: int) -> float:
-    """Return an estimate of the flops of a step."""
-    # The shapes g, o, t, p of outer products: of layers, and of rows of weights that are computed.
-    shapes = []
-    for layer in program.layers:
-        g, o, _ = layer.indices[0].shape
-        shapes.append((g, o, layer.positions, sum(index.shape[2] for index in layer.indices)))
-    dense_entries = program.size - sum(site.shape.numel() for site in program.sites)
-    for derived in program.derived_leaves:
-        t = derived.layers[0].positions
-        by_rows = [rows for rows in derived.rows if rows is not None and t < m]
-        shapes += [(rows.shape[0], 1, t, rows.shape[1]) for rows in by_rows]
-        dense_entries += derived.size if len(by_rows) < len(derived.rows) else 0
-    # Their inner products, dense columns' as they are, and m pullbacks and about three runs.
-    products, pulled = 2.0 * dense_entries * (n * m) ** 2, 0.0
-    for g, o, t, p in shapes:
-        a = torch.empty(n, g, t, p, device="meta")
-        b = torch.empty(n, m, g, o, t, device="meta")
-        products += flops(Outer(a, b, (p,)))
-        pulled += 2 * (m + 3) * a.numel() * o
-    # All columns are dense on the side of the parameters, where these are fewer.
-    d = sum(size for pieces in program.pieces for _, size in pieces)
-    return pulled + (products if n * m <= d else 2.0 * n * m * d**2)
-
-
-def _samples_at_once(program: Program, leaves: Sequence[Tensor], n: int, m: int) -> int:
-    """Return so many samples that their results and cotangents, each twice, fill a chunk.
-
-    Twice, as results stay beside their cotangents, and as these are written into one tensor.
-    """
-    inputs = sum(
-        layer.positions * sum(index.shape[0] * index.shape[2] for index in layer.indices)
-        for layer in program.layers
-    )
-    entries = program.size + sum(derived.size for derived in program.derived_leaves)
-    sample_bytes = leaves[0].element_size() * (2 * m * entries + inputs + 2 * program.results) + 1
-    side = min(n * m, sum(leaf.numel() for leaf in leaves))
-    return samples_at_once(n, sample_bytes, side, leaves[0].device)

@@ -25,6 +25,7 @@ from ddnewton.linearize.structured.uses import (
     by_weight,
     has_overlap,
     layout,
+    positions,
     uses_of,
 )
 from ddnewton.linearize.widening import widened_graph
@@ -149,8 +150,9 @@ def _layer(pair: Sequence[WeightUses], sites: list[Node], sources: list[Node]) -
         )
         for uses in zip(*(weight.uses for weight in pair), strict=True)
     ]
-    positions = sum(layout(use)[1].shape[-1] for use in pair[0].uses)
-    return Layer([weight.indices for weight in pair], parts, positions)
+    return Layer(
+        [weight.indices for weight in pair], parts, positions(list(map(layout, pair[0].uses)))
+    )
 
 
 def _derived_leaves(derived: Derived, sites: list[Node], sources: list[Node]) -> DerivedLeaves:

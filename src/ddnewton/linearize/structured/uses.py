@@ -194,7 +194,9 @@ def by_weight(uses: Sequence[Use]) -> list[WeightUses]:
 def biases_with_weights(weights: Sequence[WeightUses]) -> list[list[WeightUses]]:
     """Put every bias to a weight whose sites and outputs it shares: then a = (a, 1).
 
-    A bias without such a weight stays alone, as does a weight without a bias.
+    A bias without such a weight stays alone, as does a weight without a bias. So does the bias of a
+    weight of several positions, of which large inputs would be copied, while its own columns are
+    sums over these.
     """
     layouts = [[layout(use) for use in weight.uses] for weight in weights]
     is_bias = [all(use.source is None for use in weight.uses) for weight in weights]
@@ -207,11 +209,19 @@ def biases_with_weights(weights: Sequence[WeightUses]) -> list[list[WeightUses]]
         hosts = (
             j
             for j, pair in pairs.items()
-            if len(pair) == 1 and not is_bias[j] and _same_layouts(layouts[i], layouts[j])
+            if len(pair) == 1
+            and not is_bias[j]
+            and positions(layouts[j]) == 1
+            and _same_layouts(layouts[i], layouts[j])
         )
         host = next(hosts, i)
         pairs.setdefault(host, []).append(bias)
     return list(pairs.values())
+
+
+def positions(layouts: Sequence[tuple[Node, Tensor]]) -> int:
+    """Return the number of positions of a weight in all of its uses, by their layouts."""
+    return sum(places.shape[-1] for _, places in layouts)
 
 
 def layout(use: Use) -> tuple[Node, Tensor]:

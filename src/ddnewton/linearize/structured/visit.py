@@ -7,18 +7,20 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Inexact
+from jaxtyping import Float, Inexact, Num
 from torch import Tensor
 
 from ddnewton.columns.factors import Factor, Outer, Stack, without_zeros
+from ddnewton.columns.positions import shortest
 from ddnewton.linearize.basis import Basis, PositionBlocks, written_columns
 from ddnewton.linearize.structured.program import Layer, Program
 from ddnewton.linearize.structured.pulled_back import pulled_back
 from ddnewton.transforms import concatenated, is_batched, linear_map, vmap
 from ddnewton.trees import chunks
 
-COTANGENTS_AT_ONCE = 2**20
-"""The number of cotangents pulled back at once: more of them leave the processor's cache."""
+COTANGENTS_AT_ONCE, COTANGENTS_AT_ONCE_ON_GPUS = 2**20, 2**28
+"""The number of cotangents pulled back at once: more of them leave a processor's cache, while a GPU
+waits for fewer of them."""
 
 MOST_PARTS, PART_COLUMNS = 32, 64
 """Of columns of positions, into how many parts of a stack they are cut, and how many columns of all
@@ -82,26 +84,33 @@ def visit(program: Program, leaves: Sequence[Tensor], samples: Sequence[Tensor])
         return _of_samples(program, leaves, copies, samples, probes)
 
     outputs, pull, sources = linear_map(forward, *probes, *copies)
-
-    at_once = max(1, COTANGENTS_AT_ONCE // (n * program.size))
+    # What goes into the layers, the same for all columns.
+    of_derived = [layer for derived in program.derived_leaves for layer in derived.layers]
+    inputs = [_inputs(sources, probes, layer) for layer in (*program.layers, *of_derived)]
+    entries = COTANGENTS_AT_ONCE if outputs.is_cpu else COTANGENTS_AT_ONCE_ON_GPUS
+    at_once = max(1, entries // (n * program.size))
 
     def pulled_columns(basis: Basis, columns: slice) -> Pulled:
-        # Read b off the probes and a off the sources; a copy's cotangents are columns themselves.
+        # Read b off the probes, to be beside a; a copy's cotangents are columns themselves.
         cotangents = (
             written_columns(basis, part).to(outputs).movedim(-1, 0).reshape(-1, *outputs.shape)
             for part in _groups(columns, at_once)
         )
         pulled = _together(pull, cotangents, columns.stop - columns.start)
-        outer = partial(_outer, pulled[: len(probes)], sources)
+        outer, a = partial(_outer, pulled[: len(probes)]), iter(inputs)
         firsts = [leaves[pieces[0][0]] for pieces in program.pieces[: len(program.layers)]]
+        layers = [outer(next(a), *pair) for pair in zip(program.layers, firsts, strict=True)]
         uses = [
-            [outer(layer, leaves[derived.leaves[0]]) for layer in derived.layers]
+            [outer(next(a), layer, leaves[derived.leaves[0]]) for layer in derived.layers]
             for derived in program.derived_leaves
         ]
-        return Pulled(list(map(outer, program.layers, firsts)), uses, pulled[len(probes) :])
+        return Pulled(layers, uses, pulled[len(probes) :])
 
     def pullback(basis: Basis) -> list[Factor]:
-        factors, uses, rows = _in_parts(partial(pulled_columns, basis), _parts(basis))
+        parts = _parts(basis)
+        factors, uses, rows = _in_parts(partial(pulled_columns, basis), parts)
+        if len(parts) == 1:
+            factors = [shortest(factor) for factor in factors]
         for derived, of_weights in zip(program.derived_leaves, uses, strict=True):
             factors += pulled_back(derived, of_weights, leaves)
         return [*factors, *(row.reshape(row.shape[0] * row.shape[1], -1) for row in rows)]
@@ -192,22 +201,29 @@ def _probes(program: Program, leaf: Tensor, n: int) -> list[Inexact[Tensor, "n .
     return [leaf.new_zeros((), dtype=site.dtype).expand(n, *site.shape) for site in program.sites]
 
 
-def _outer(
-    at_sites: Sequence[Tensor], sources: Sequence[Tensor], layer: Layer, leaf: Tensor
-) -> Outer:
-    """Read a and b of a layer off its sources and the cotangents at its sites.
+def _inputs(
+    sources: Sequence[Tensor], probes: Sequence[Tensor], layer: Layer
+) -> Num[Tensor, "n g t ..."]:
+    """Read a of a layer off its sources.
 
-    Weight and bias stand side by side along axis p of a, and the uses along the positions t. What
-    they are made of may be narrower than the leaf, which has been cast; they are multiplied in the
-    widest dtype of all.
+    Weight and bias stand side by side along axis p, and the uses along the positions t.
     """
-    inputs, cotangents = [], []
+    of_uses = []
     for part in layer.parts:
-        at_site = at_sites[part.site]
-        reads = [read(at_site if i is None else sources[i]) for i, read in part.read_a]
-        inputs.append(concatenated(reads, -1))
-        cotangents.append(part.read_b(at_site))
-    a, b = concatenated(inputs, 2), concatenated(cotangents, -1)
+        read = [read(probes[part.site] if i is None else sources[i]) for i, read in part.read_a]
+        of_uses.append(concatenated(read, -1))
+    return concatenated(of_uses, 2)
+
+
+def _outer(
+    at_sites: Sequence[Tensor], a: Num[Tensor, "n g t ..."], layer: Layer, leaf: Tensor
+) -> Outer:
+    """Read b of a layer off the cotangents at its sites, and put it beside a.
+
+    What they are made of may be narrower than the leaf, which has been cast; they are multiplied in
+    the widest dtype of all.
+    """
+    b = concatenated([part.read_b(at_sites[part.site]) for part in layer.parts], -1)
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), leaf.dtype)
     widths = tuple(index.shape[-1] for index in layer.indices)
     return Outer(a.to(dtype) if a.is_floating_point() else a, b.to(dtype).contiguous(), widths)

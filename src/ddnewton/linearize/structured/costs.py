@@ -1,0 +1,53 @@
+"""What a program costs: the flops of a step, and the samples whose results fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ddnewton.columns.contraction import flops
+from ddnewton.columns.factors import Outer
+from ddnewton.inputs.memory import samples_at_once
+from ddnewton.linearize.structured.program import Program
+
+
+def step_flops(program: Program, n: int, m: int) -> float:
+    """Return an estimate of the flops of a step."""
+    # The shapes g, o, t, p of outer products: of layers, and of rows of weights that are computed.
+    shapes = []
+    for layer in program.layers:
+        g, o, _ = layer.indices[0].shape
+        shapes.append((g, o, layer.positions, sum(index.shape[2] for index in layer.indices)))
+    dense_entries = program.size - sum(site.shape.numel() for site in program.sites)
+    for derived in program.derived_leaves:
+        t = derived.layers[0].positions
+        by_rows = [rows for rows in derived.rows if rows is not None and t < m]
+        shapes += [(rows.shape[0], 1, t, rows.shape[1]) for rows in by_rows]
+        dense_entries += derived.size if len(by_rows) < len(derived.rows) else 0
+    # Their inner products, dense columns' as they are, and m pullbacks and about three runs.
+    products, pulled = 2.0 * dense_entries * (n * m) ** 2, 0.0
+    for g, o, t, p in shapes:
+        a = torch.empty(n, g, t, p, device="meta")
+        b = torch.empty(n, m, g, o, t, device="meta")
+        products += flops(Outer(a, b, (p,)))
+        pulled += 2 * (m + 3) * a.numel() * o
+    # All columns are dense on the side of the parameters, where these are fewer.
+    d = sum(size for pieces in program.pieces for _, size in pieces)
+    return pulled + (products if n * m <= d else 2.0 * n * m * d**2)
+
+
+def samples_of_chunk(program: Program, leaves: Sequence[Tensor], n: int, m: int) -> int:
+    """Return so many samples that their results and cotangents, each twice, fill a chunk.
+
+    Twice, as results stay beside their cotangents, and as these are written into one tensor.
+    """
+    inputs = sum(
+        layer.positions * sum(index.shape[0] * index.shape[2] for index in layer.indices)
+        for layer in program.layers
+    )
+    entries = program.size + sum(derived.size for derived in program.derived_leaves)
+    sample_bytes = leaves[0].element_size() * (2 * m * entries + inputs + 2 * program.results) + 1
+    side = min(n * m, sum(leaf.numel() for leaf in leaves))
+    return samples_at_once(n, sample_bytes, side, leaves[0].device, revisited=n * m <= side)
