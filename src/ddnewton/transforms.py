@@ -14,6 +14,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.func import vjp
 
 from ddnewton.errors import BadValue, sentence
+from ddnewton.host_reads import answer, answered_later
 from ddnewton.trees import sample_count, tree_leaves, tree_map
 from ddnewton.types import PyTree
 
@@ -53,7 +54,7 @@ def first_member(tensor: Tensor) -> Tensor:
 
 def any_possible(mask: Tensor) -> bool:
     """Return whether an entry is true, or cannot be known to be false, as under ``vmap``."""
-    return is_batched(mask) or bool(mask.any())
+    return is_batched(mask) or answered_later() or bool(mask.any())
 
 
 def scaled(matrix: Tensor, factor: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ def concatenated(parts: Sequence[Tensor], axis: int = 0) -> Tensor:
 
 def any_known(mask: Tensor) -> bool:
     """Return whether an entry is true, of any member under ``vmap``; False while compiling."""
-    return not torch.compiler.is_compiling() and bool(unwrapped(mask).any())
+    return not torch.compiler.is_compiling() and answer(unwrapped(mask))
 
 
 def any_not_finite(*tensors: Tensor) -> bool:

@@ -100,9 +100,7 @@ def test_inner_products_in_every_order(name, dtype):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_inner_products_in_small_blocks(name, monkeypatch):
-    monkeypatch.setattr("ddnewton.columns.contraction.INTERMEDIATE_BYTES", 2**9)
     monkeypatch.setattr("ddnewton.columns.factors.INTERMEDIATE_BYTES", 2**9)
-    monkeypatch.setattr("ddnewton.columns.column_sums.INTERMEDIATE_BYTES", 2**9)
     check_contraction(SHAPES[name], 5)
 
 

@@ -8,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.columns.factors import (
-    INTERMEDIATE_BYTES,
     Factor,
     Outer,
     Stack,
     entries_at_once,
+    intermediate_bytes,
     single_position,
 )
 
@@ -115,4 +115,4 @@ def _inner_products_single(
 
 def _vectors_at_once(outer: Outer) -> int:
     """Return the number of vectors k for which sums of b, [n k g o t], fit into an intermediate."""
-    return max(1, INTERMEDIATE_BYTES // (outer.b[:, 0].numel() * outer.b.element_size()))
+    return max(1, intermediate_bytes(outer.b) // (outer.b[:, 0].numel() * outer.b.element_size()))

@@ -21,12 +21,12 @@ from opt_einsum import contract_path
 from torch import Tensor
 
 from ddnewton.columns.factors import (
-    INTERMEDIATE_BYTES,
     Factor,
     Outer,
     dense_columns,
     entries_at_once,
     formed,
+    intermediate_bytes,
     rows_of,
     single_position,
 )
@@ -46,7 +46,7 @@ the diagonal, and the length of the rows from which on that pays."""
 LEFT_SAMPLES_AT_ONCE = 8
 """The number of samples whose a is multiplied with all a' in one product, memory permitting."""
 
-IRREGULAR_FLOP = 1.6
+IRREGULAR_FLOP, IRREGULAR_FLOP_ON_GPUS = 1.6, 32.0
 """How much longer a flop takes in many small products than in one large one."""
 
 
@@ -89,9 +89,8 @@ def _columns_are_cheaper(left: Outer, right: Outer) -> bool:
     """Return whether forming the columns is cheaper than contracting positions first."""
     if torch.compiler.is_compiling():  # opt_einsum cannot be compiled
         return True
-    return _flops(left, right, COLUMNS_FIRST) <= IRREGULAR_FLOP * _flops(
-        left, right, POSITIONS_FIRST
-    )
+    longer = IRREGULAR_FLOP_ON_GPUS if left.b.is_cuda else IRREGULAR_FLOP
+    return _flops(left, right, COLUMNS_FIRST) <= longer * _flops(left, right, POSITIONS_FIRST)
 
 
 def _flops(left: Outer, right: Outer, order: Sequence[tuple[int, int]]) -> float:
@@ -126,7 +125,7 @@ def _columns_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
     total: Tensor | float = 0.0
     # So many outputs, those of several groups or a part of one, that they are an intermediate.
     p = sum(left.widths)
-    size = max(1, INTERMEDIATE_BYTES // (n * m * p * left.b.element_size()))
+    size = max(1, intermediate_bytes(left.b) // (n * m * p * left.b.element_size()))
     for groups in chunks(g, max(1, min(size, LONG_ROWS // p) // o)):
         for outputs in chunks(o, min(size, o)):
             rows = _columns_of_outputs(left, groups, outputs)
@@ -147,12 +146,12 @@ def _positions_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
     n, _, g, o, t = left.b.shape
     m = right.b.shape[1]
     # So many groups, samples of the right, and of the left, that a product is an intermediate.
-    position_bytes = t * left.b.element_size()
+    position_bytes, at_most = t * left.b.element_size(), intermediate_bytes(left.b)
     right_positions = right.b.shape[0] * right.b.shape[4]
     entries = max(4 * m * o, LEFT_SAMPLES_AT_ONCE * right_positions)
-    group_count = max(1, min(g, INTERMEDIATE_BYTES // (entries * position_bytes)))
-    size = max(1, INTERMEDIATE_BYTES // (4 * m * o * position_bytes * group_count))
-    left_size = INTERMEDIATE_BYTES // (position_bytes * right_positions * group_count)
+    group_count = max(1, min(g, at_most // (entries * position_bytes)))
+    size = max(1, at_most // (4 * m * o * position_bytes * group_count))
+    left_size = at_most // (position_bytes * right_positions * group_count)
     left_size = max(1, min(LEFT_SAMPLES_AT_ONCE, left_size))
     total: Tensor | float = 0.0
     for groups in chunks(g, group_count):
@@ -178,7 +177,9 @@ def _in_groups_of_one_position(left: Outer, right: Outer) -> Float[Tensor, "nm n
     """Contract a with a', then b', then b, in every group, for several samples at once."""
     n, n2, m = left.b.shape[0], right.b.shape[0], right.b.shape[1]
     b_right = right.b.flatten(3)  # [n m g o]
-    size = INTERMEDIATE_BYTES // (SYMMETRIC_STRIPS * b_right.numel() * b_right.element_size() + 1)
+    size = intermediate_bytes(b_right) // (
+        SYMMETRIC_STRIPS * b_right.numel() * b_right.element_size() + 1
+    )
     rows = []
     for chunk in chunks(n, max(1, min(size, n // SYMMETRIC_STRIPS))):
         # Of columns with themselves, what lies left of the diagonal is left out.

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ddnewton.columns.asked_of_ranks import ColumnsOfRanks
 
-INTERMEDIATE_BYTES = 2**25
-"""How large an intermediate may be: a few of them at once stay in a processor's cache."""
+INTERMEDIATE_BYTES, INTERMEDIATE_BYTES_ON_GPUS = 2**25, 2**29
+"""How large an intermediate may be: a few of them at once stay in a processor's cache, while a GPU
+waits for the next of many small ones."""
 
 WRITTEN_ENTRIES, WRITTEN_PRODUCTS = 2**19, 2**25
 """Up to how many entries columns are kept dense, and of how many multiplications of their inner
@@ -216,7 +217,12 @@ def single_position(outer: Outer) -> bool:
 
 def entries_at_once(rows: Tensor) -> int:
     """Return the number of entries which, taken of all rows, fit into an intermediate."""
-    return max(1, INTERMEDIATE_BYTES // (2 * rows.shape[0]))
+    return max(1, intermediate_bytes(rows) // (2 * rows.shape[0]))
+
+
+def intermediate_bytes(tensor: Tensor) -> int:
+    """Return how large an intermediate may be where a tensor is."""
+    return INTERMEDIATE_BYTES_ON_GPUS if tensor.is_cuda else INTERMEDIATE_BYTES
 
 
 def rows_of(outer: Outer) -> Float[Tensor, "n g t p"]:

@@ -1,4 +1,4 @@
-"""Columns of several positions as columns of one: Σ_t b_t ⊗ a_t formed once for all that follows."""
+"""Columns of several positions as columns of one: Σ_t b_t ⊗ a_t formed once for all that ask."""
 
 from __future__ import annotations
 

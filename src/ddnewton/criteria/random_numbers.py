@@ -53,6 +53,8 @@ def uniform_from(seed: int, device: torch.device, rows: RowsOfBatch | None = Non
             numbers = torch.rand(
                 (whole, *axes), generator=generator, dtype=torch.float64, device="cpu"
             )
-        return numbers[first : first + n].clamp(min=LEAST_UNIFORM).to(device)
+        drawn = numbers[first : first + n].clamp(min=LEAST_UNIFORM)
+        # From pinned memory, so that nothing waits for the copy.
+        return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn
 
     return uniform

@@ -197,7 +197,7 @@ def check_options(
             raise BadValue(sentence("chunk_size must be at least 1", chunk_size, remedy))
     # A share of the decrease.
     check_positive("tol", tol)
-    if any_known(torch.as_tensor(tol) >= 1):
+    if any_known(tol >= 1) if isinstance(tol, Tensor) else tol >= 1:
         raise BadValue(sentence("tol must be below 1", tol, "Pass a share, such as 1e-2."))
 
 
@@ -240,7 +240,7 @@ def check_nonnegative(name: str, value: object) -> None:
 def check_positive(name: str, value: object) -> None:
     """Require a real number or a 0-d tensor above zero."""
     check_nonnegative(name, value)
-    if any_known(~(torch.as_tensor(value) > 0)):
+    if any_known(value <= 0) if isinstance(value, Tensor) else not value:
         raise BadValue(sentence(f"{name} must be positive", value, "Pass a number above 0."))
 
 

@@ -168,6 +168,7 @@ def observed_update(
         say=partial(plan.notices.once, "free"),
         automatic=plan.automatic,
         unscaled=plan.automatic_scale,
+        searches=True,
     )
     if team is not None:
         pairs = zip(leaves, tree_leaves(like), strict=True)

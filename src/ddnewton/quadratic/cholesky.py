@@ -14,7 +14,6 @@ eigenpairs can tell what of g is inside, while all of g, damped everywhere, is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -58,16 +57,16 @@ def damped_step(
     if any(map(is_batched, (weights, matrix.entries, gradient_weights, delta))):
         return None
     # None for a damping too small for a factorization, and a gradient beyond the range of G.
-    if not matrix.trace() <= condition * delta < math.inf:
+    if any_known(~((matrix.trace() <= condition * delta) & delta.isfinite())):
         return None
     right = right_side(matrix, gradient_weights, everywhere=everywhere)
     if right is None:
         return None
     # K + δI or G + δI = L Lᵀ, and two triangular solves.
-    in_place = _is_large(matrix.entries) or _is_shared(matrix)
+    in_place = _is_large(matrix) or _is_shared(matrix)
     solved = _in_place if in_place else _of_copy
     solution, failed = solved(matrix, right, delta)
-    if failed or not solution.isfinite().all():
+    if any_known((failed != 0) | ~solution.isfinite().all()):
         return None
     return as_coordinates(matrix, gradient_weights, solution, delta)
 
@@ -94,7 +93,7 @@ def _in_place(
     """
     side, root = len(right), torch.ones_like(right)
     if matrix.on_columns:
-        root = matrix.weights.clamp(min=LEAST_WEIGHT * float(matrix.weights.amax())).sqrt()
+        root = torch.maximum(matrix.weights, LEAST_WEIGHT * matrix.weights.amax()).sqrt()
     # By all ranks that have columns of it, or by this process.
     entries, shifts = matrix.entries[:side], delta / root.square()
     corners: list[Tensor] = []
@@ -164,9 +163,9 @@ def is_beyond(matrix: GaussNewton, gradient_weights: Float[Tensor, " a"]) -> boo
     return any_known((matrix.weights <= 0) & (gradient_weights != 0))
 
 
-def _is_large(matrix: Tensor) -> bool:
+def _is_large(matrix: GaussNewton) -> bool:
     """Return whether a matrix is so long that it takes less time and memory by blocks."""
-    return matrix.is_cpu and len(matrix) > 2 * CHOLESKY_BLOCK
+    return matrix.entries.is_cpu and matrix.side > 2 * CHOLESKY_BLOCK
 
 
 def _is_shared(matrix: GaussNewton) -> bool:

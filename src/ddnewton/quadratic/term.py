@@ -230,7 +230,8 @@ def _gradient_weights(
     # z of the samples that give directions and belong to the gradient; 1 for a column of its own.
     z = of_directions.z.T
     if rows is not None:
-        z = z * z.new_zeros(count).index_fill(0, rows[rows < count], 1)
+        length = count + (0 if gradient_samples is None else len(gradient_samples))
+        z = z * z.new_zeros(length).index_fill(0, rows, 1)[:count]
     total = n if wanted is None else len(wanted)
     further = z.new_ones(0 if gradient_samples is None else len(gradient_samples))
     return GradientWeights(z / total, further / total, rows, gradient_samples)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 from ddnewton.distributed.service import served
 from ddnewton.errors import BadValue, TooLarge, sentence, warn
+from ddnewton.host_reads import read_once
 from ddnewton.quadratic.arguments import Arguments, Scaling
 from ddnewton.quadratic.matrix_free.free_shard import FreeShard
 from ddnewton.transforms import check_not_transformed, is_transformed
+from ddnewton.trees import tree_leaves
 from ddnewton.types import GramWays
 
 R = TypeVar("R")
@@ -29,12 +32,17 @@ def either_way(
     say: Callable[[str], None] = warn,
     automatic: bool | None = None,
     unscaled: bool = False,
+    searches: bool = False,
 ) -> R:
     """Return the result of a call by matrices or, where asked or too large, by products.
 
     What is too large is said. It is ``automatic`` to choose by products there, by default as the
-    arguments say. By products goes without a scale by columns what may be ``unscaled``.
+    arguments say. By products goes without a scale by columns what may be ``unscaled``. A call that
+    ``searches`` reads values as it goes; any other by matrices does so once, at its end.
     """
+    if not (searches or arguments.team is not None or is_transformed()):
+        step, device = by_matrix, tree_leaves(arguments.params)[0].device
+        by_matrix = wraps(step)(lambda arguments: read_once(partial(step, arguments), device))
     options: dict[str, Any] = {"say": say, "automatic": automatic, "unscaled": unscaled}
     return on_all_ranks(
         arguments,

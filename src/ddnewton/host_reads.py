@@ -1,0 +1,61 @@
+"""When values are read on the host, which waits for all that a device has been asked to do.
+
+What depends on values, an error or another way to go on, is a question: is an entry of this mask
+true? On a CPU it is answered at once. In a call that is made by `read_once` on another device
+nothing is read meanwhile: the call goes on as if all answers were no, and they are read together at
+its end. If one is yes after all, the call is made again, with an answer to every question, and the
+error is raised or the other way taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import TypeVar
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+R = TypeVar("R")
+
+_QUESTIONS: ContextVar[list[Tensor] | None] = ContextVar("questions", default=None)
+"""The questions of the call that is under way in this thread, None where each is answered."""
+
+
+def answered_later() -> bool:
+    """Return whether questions are answered at the end of the call that is under way."""
+    return not torch.compiler.is_compiling() and _QUESTIONS.get() is not None
+
+
+def answer(mask: Bool[Tensor, "..."]) -> bool:
+    """Return whether an entry is true, or False where that is read later."""
+    questions = _QUESTIONS.get()
+    if questions is None:
+        return bool(mask.any())
+    questions.append(mask.any())
+    return False
+
+
+def read_once(call: Callable[[], R], device: torch.device) -> R:
+    """Return the result of a call; off the CPU with a single read of its values, at the end.
+
+    The call must be one that can be made twice.
+    """
+    if device.type == "cpu" or answered_later():
+        return call()
+    return with_one_read(call)
+
+
+def with_one_read(call: Callable[[], R]) -> R:
+    """Return the result of a call with its questions answered at the end, or one by one."""
+    questions: list[Tensor] = []
+    token = _QUESTIONS.set(questions)
+    try:
+        result = call()
+        doubtful = bool(questions) and bool(torch.stack(questions).any())
+    except Exception:  # noqa: BLE001 - what comes of values that were not looked at
+        doubtful = True
+    finally:
+        _QUESTIONS.reset(token)
+    return call() if doubtful else result
