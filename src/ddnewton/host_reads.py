@@ -9,7 +9,7 @@ error is raised or the other way taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -53,9 +53,15 @@ def with_one_read(call: Callable[[], R]) -> R:
     token = _QUESTIONS.set(questions)
     try:
         result = call()
-        doubtful = bool(questions) and bool(torch.stack(questions).any())
+        devices = {question.device for question in questions}
+        doubtful = any(_any_on(device, questions) for device in devices)
     except Exception:  # noqa: BLE001 - what comes of values that were not looked at
         doubtful = True
     finally:
         _QUESTIONS.reset(token)
     return call() if doubtful else result
+
+
+def _any_on(device: torch.device, questions: Sequence[Bool[Tensor, ""]]) -> bool:
+    """Return whether one of the questions on a device is a yes."""
+    return bool(torch.stack([q for q in questions if q.device == device]).any())
