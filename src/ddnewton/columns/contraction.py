@@ -31,17 +31,19 @@ from ddnewton.columns.factors import (
     single_position,
 )
 from ddnewton.columns.positions import in_one_position
-from ddnewton.transforms import is_batched, scaled
+from ddnewton.columns.symmetric_products import (
+    LONG_ROWS,
+    SYMMETRIC_STRIPS,
+    completed,
+    product,
+)
+from ddnewton.transforms import scaled
 from ddnewton.trees import chunks
 
 INNER_PRODUCTS = "ngtp,nmgot,NgTp,NMgoT->nmNM"
 
 COLUMNS_FIRST, POSITIONS_FIRST = ((0, 1), (0, 1), (0, 1)), ((0, 2), (1, 2), (0, 1))
 """Two orders: each a with its b; and a with a', then b', then b."""
-
-SYMMETRIC_STRIPS, LONG_ROWS = 4, 1024
-"""The number of strips of rows into which a symmetric product is cut, to leave out what lies below
-the diagonal, and the length of the rows from which on that pays."""
 
 LEFT_SAMPLES_AT_ONCE = 8
 """The number of samples whose a is multiplied with all a' in one product, memory permitting."""
@@ -109,12 +111,20 @@ def _path_flops(shapes: Sequence[Sequence[int]], order: Sequence[tuple[int, int]
 
 def _of_single_positions(left: Outer, right: Outer) -> Float[Tensor, "n m n2 m2"]:
     """Return (a · a') (b · b'), all of a single position."""
-    n, n2 = left.b.shape[0], right.b.shape[0]
+    n, m, _, o, _ = left.b.shape
+    n2, m2 = right.b.shape[:2]
+    symmetric = left is right and o >= LONG_ROWS
     a_products = left.a[:, 0, 0] @ right.a[:, 0, 0].T
-    # b as rows m·n, in the order in which columns are counted.
+    # b as rows n·m where they are long, and their products take less to be put in order.
+    if o > n * m:
+        b, b_right = (x.b.flatten(0, 1).flatten(1) for x in (left, right))
+        b_products = completed(product(b, b if left is right else b_right), symmetric)
+        by_sample = b_products.unflatten(1, (n2, m2)).unflatten(0, (n, m))
+        return scaled(by_sample, a_products[:, None, :, None]).double()
+    # Otherwise as rows m·n, in the order in which columns are counted.
     b = left.b.transpose(0, 1).flatten(0, 1).flatten(1)
     b_right = b if left is right else right.b.transpose(0, 1).flatten(0, 1).flatten(1)
-    b_products = completed(product(b, b_right), left is right and b.shape[1] >= LONG_ROWS)
+    b_products = completed(product(b, b_right), symmetric)
     products = scaled(b_products.unflatten(1, (-1, n2)).unflatten(0, (-1, n)), a_products[:, None])
     return products.permute(1, 0, 3, 2).double()
 
@@ -211,41 +221,6 @@ def _overlaps(
     # Rows with a single one have the inner product 1 where that is in the same place.
     same_place = (a_right[None, ..., None] == a[:, None, :, None]) & (a >= 0)[:, None, :, None]
     return same_place.to(left.b.dtype)
-
-
-def product(left: Float[Tensor, "i d"], right: Float[Tensor, "j d"]) -> Float[Tensor, "i j"]:
-    """Return left rightᵀ; of one tensor with itself perhaps the upper triangle: see `completed`."""
-    count, length = left.shape
-    if left is not right or length < LONG_ROWS or count < LONG_ROWS // 8:
-        return left @ right.T
-    starts = range(0, count, -(-count // SYMMETRIC_STRIPS))
-    ends = [*starts[1:], count]
-    strips = [
-        F.pad(left[start:end] @ left[start:].T, (start, 0))
-        for start, end in zip(starts, ends, strict=True)
-    ]
-    return torch.cat(strips)
-
-
-def completed(products: Float[Tensor, "i j"], symmetric: bool) -> Float[Tensor, "i j"]:
-    """Return all products, given the upper triangle of those that are symmetric.
-
-    They are written below it, some rows at a time, where possible: `mirrored`.
-    """
-    if not symmetric:
-        return products
-    if is_batched(products) or len(products) <= LONG_ROWS // 2:
-        return products.triu() + products.triu(1).T
-    mirrored(products)
-    return products
-
-
-def mirrored(matrix: Float[Tensor, "i i"]) -> None:
-    """Write what is above the diagonal below it."""
-    for rows in chunks(len(matrix), LONG_ROWS // 4):
-        corner = matrix[rows, rows]
-        corner.copy_(corner.triu() + corner.triu(1).T)
-        matrix[rows.stop :, rows] = matrix[rows, rows.stop :].mT
 
 
 def _of_dense(

@@ -17,7 +17,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ddnewton.columns.alignment import Leaves
-from ddnewton.columns.contraction import completed, product
 from ddnewton.columns.factors import (
     Factor,
     Jacobian,
@@ -31,6 +30,7 @@ from ddnewton.columns.factors import (
     rows_of,
 )
 from ddnewton.columns.gram import columns_first, cuts_to, of_chunk, order_of, scale_along
+from ddnewton.columns.symmetric_products import completed, product
 from ddnewton.transforms import concatenated, is_batched, summed
 from ddnewton.trees import chunks
 
