@@ -8,7 +8,6 @@ from ddnewton.columns.contraction import inner
 from ddnewton.columns.positions import in_one_position, shortest
 from tests.columns.test_contraction import Shape, columns, outer_products
 
-
 SHAPES = [
     Shape(4, 1, 1, 3, 5, (6,)),
     Shape(3, 2, 2, 3, 4, (5,)),
