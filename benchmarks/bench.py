@@ -125,8 +125,8 @@ def batches(bench: Bench, options: argparse.Namespace) -> list[Record]:
         return record
 
     return [
-        largest(measure, problem, peer)
-        for problem, peer in STARTS
+        largest(measure, problem, peer, starts)
+        for (problem, peer), starts in STARTS.items()
         if problem in options.problem and peer in options.peer
     ]
 

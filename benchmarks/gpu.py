@@ -1,4 +1,4 @@
-"""All that needs a GPU, in one command and six minutes: the tests marked ``cuda``, then the peers.
+"""All that needs a GPU, in one command and six minutes: tests, steps, and where a step waits.
 
 Run with ``python -m benchmarks.gpu`` from the repository's root. It needs Linux, Python and torch.
 On a machine without a package index, carry over the repository and the folder that
@@ -6,104 +6,36 @@ On a machine without a package index, carry over the repository and the folder t
 
     python -m benchmarks.gpu --wheels benchmarks/wheelhouse --output results
 
-The wheels that the machine lacks are unpacked in a temporary folder; nothing is installed. A peer
-that is not there, fails, or comes after the time was up is an entry that says so. Everything is in
-``gpu.json`` and as a table in ``gpu.md``, which are written again after every peer.
-``--device cpu --quick`` shows without a GPU that it works.
+The wheels that the machine lacks are unpacked in a temporary folder; nothing is installed. The
+sections are the tests marked ``cuda``; steps beside peers and a floor; where a step waits for the
+device; how right it is; Monte-Carlo steps in gradient steps; the largest batches; and Poisson's
+equation in five dimensions. ``--only`` names some of them, which then have all the time: five
+minutes of training are ``--only poisson --poisson 300``. What is not there, fails, or comes after
+the time was up is an entry that says so. Everything is in ``gpu.json`` and as tables in ``gpu.md``,
+which are written again after every process. ``--device cpu --quick`` shows without a GPU that it
+works.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.machinery
-import json
 import math
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import torch
 
-from benchmarks.gpu_plan import PEERS, TIME_WAS_UP, planned, recorded
+from benchmarks.gpu_plan import PEERS, SECTIONS, Task
+from benchmarks.gpu_runs import Setting, environment, measured
 from benchmarks.gpu_tables import machine, write
-from benchmarks.gpu_tests import marked_files, run_tests
-from benchmarks.processes import ROOT, say
-from benchmarks.step_tables import Record, cell
+from benchmarks.gpu_tests import marked_files
+from benchmarks.processes import say
+from benchmarks.step_tables import Record
 from benchmarks.wheels import unpack
 
-TEST_SHARE = 0.4
-"""Of the time, what the tests may take."""
-STARTING = 10.0
-"""Seconds below which no process is started: an import of torch takes as long."""
-
-
-class Setting(NamedTuple):
-    """What all processes share."""
-
-    folder: Path
-    device: str
-    quick: bool
-    deadline: float
-    environment: dict[str, str]
-
-
-def environment(target: Path) -> dict[str, str]:
-    """Return the variables of a process that imports this repository and the unpacked wheels."""
-    paths = [ROOT / "src", ROOT, target]
-    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    joined = os.pathsep.join([*map(str, paths), *filter(None, inherited)])
-    return os.environ | {"PYTHONPATH": joined}
-
-
-def is_installed(package: str | None, setting: Setting) -> bool:
-    """Return whether a peer's package can be imported by the processes."""
-    if package is None:
-        return True
-    paths = [*setting.environment["PYTHONPATH"].split(os.pathsep), *sys.path]
-    return importlib.machinery.PathFinder.find_spec(package, paths) is not None
-
-
-def measured(setting: Setting, peer: str) -> list[Record]:
-    """Run one peer in a process of its own; return a record for everything that was planned."""
-    limit = setting.deadline - time.monotonic()
-    if not is_installed(PEERS[peer], setting):
-        status = "not installed"
-    elif limit < STARTING:
-        status = TIME_WAS_UP
-    else:
-        status = ended(setting, peer, limit)
-    # What the process has left, then what it has not come to.
-    file = setting.folder / f"{peer}.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    records = [json.loads(line) for line in lines]
-    entries = planned(peer, setting.device, quick=setting.quick)
-    return records + [recorded(e, peer, {"status": status}) for e in entries[len(records) :]]
-
-
-def ended(setting: Setting, peer: str, limit: float) -> str:
-    """Run a peer's process and return in words how it ended."""
-    command = [sys.executable, "-m", "benchmarks.gpu_peer", str(setting.folder), peer]
-    command += ["--device", setting.device, "--deadline", str(setting.deadline)]
-    command += ["--quick"] if setting.quick else []
-    try:
-        process = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=setting.environment,
-            timeout=None if math.isinf(limit) else limit,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return TIME_WAS_UP
-    last = (process.stderr.strip().splitlines() or [f"ended with {process.returncode}"])[-1]
-    return f"failed: {last[:100]}".replace("|", "/")
+WRITING = 5.0
+"""Seconds that are kept to end in time."""
 
 
 def arguments() -> argparse.Namespace:
@@ -114,8 +46,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true", help="tiny problems, and no time limit")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels to unpack and use")
-    parser.add_argument("--peer", nargs="*", default=list(PEERS), choices=PEERS)
-    parser.add_argument("--tests", nargs="*", help="some tests only; none at all: no tests")
+    parser.add_argument("--only", nargs="+", default=list(SECTIONS), choices=SECTIONS)
+    parser.add_argument("--peer", nargs="+", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--tests", nargs="+", help="some tests only")
+    parser.add_argument("--poisson", type=float, metavar="SECONDS", help="or all that are left")
     parser.add_argument("--minutes", type=float, help="of everything; 6, or without end if quick")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results") / "gpu")
     # What depends on the machine and on other options.
@@ -130,10 +64,20 @@ def arguments() -> argparse.Namespace:
     return options
 
 
+def tasks_of(options: argparse.Namespace) -> list[Task]:
+    """Return what processes there are, in their order."""
+    return [
+        Task(section, peer)
+        for section in SECTIONS
+        if section in options.only
+        for peer in (options.peer if section == "steps" else [None])
+    ]
+
+
 def main() -> None:
-    """Run the tests and then the peers, and write what there is after each."""
+    """Run one section after another, and write what there is after each process."""
     options = arguments()
-    seconds = 60 * options.minutes
+    deadline = time.monotonic() + max(60 * options.minutes - WRITING, 0.0)
     with TemporaryDirectory() as name:
         # Everything is imported from the repository and from the unpacked wheels.
         folder = Path(name)
@@ -143,24 +87,19 @@ def main() -> None:
             folder=folder,
             device=options.device,
             quick=options.quick,
-            deadline=time.monotonic() + seconds,
+            deadline=deadline,
             environment=environment(target),
+            tests=marked_files() if options.tests is None else options.tests,
+            poisson=options.poisson,
         )
         about = machine(options.device) | {"unpacked": unpacked}
         say("\n".join(f"{key}: {value}" for key, value in about.items()))
-        # The tests first: a number is worth nothing where the steps are wrong.
-        files = marked_files() if options.tests is None else options.tests
-        tests = run_tests(files, options.device, TEST_SHARE * seconds, folder, setting.environment)
-        say(f"tests: {tests['words']}")
-        records: list[Record] = []
-        write(options.output, about, tests, records)
-        for peer in options.peer:
-            measurements = measured(setting, peer)
-            for record in measurements:
-                words = f"{record['problem']:10} N = {record['samples']:<4} {peer:20}"
-                say(f"{words} {record['precision']:17} {record['quantity']:6} {cell(record)}")
-            records += measurements
-            write(options.output, about, tests, records)
+        # Tests first: a number is worth nothing where the steps are wrong.
+        sections: dict[str, list[Record]] = {}
+        for task, records in measured(setting, tasks_of(options)):
+            sections.setdefault(task.section, []).extend(records)
+            write(options.output, about, sections)
+    say((options.output / "gpu.md").read_text(encoding="utf-8"))
     say(f"written: {options.output / 'gpu.md'}, {options.output / 'gpu.json'}")
 
 

@@ -1,34 +1,66 @@
-"""What is measured on a GPU: which peers, on which problems, in which precisions."""
+"""What is measured on a GPU: which sections, which peers, on which problems, in which precisions."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 TIME_WAS_UP = "not run: the time was up"
 
-PEERS = {
-    "jacrev": None,
-    "ddnewton": None,
-    "ddnewton-unprepared": None,
-    "ddnewton-dense": None,
-    "vivit": "vivit",
-    "nngeometry": "nngeometry",
-    "curvlinops": "curvlinops",
-}
-"""In the order in which they are measured, each with the package that it needs. The first comes
-before all that are compared with its answers in float64."""
 
-QUANTITIES = {
-    "ddnewton-unprepared": ("top10",),
-    "ddnewton-dense": ("top10",),
-    "curvlinops": ("all",),
-}
-PROBLEMS = (("mlp", 64), ("mlp", 128), ("2c2d-32", 32), ("3c3d-128", 128))
-QUICK_PROBLEMS = (("tiny-mlp", 6), ("tiny-conv", 6))
+class Asked(NamedTuple):
+    """How a peer is asked: what it needs, its share of the time, and what of everything."""
+
+    package: str | None
+    share: float
+    quantities: tuple[str, ...] = ("top10", "all")
+    precisions: tuple[str, ...] = ("float32",)
+
 
 WITHOUT_TF32 = "float32, no TF32"
-PRECISIONS = {"cuda": ("float64", "float32", WITHOUT_TF32), "cpu": ("float64", "float32")}
 """Plain float32 has TF32 where torch uses it unasked: in convolutions."""
+ALL_PRECISIONS = ("float64", "float32", WITHOUT_TF32)
+
+PEERS = {
+    "jacrev": Asked(None, 14.0, precisions=("float64", "float32")),
+    "ddnewton": Asked(None, 16.0, precisions=ALL_PRECISIONS),
+    "floor": Asked(None, 12.0, precisions=("float64", "float32")),
+    "vivit": Asked("vivit", 14.0),
+    "ddnewton-compiled": Asked(None, 20.0),
+    "ddnewton-graphs": Asked(None, 15.0),
+    "ddnewton-unprepared": Asked(None, 8.0, ("top10",)),
+    "curvlinops": Asked("curvlinops", 8.0, ("all",)),
+    "nngeometry": Asked("nngeometry", 8.0),
+}
+"""In the order in which they are measured. The first comes before all that are compared with its
+answers in float64."""
+
+SECTIONS = {
+    "tests": 75.0,
+    "steps": sum(asked.share for asked in PEERS.values()),
+    "syncs": 25.0,
+    "accuracy": 15.0,
+    "ratios": 20.0,
+    "largest": 30.0,
+    "poisson": 65.0,
+}
+"""In the order in which they are run, what matters most first, each with its share of the time: in
+six minutes about so many seconds. What one leaves over goes to those that come after it."""
+
+PROBLEMS = (("mlp", 64), ("3c3d-128", 128), ("2c2d-32", 32), ("mlp", 128))
+QUICK_PROBLEMS = (("tiny-mlp", 6), ("tiny-conv", 6))
+
+
+class Task(NamedTuple):
+    """What one process measures: a section, or of the steps those of one peer."""
+
+    section: str
+    peer: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the name of its files."""
+        return self.section if self.peer is None else f"{self.section}, {self.peer}"
 
 
 class Entry(NamedTuple):
@@ -47,12 +79,21 @@ class Entry(NamedTuple):
 
 def planned(peer: str, device: str, *, quick: bool) -> list[Entry]:
     """Return a peer's measurements in their order."""
+    asked = PEERS[peer]
     return [
         Entry(problem, samples, precision, quantity)
         for problem, samples in (QUICK_PROBLEMS if quick else PROBLEMS)
-        for precision in PRECISIONS[device]
-        for quantity in QUANTITIES.get(peer, ("top10", "all"))
+        for precision in asked.precisions
+        if device == "cuda" or precision != WITHOUT_TF32
+        for quantity in asked.quantities
     ]
+
+
+def shared(seconds: float, shares: dict[Task, float], task: Task) -> float:
+    """Return the part of the seconds that a task has which shares them with all after it."""
+    tasks = list(shares)
+    remaining = sum(shares[after] for after in tasks[tasks.index(task) :])
+    return seconds if math.isinf(seconds) else seconds * shares[task] / remaining
 
 
 def recorded(entry: Entry, peer: str, outcome: dict[str, Any]) -> dict[str, Any]:

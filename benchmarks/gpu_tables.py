@@ -1,25 +1,43 @@
-"""What a GPU run has measured, as a table that is read and a file that is computed with."""
+"""What a GPU run has measured, as tables that are read and a file that is computed with."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import subprocess
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks import step_tables
-from benchmarks.step_tables import Record, cell
+from benchmarks.step_tables import Record, cell, seconds
+
+Sections = dict[str, list[Record]]
 
 EXPLANATION = """\
 Each cell: median seconds, peak extra memory, relative distance from the answer of `jacrev` in
 float64, which has none itself. Memory is what torch allocates above what it holds before the first
 run; on a CPU, what the process takes. A peer is made once, outside of the time; `ddnewton` has
-found the model's layers before (`prepare`), `ddnewton-unprepared` finds them in every call. Plain
-float32 is as torch ships it: convolutions may round to TF32.
+found the model's layers before (`prepare`), `ddnewton-unprepared` finds them in every call,
+`ddnewton-compiled` is under `torch.compile`, `ddnewton-graphs` in its mode "reduce-overhead". Plain
+float32 is as torch ships it: convolutions may round to TF32. `floor` is a bound: forward pass,
+pullback, the fewest flops of the Gram matrix at the rate of a large matrix product of this device
+without TF32, the eigensolver in float64, one pullback.
 """
 HEADINGS = {"top10": "top 10", "all": "all directions"}
+RATIOS = {
+    "ViViT / ours": ("vivit", "ddnewton"),
+    "jacrev / ours": ("jacrev", "ddnewton"),
+    "nngeometry / ours": ("nngeometry", "ddnewton"),
+    "curvlinops / ours": ("curvlinops", "ddnewton"),
+    "un-prepared / ours": ("ddnewton-unprepared", "ddnewton"),
+    "ours / floor": ("ddnewton", "floor"),
+    "compiled / floor": ("ddnewton-compiled", "floor"),
+    "graphs / floor": ("ddnewton-graphs", "floor"),
+}
+"""Of seconds in plain float32."""
+COUNTS = ("copies to the host", "waits for a stream", "launches", "graphs", "kernels")
 
 
 def driver() -> str:
@@ -52,38 +70,154 @@ def machine(device: str) -> Record:
     return about
 
 
-def details(problem: str, samples: int, records: list[Record]) -> list[str]:
-    """Return the table of one problem: a row a peer, a column a precision and quantity."""
-    cells = {(r["peer"], r["precision"], r["quantity"]): r for r in records}
-    columns = list(dict.fromkeys((r["precision"], r["quantity"]) for r in records))
-    heads = [f"{precision}: {HEADINGS[quantity]}" for precision, quantity in columns]
-    lines = [f"### {problem}, N = {samples}", ""]
-    lines += [f"| peer | {' | '.join(heads)} |", f"|---|{'---|' * len(columns)}"]
-    for peer in dict.fromkeys(r["peer"] for r in records):
-        row = [cell(cells.get((peer, *column))) for column in columns]
-        lines.append(f"| {peer} | {' | '.join(row)} |")
-    return [*lines, ""]
+def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Return the lines of a table."""
+    lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
+    return [*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows), ""]
 
 
-def about_tests(tests: Record) -> list[str]:
+def about_tests(records: list[Record]) -> list[str]:
     """Return what became of the tests."""
-    lines = ["## Tests", "", ", ".join(filter(None, [tests["words"], tests.get("cut off")])), ""]
+    (tests,) = records
+    lines = [", ".join(filter(None, [tests["words"], tests.get("cut off")])), ""]
     lines += [f"- `{name}`: {message}" for name, message in tests.get("failures", {}).items()]
     lines += [f"    {line}" for line in tests.get("tail", ())]
     return [*lines, ""]
 
 
-def write(folder: Path, about: Record, tests: Record, records: list[Record]) -> None:
-    """Write ``gpu.md`` and ``gpu.json``."""
+def by_problem(records: list[Record]) -> dict[str, list[Record]]:
+    """Return the records of every problem and number of samples."""
+    problems: dict[str, list[Record]] = {}
+    for record in records:
+        problems.setdefault(f"{record['problem']}, N = {record['samples']}", []).append(record)
+    return problems
+
+
+def steps(records: list[Record]) -> list[str]:
+    """Return a table of ratios, then one for every problem: a row a peer."""
+    lines = [EXPLANATION]
+    rows = [
+        [
+            problem,
+            HEADINGS[quantity],
+            *(ratio(measured, quantity, *pair) for pair in RATIOS.values()),
+        ]
+        for problem, measured in by_problem(records).items()
+        for quantity in HEADINGS
+    ]
+    lines += table(["problem", "step", *RATIOS], rows)
+    for problem, measured in by_problem(records).items():
+        cells = {(r["peer"], r["precision"], r["quantity"]): r for r in measured}
+        columns = list(dict.fromkeys((r["precision"], r["quantity"]) for r in measured))
+        heads = [f"{precision}: {HEADINGS[quantity]}" for precision, quantity in columns]
+        peers = dict.fromkeys(r["peer"] for r in measured)
+        rows = [[peer, *(cell(cells.get((peer, *column))) for column in columns)] for peer in peers]
+        lines += [f"### {problem}", "", *table(["peer", *heads], rows)]
+    return lines
+
+
+def ratio(records: list[Record], quantity: str, one: str, other: str) -> str:
+    """Return how many times the seconds of another peer one takes."""
+    times = {
+        r["peer"]: r["seconds"]
+        for r in records
+        if (r["status"], r["precision"], r["quantity"]) == ("ok", "float32", quantity)
+    }
+    return f"{times[one] / times[other]:.3g}" if one in times and other in times else "–"
+
+
+def syncs(records: list[Record]) -> list[str]:
+    """Return a row a step: its time, what it waits for, and where."""
+    rows = []
+    for record in records:
+        begins = [record["problem"], record["samples"], record["way"], record["name"]]
+        if record["status"] != "ok":
+            rows.append([*begins, record["status"], *["–"] * (3 + len(COUNTS))])
+            continue
+        profile = record["profile"]
+        counts = [profile[words] for words in COUNTS]
+        places = ", ".join(f"{count} × `{place}`" for place, count in record["places"].items())
+        times = [seconds(record["seconds"]), seconds(profile["device seconds"])]
+        rows.append([*begins, *times, record["waits"], *counts, places])
+    columns = ["problem", "N", "way", "step", "time", "device busy", "waits", *COUNTS, "where"]
+    words = "Waits are those that torch warns of; on a CPU, values that are read on the host. The "
+    words += "profiler counts every copy to the host, of results too."
+    return [words, "", *table(columns, rows)]
+
+
+def accuracy(records: list[Record]) -> list[str]:
+    """Return a row a net, options and TF32; a column a damping."""
+    dampings = records[0]["dampings"]
+    rows = [
+        [
+            *(record[name] for name in ("net", "directions", "way")),
+            "allowed" if record["TF32"] else "no",
+            *([f"{e:.1e}" for e in record.get("errors", ())] or [record["status"]]),
+        ]
+        for record in records
+    ]
+    columns = ["net", "directions", "way", "TF32", *(f"δ = {delta:g}" for delta in dampings)]
+    return ["Float32 steps, relative to dense steps in float64.", "", *table(columns, rows)]
+
+
+def ratios(records: list[Record]) -> list[str]:
+    """Return a row a net: seconds, and how many gradient steps each takes."""
+    names = next((list(r["ratios"]) for r in records if r["status"] == "ok"), [])
+    rows = [
+        [
+            f"{record['net']}, N = {record['samples']}",
+            *(
+                f"{seconds(record['seconds'][name])}, {record['ratios'][name]:.2f}"
+                if record["status"] == "ok"
+                else record["status"]
+                for name in names
+            ),
+        ]
+        for record in records
+    ]
+    words = "Median seconds, and the median of ratios to the gradient step."
+    return [words, "", *table(["net", *names], rows)]
+
+
+def poisson(records: list[Record]) -> list[str]:
+    """Return the curve: a row a measurement."""
+    rows = [
+        [
+            record["problem"],
+            seconds(record["seconds"]),
+            record["updates"],
+            f"{record['error']:.2e}",
+            f"{record['loss']:.2e}",
+        ]
+        for record in records
+        if record["status"] == "ok"
+    ]
+    columns = ["problem", "training", "updates", "root mean square error", "loss"]
+    words = "`poisson-5d` is 5-64-64-48-48-1 on 3000 + 500 new points an update, in float64."
+    return [words, "", *table(columns, rows)]
+
+
+TITLES = {
+    "tests": ("Tests", about_tests),
+    "steps": ("Steps", steps),
+    "syncs": ("Where a step waits", syncs),
+    "accuracy": ("Accuracy", accuracy),
+    "ratios": ("Monte-Carlo steps in gradient steps", ratios),
+    "largest": ("Largest batches", step_tables.fits),
+    "poisson": ("Poisson's equation on new points", poisson),
+}
+
+
+def write(folder: Path, about: Record, sections: Sections) -> None:
+    """Write ``gpu.md`` and ``gpu.json``; how a section's process ended badly is its last record."""
     folder.mkdir(parents=True, exist_ok=True)
+    everything = {"machine": about} | sections
+    (folder / "gpu.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     lines = ["# On a GPU" if about["device"] == "cuda" else "# On a CPU, to see that it works", ""]
     lines += [f"- {key}: {value}" for key, value in about.items() if key != "unpacked"]
-    lines += ["", *about_tests(tests), "## Steps", "", EXPLANATION]
-    problems: dict[tuple[str, int], list[Record]] = {}
-    for record in records:
-        problems.setdefault((record["problem"], record["samples"]), []).append(record)
-    for (problem, samples), measurements in problems.items():
-        lines += details(problem, samples, measurements)
-    (folder / "gpu.md").write_text("\n".join(lines), encoding="utf-8")
-    everything = {"machine": about, "tests": tests, "records": records}
-    (folder / "gpu.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    for section, records in sections.items():
+        title, words = TITLES[section]
+        ends = [r["status"] for r in records if set(r) == {"status"}]
+        measured = [r for r in records if set(r) != {"status"}]
+        lines += ["", f"## {title}", "", *(words(measured) if measured else ()), *ends]
+    (folder / "gpu.md").write_text("\n".join([*lines, ""]), encoding="utf-8")

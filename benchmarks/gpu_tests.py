@@ -17,8 +17,10 @@ from benchmarks.processes import ROOT
 from benchmarks.step_tables import Record
 
 MARK = re.compile(r"^(pytestmark = |@)pytest\.mark\.cuda", re.MULTILINE)
-ENDING = 20
+ENDING = 15
 """Seconds that pytest has to write what it knows when it is interrupted."""
+CORES_OF_A_WORKER = 4
+"""All workers share one GPU: there are not as many of them as of the cores."""
 
 
 def marked_files() -> list[str]:
@@ -38,13 +40,16 @@ def run_tests(
     if not files:
         return {"words": "none were asked for"}
     paths = [*environment["PYTHONPATH"].split(os.pathsep), *sys.path]
-    if importlib.machinery.PathFinder.find_spec("pytest", paths) is None:
+    find = importlib.machinery.PathFinder.find_spec
+    if find("pytest", paths) is None:
         return {"words": "not run: pytest is not installed"}
+    workers = (os.cpu_count() or 1) // CORES_OF_A_WORKER if find("xdist", paths) else 0
     # Warnings of another version of torch are no failures here.
     folder.mkdir(parents=True, exist_ok=True)
     report, log = folder / "tests.xml", folder / "tests.txt"
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "--device", device, "-W", "default"]
     command += ["-p", "no:cacheprovider", "--junitxml", str(report), *files]
+    command += ["-n", str(workers)] if workers > 1 else []
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command,
@@ -62,7 +67,8 @@ def run_tests(
         tail = log.read_text(encoding="utf-8").strip().splitlines()[-12:]
         return {"words": f"no report; pytest ended with {process.returncode}", "tail": tail}
     if not in_time:
-        return read(report, interrupted=1) | {"cut off": "then the time was up"}
+        interrupted = 0 if workers > 1 else 1  # workers tell of what has ended alone
+        return read(report, interrupted) | {"cut off": "then the time was up"}
     return read(report)
 
 

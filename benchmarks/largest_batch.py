@@ -38,12 +38,18 @@ def crossing(points: list[tuple[int, float]]) -> int:
     return line
 
 
-def largest(measure: Measure, problem: str, peer: str) -> dict[str, Any]:
-    """Return the largest N that was run within the limit, with its peak and its time."""
+def largest(
+    measure: Measure, problem: str, peer: str, starts: tuple[int, ...], tries: int = TRIES
+) -> dict[str, Any]:
+    """Return the largest N that was run within the limit, with its peak and its time.
+
+    It is looked for from the ``starts`` on, in so many more tries; ``meets`` is the N at which the
+    peaks that were seen would meet the limit.
+    """
     result = {"problem": problem, "peer": peer, "samples": 0, "peak": None, "seconds": None}
     tried: list[tuple[int, float]] = []
-    pending, too_large, note = list(STARTS[problem, peer]), math.inf, ""
-    for _ in range(len(pending) + TRIES):
+    pending, too_large, note = list(starts), math.inf, ""
+    for _ in range(len(starts) + tries):
         N = pending.pop(0) if pending else min(crossing(tried), too_large - 1)
         if result["samples"] >= N:
             break
@@ -61,4 +67,4 @@ def largest(measure: Measure, problem: str, peer: str) -> dict[str, Any]:
         else:
             too_large, pending = N, []
             note = f"N = {N} takes {record['peak'] / 2**30:.2f} GiB"
-    return result | {"note": note}
+    return result | {"note": note, "meets": crossing(tried) if tried else None}

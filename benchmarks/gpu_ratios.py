@@ -1,0 +1,97 @@
+"""Steps of one Monte-Carlo column on a GPU, in units of a gradient step: forward, backward, Adam."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from benchmarks import nets
+from benchmarks.gpu_process import Job, Measurement, seconds_of
+from ddnewton import directional_newton, held_out, monte_carlo, newton_step, prepare
+
+SAMPLES = 128
+DAMPING = 0.1
+GRADIENT_STEP = "gradient step, Adam"
+ROUNDS, QUICK_ROUNDS = 30, 1
+
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "digits": (lambda: nets.mlp(64, 32, 10, activation=nn.Tanh), (64,)),
+    "mlp": (lambda: nets.mlp(784, 512, 256, 10), (784,)),
+    "2c2d": (nets.net_2c2d, (1, 28, 28)),
+    "3c3d": (nets.net_3c3d, (3, 32, 32)),
+}
+
+
+def functions_of(
+    net: nn.Module, X: Tensor, y: Tensor, *, on_gpu: bool
+) -> dict[str, Callable[[], object]]:
+    """Return what is timed, each from where its last run left the parameters."""
+    params = {name: p.detach().clone() for name, p in net.named_parameters()}
+    prepared = prepare(lambda p, X: functional_call(net, p, (X,)), params, X)
+    drawn = monte_carlo(nn.CrossEntropyLoss(), 1, torch.Generator().manual_seed(0))
+    optimizer = directional_newton(prepared, drawn, held_out(), complement="damping")
+    run = {"params": params, "state": optimizer.init(params)}
+    adam = torch.optim.Adam(net.parameters(), fused=on_gpu)
+
+    def gradient_step() -> None:
+        adam.zero_grad()
+        nn.functional.cross_entropy(net(X), y).backward()
+        adam.step()
+
+    def step() -> object:
+        return newton_step(prepared, params, X, y, drawn, DAMPING, complement=DAMPING)
+
+    def update() -> None:
+        run["params"], run["state"], _ = optimizer.update(run["params"], run["state"], X, y)
+
+    return {
+        GRADIENT_STEP: gradient_step,
+        "Monte-Carlo step": step,
+        "held-out Monte-Carlo update": update,
+    }
+
+
+def compared(job: Job, name: str) -> dict[str, Any]:
+    """Return the median seconds of everything, and medians of ratios to the gradient step."""
+    make, shape = NETS[name]
+    torch.manual_seed(0)
+    net = make().to(job.device)
+    X, y = torch.randn(SAMPLES, *shape), torch.randint(10, (SAMPLES,))
+    X, y = X.to(job.device), y.to(job.device)
+    functions = functions_of(net, X, y, on_gpu=job.device == "cuda")
+    times: dict[str, list[float]] = {words: [] for words in functions}
+    # A choice of the damping comes every so many updates: a round has one whole period.
+    period = held_out().choice.every
+    for round_number in range(1 + (QUICK_ROUNDS if job.quick else ROUNDS)):
+        for words, function in functions.items():
+            seconds = seconds_of(lambda function=function: several(function, period), job.device)
+            if round_number > 0:  # the first has what is done once
+                times[words].append(seconds / period)
+        if job.left() < 0 and round_number > 0:
+            break
+    ratios = {
+        words: statistics.median(
+            own / base for own, base in zip(times[words], times[GRADIENT_STEP], strict=True)
+        )
+        for words in functions
+    }
+    seconds_of_all = {words: statistics.median(values) for words, values in times.items()}
+    return {"seconds": seconds_of_all, "ratios": ratios, "rounds": len(times[GRADIENT_STEP])}
+
+
+def several(function: Callable[[], object], count: int) -> None:
+    """Run a function so many times."""
+    for _ in range(count):
+        function()
+
+
+def measurements(job: Job) -> Iterator[Measurement]:
+    """Yield the nets."""
+    for name in list(NETS)[:1] if job.quick else NETS:
+        yield {"net": name, "samples": SAMPLES}, partial(compared, job, name)

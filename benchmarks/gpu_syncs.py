@@ -1,0 +1,83 @@
+"""How often a step waits for the GPU, and where; kernels, copies and calls by torch's profiler."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.compiled_step import under_compile
+from benchmarks.gpu_process import Job, Measurement, seconds_of
+from benchmarks.host_reads import profiled, reads_of, waits_of
+from benchmarks.quantities import DIRECTIONS
+from benchmarks.recipes import Case, build
+from ddnewton import (
+    directional_newton,
+    levenberg_marquardt,
+    monte_carlo,
+    newton_step,
+    prepare,
+    top_k,
+)
+
+PROBLEMS = (("mlp", 64, True), ("reference", 4, True), ("3c3d-128", 128, False))
+QUICK_PROBLEMS = (("tiny-mlp", 6, True),)
+"""Each with the number of samples, and whether it is compiled as well."""
+RUNS = 5
+
+
+def functions_of(case: Case) -> dict[str, Callable[..., Any]]:
+    """Return the steps and the update that are looked into, of parameters, inputs and targets."""
+    model_fn, params, X, _, criterion = case.problem
+    prepared = prepare(model_fn, params, X)
+    drawn = monte_carlo(criterion, 1, torch.Generator().manual_seed(0))
+    optimizer = directional_newton(prepared, criterion, levenberg_marquardt())
+    state, damping = optimizer.init(params), case.damping
+    return {
+        "step, one δ": lambda p, X, y: newton_step(prepared, p, X, y, criterion, damping),
+        "step, top 10": lambda p, X, y: newton_step(
+            prepared, p, X, y, criterion, damping, select=top_k(DIRECTIONS)
+        ),
+        "Monte-Carlo step": lambda p, X, y: newton_step(
+            prepared, p, X, y, drawn, damping, complement=damping
+        ),
+        "Levenberg-Marquardt update": lambda p, X, y: optimizer.update(p, state, X, y),
+    }
+
+
+def looked_into(job: Job, problem: str, samples: int, name: str, way: str) -> dict[str, Any]:
+    """Return what a step waits for, how many kernels it starts, and its seconds."""
+    case = build(problem, job.device, torch.float32, samples)
+    function = functions_of(case)[name]
+    if way == "compiled":
+        function = under_compile(function, job.device)
+    run = partial(function, case.problem.params, case.problem.X, case.problem.y)
+    # The first derivatives, and what is compiled, come before.
+    for _ in range(2):
+        run()
+    seconds = statistics.median(seconds_of(run, job.device) for _ in range(RUNS))
+    if job.device == "cuda":
+        places = waits_of(run)
+    else:  # what is compiled is run as it is, where calls are looked at one by one
+        places = reads_of(run) if way == "prepared" else {}
+    return {
+        "seconds": seconds,
+        "waits": sum(places.values()),
+        "places": places,
+        "profile": profiled(run, job.device),
+    }
+
+
+def measurements(job: Job) -> Iterator[Measurement]:
+    """Yield what is looked into: prepared steps first, then compiled ones."""
+    problems = QUICK_PROBLEMS if job.quick else PROBLEMS
+    for way in ("prepared", "compiled"):
+        for problem, samples, is_compiled in problems:
+            if way == "prepared" or is_compiled:
+                names = functions_of(build("tiny-mlp", job.device, torch.float32))
+                for name in names:
+                    about = {"problem": problem, "samples": samples, "way": way, "name": name}
+                    yield about, partial(looked_into, job, problem, samples, name, way)
