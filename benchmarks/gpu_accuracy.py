@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+import ddnewton
 from benchmarks.accuracy import OPTIONS
 from benchmarks.bench import difference
 from benchmarks.gpu_process import Job, Measurement
 from benchmarks.peers import jacobians, prepared
 from benchmarks.recipes import build
-import ddnewton
 from tests.nets_in_training import DELTAS, exact, in_float32
 from tests.reference import flat
 

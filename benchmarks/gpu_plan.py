@@ -1,4 +1,4 @@
-"""What is measured on a GPU: which sections, which peers, on which problems, in which precisions."""
+"""What is measured on a GPU: sections, peers, problems and precisions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PEERS = {
     "floor": Asked(None, 12.0, precisions=("float64", "float32")),
     "vivit": Asked("vivit", 14.0),
     "ddnewton-compiled": Asked(None, 20.0),
-    "ddnewton-graphs": Asked(None, 15.0),
+    "ddnewton-graphs": Asked(None, 15.0, ("all", "top10")),
     "ddnewton-unprepared": Asked(None, 8.0, ("top10",)),
     "curvlinops": Asked("curvlinops", 8.0, ("all",)),
     "nngeometry": Asked("nngeometry", 8.0),
@@ -38,7 +38,7 @@ answers in float64."""
 SECTIONS = {
     "tests": 75.0,
     "steps": sum(asked.share for asked in PEERS.values()),
-    "syncs": 25.0,
+    "syncs": 35.0,
     "accuracy": 15.0,
     "ratios": 20.0,
     "largest": 30.0,
@@ -82,10 +82,10 @@ def planned(peer: str, device: str, *, quick: bool) -> list[Entry]:
     asked = PEERS[peer]
     return [
         Entry(problem, samples, precision, quantity)
+        for quantity in asked.quantities
         for problem, samples in (QUICK_PROBLEMS if quick else PROBLEMS)
         for precision in asked.precisions
         if device == "cuda" or precision != WITHOUT_TF32
-        for quantity in asked.quantities
     ]
 
 

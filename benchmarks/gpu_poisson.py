@@ -1,4 +1,4 @@
-"""Poisson's equation in five dimensions on a GPU: the error of a net against seconds of training."""
+"""Poisson's equation in five dimensions on a GPU: the error against seconds of training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps of one Monte-Carlo column on a GPU, in units of a gradient step: forward, backward, Adam."""
+"""Steps of one Monte-Carlo column on a GPU, in gradient steps: forward, backward, Adam."""
 
 from __future__ import annotations
 
@@ -57,8 +57,9 @@ def functions_of(
     }
 
 
-def compared(job: Job, name: str) -> dict[str, Any]:
-    """Return the median seconds of everything, and medians of ratios to the gradient step."""
+def compared(job: Job, name: str, share: float) -> dict[str, Any]:
+    """Return the median seconds in a share of the time, and of ratios to the gradient step."""
+    until = job.left() * (1 - share)
     make, shape = NETS[name]
     torch.manual_seed(0)
     net = make().to(job.device)
@@ -73,7 +74,7 @@ def compared(job: Job, name: str) -> dict[str, Any]:
             seconds = seconds_of(lambda function=function: several(function, period), job.device)
             if round_number > 0:  # the first has what is done once
                 times[words].append(seconds / period)
-        if job.left() < 0 and round_number > 0:
+        if job.left() < until and round_number > 0:
             break
     ratios = {
         words: statistics.median(
@@ -93,5 +94,7 @@ def several(function: Callable[[], object], count: int) -> None:
 
 def measurements(job: Job) -> Iterator[Measurement]:
     """Yield the nets."""
-    for name in list(NETS)[:1] if job.quick else NETS:
-        yield {"net": name, "samples": SAMPLES}, partial(compared, job, name)
+    names = list(NETS)[:1] if job.quick else list(NETS)
+    for number, name in enumerate(names):
+        share = 1 / (len(names) - number)
+        yield {"net": name, "samples": SAMPLES}, partial(compared, job, name, share)

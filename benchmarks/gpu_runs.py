@@ -1,4 +1,4 @@
-"""The processes of the GPU benchmark, one after another: each has its share of what time is left."""
+"""The processes of the GPU benchmark, one after another: each has its share of the time left."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def limit_of(setting: Setting, task: Task, tasks: list[Task]) -> float:
 
 
 def started(setting: Setting, task: Task) -> subprocess.Popen[str] | None:
-    """Start a process, which imports what it needs and then waits for a word; none if it is late."""
+    """Start a process, which imports and then waits for a word; none if it is too late."""
     if setting.left() < STARTING:
         return None
     command = [sys.executable, "-m", "benchmarks.gpu_process", task.section, str(setting.folder)]
@@ -137,6 +137,8 @@ def left_by(setting: Setting, task: Task, status: str) -> list[Record]:
 
 def tested(setting: Setting, tasks: list[Task]) -> Record:
     """Run the tests, and compile beside them what is measured after."""
+    if setting.left() < STARTING:
+        return {"words": TIME_WAS_UP}
     limit = limit_of(setting, Task("tests"), tasks)
     compiling = Task("steps", COMPILED)
     folder = setting.folder / "compiled"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 
 from benchmarks.bench import difference
 from benchmarks.compiled_step import compiled
-from benchmarks.floor import floor
+from benchmarks.floor import floor, rate
 from benchmarks.gpu_plan import WITHOUT_TF32, Entry, planned, recorded
 from benchmarks.gpu_process import Job, Measurement
 from benchmarks.measure import counted, repeated, watch
@@ -35,13 +35,29 @@ def set_precision(precision: str, as_shipped: tuple[bool, bool]) -> torch.dtype:
     return torch.float64 if precision == "float64" else torch.float32
 
 
+@cache
+def rates(device: str) -> dict[str, float]:
+    """Return the flops a second of a large matrix product, in all precisions."""
+    flops = {}
+    for name, dtype in (
+        ("float64", torch.float64),
+        ("float32", torch.float32),
+        ("TF32", torch.float32),
+    ):
+        set_precision(WITHOUT_TF32, (False, False))
+        torch.backends.cuda.matmul.allow_tf32 = name == "TF32"
+        flops[name] = rate(torch.zeros((), dtype=dtype, device=device))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return flops
+
+
 def measured(job: Job, entry: Entry, as_shipped: tuple[bool, bool]) -> dict[str, Any]:
     """Return seconds, memory, and the distance from the reference in float64."""
     dtype = set_precision(entry.precision, as_shipped)
     if job.peer == "floor":
         case = build(entry.problem, job.device, dtype, entry.samples)
         parts = floor(case, (entry.quantity,))[entry.quantity]
-        return {"seconds": sum(parts.values()), "parts": parts}
+        return {"seconds": sum(parts.values()), "parts": parts, "rates": rates(job.device)}
     make = MAKERS[str(job.peer)]
     # Imports and first derivatives, then the problem itself.
     if "compiled" not in str(job.peer) and "graphs" not in str(job.peer):

@@ -59,10 +59,9 @@ def looked_into(job: Job, problem: str, samples: int, name: str, way: str) -> di
     for _ in range(2):
         run()
     seconds = statistics.median(seconds_of(run, job.device) for _ in range(RUNS))
-    if job.device == "cuda":
-        places = waits_of(run)
-    else:  # what is compiled is run as it is, where calls are looked at one by one
-        places = reads_of(run) if way == "prepared" else {}
+    # On a CPU nothing waits, and of what is compiled no single calls can be looked at.
+    look = waits_of if job.device == "cuda" else reads_of
+    places = look(run) if job.device == "cuda" or way == "prepared" else {}
     return {
         "seconds": seconds,
         "waits": sum(places.values()),

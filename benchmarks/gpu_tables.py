@@ -96,6 +96,9 @@ def by_problem(records: list[Record]) -> dict[str, list[Record]]:
 def steps(records: list[Record]) -> list[str]:
     """Return a table of ratios, then one for every problem: a row a peer."""
     lines = [EXPLANATION]
+    rates = next((record["rates"] for record in records if "rates" in record), {})
+    told = [f"{name} {flops / 1e12:.3g} TFLOP/s" for name, flops in rates.items()]
+    lines += [f"Matrix products: {', '.join(told)}.", ""] if told else []
     rows = [
         [
             problem,
@@ -179,6 +182,24 @@ def ratios(records: list[Record]) -> list[str]:
     return [words, "", *table(["net", *names], rows)]
 
 
+def largest(records: list[Record]) -> list[str]:
+    """Return a row a problem and peer: what was run, and where the peaks lead."""
+    rows = [
+        [
+            record["problem"],
+            record["peer"],
+            record.get("samples", "–"),
+            f"{(record.get('peak') or 0) / 2**30:.2f} GiB",
+            seconds(record.get("seconds") or 0.0),
+            record.get("meets", "–"),
+            record.get("note", record["status"]),
+        ]
+        for record in records
+    ]
+    columns = ["problem", "peer", "N that was run", "its peak", "its seconds", "4 GiB at N", "note"]
+    return table(columns, rows)
+
+
 def poisson(records: list[Record]) -> list[str]:
     """Return the curve: a row a measurement."""
     rows = [
@@ -203,7 +224,7 @@ TITLES = {
     "syncs": ("Where a step waits", syncs),
     "accuracy": ("Accuracy", accuracy),
     "ratios": ("Monte-Carlo steps in gradient steps", ratios),
-    "largest": ("Largest batches", step_tables.fits),
+    "largest": ("Largest N whose top-10 step fits in 4 GiB", largest),
     "poisson": ("Poisson's equation on new points", poisson),
 }
 

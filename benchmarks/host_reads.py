@@ -1,4 +1,4 @@
-"""Where a function waits for the device, or on a CPU, where it reads a tensor's value on the host."""
+"""Where a function waits for the device, or on a CPU, where it reads a value on the host."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -13,20 +14,25 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import ddnewton
+
+LIBRARY = Path(ddnewton.__file__).parent
+
 READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select")
 """Operations whose results Python has to have."""
 
 
 def place(frame: FrameType | None) -> str:
     """Return file and function of the first frame inside the library, or of the first outside."""
-    first = frame
+    outside = None
     while frame is not None:
-        path = frame.f_code.co_filename
-        if "/ddnewton/" in path:
-            return f"{path.rsplit('/ddnewton/', 1)[1]}:{frame.f_code.co_name}"
+        path, function = Path(frame.f_code.co_filename), frame.f_code.co_name
+        if path.is_relative_to(LIBRARY):
+            return f"{path.relative_to(LIBRARY)}:{function}"
+        if outside is None and path.name not in {"warnings.py", Path(__file__).name}:
+            outside = f"outside, {path.name}:{function}"
         frame = frame.f_back
-    code = first.f_code if first else None
-    return f"outside, {code.co_filename.rsplit('/', 1)[-1]}:{code.co_name}" if code else "outside"
+    return outside or "outside"
 
 
 class Reads(TorchDispatchMode):
@@ -98,7 +104,9 @@ def profiled(run: Callable[[], object], device: str) -> dict[str, float]:
     kernels = [
         event
         for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA and "Mem" not in event.name[:3]
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.name.startswith(("Memcpy", "Memset"))
+        and not event.is_user_annotation  # as regions of what is compiled are
     ]
     return counts | {
         "kernels": len(kernels),

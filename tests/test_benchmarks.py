@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_tests, nets, ranks_model, several_processes, wheels
+from benchmarks import gpu_plan, gpu_tests, nets, ranks_model, several_processes, wheels
 
 ROOT = Path(__file__).parents[1]
 QUANTITIES = ("top10", "all", "eigenvalues")
@@ -183,7 +183,8 @@ def test_bytes_on_paper_of_two_ranks():
 
 # --- on a GPU -------------------------------------------------------------------------------
 
-GPU_PEERS = ("jacrev", "ddnewton", "curvlinops")
+GPU_PEERS = ("jacrev", "ddnewton", "floor", "ddnewton-compiled", "curvlinops")
+SINGLE = ("ddnewton-compiled", "curvlinops")
 A_TEST = "tests/test_cuda.py::test_an_ensemble_under_vmap"
 
 
@@ -198,24 +199,29 @@ def gpu(folder: Path, *arguments: object) -> tuple[dict, str]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_gpu_quick(tmp_path):
-    written, table = gpu(tmp_path / "new", "--peer", *GPU_PEERS, "--tests", A_TEST)
-    assert written["tests"]["words"] == "2 passed, 0 failed, 0 skipped"
-    entries = {(r["problem"], r["precision"], r["quantity"], r["peer"]) for r in written["records"]}
+    asked = ("--only", "tests", "steps", "--peer", *GPU_PEERS, "--tests", A_TEST)
+    written, table = gpu(tmp_path / "new", *asked)
+    assert [tests["words"] for tests in written["tests"]] == ["2 passed, 0 failed, 0 skipped"]
+    entries = {(r["problem"], r["precision"], r["quantity"], r["peer"]) for r in written["steps"]}
     assert entries == {
         (problem, precision, quantity, peer)
         for problem in ("tiny-mlp", "tiny-conv")
-        for precision in ("float64", "float32")
         for peer in GPU_PEERS
+        for precision in (("float32",) if peer in SINGLE else ("float64", "float32"))
         for quantity in (("all",) if peer == "curvlinops" else ("top10", "all"))
     }
-    assert len(entries) == len(written["records"])
-    for record in written["records"]:
+    assert len(entries) == len(written["steps"])
+    for record in written["steps"]:
         if record["peer"] == "curvlinops" and find_spec("curvlinops") is None:
             assert record["status"] == "not installed"
             continue
         assert record["status"] == "ok"
-        assert record["runs"] == 2
         assert record["seconds"] > 0
+        if record["peer"] == "floor":
+            assert record["seconds"] == pytest.approx(sum(record["parts"].values()))
+            assert set(record["rates"]) == {"float64", "float32", "TF32"}
+            continue
+        assert record["runs"] == 2
         if (record["peer"], record["precision"]) == ("jacrev", "float64"):
             assert record["difference"] is None
         else:
@@ -226,11 +232,47 @@ def test_gpu_quick(tmp_path):
     assert all(f"| {peer} |" in table for peer in GPU_PEERS)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_gpu_waits_accuracy_ratios_batches_and_training(tmp_path):
+    sections = ("syncs", "accuracy", "ratios", "largest", "poisson")
+    written, table = gpu(tmp_path, "--only", *sections)
+    assert set(written) == {"machine", *sections}
+    # Where a value is read on the host is told by file and function; what is compiled hides it.
+    for record in written["syncs"]:
+        assert (record["status"] == "ok") or record["way"] == "compiled"
+        if record["way"] == "prepared":
+            assert record["waits"] == sum(record["places"].values()) > 0
+            assert all(".py:" in place for place in record["places"])
+            assert record["profile"]["calls of torch"] > 0
+    assert len(written["syncs"]) == 8
+    for record in written["accuracy"]:
+        assert record["status"] == "ok"
+        assert len(record["errors"]) == len(record["dampings"])
+        assert max(record["errors"]) < 1e-5
+    (ratios,) = written["ratios"]
+    assert ratios["ratios"]["gradient step, Adam"] == 1.0
+    assert [r["samples"] for r in written["largest"]] == [4, 4]
+    assert [r["updates"] for r in written["poisson"]] == [1, 2]
+    assert all(r["error"] > 0 for r in written["poisson"])
+    assert table.count("\n## ") == len(sections)
+
+
 def test_gpu_when_the_time_is_up(tmp_path):
-    written, table = gpu(tmp_path, "--peer", "ddnewton", "--tests", "--minutes", 0)
-    assert written["tests"]["words"] == "none were asked for"
-    assert {r["status"] for r in written["records"]} == {"not run: the time was up"}
+    written, table = gpu(tmp_path, "--peer", "ddnewton", "--minutes", 0)
+    records = [r for name, section in written.items() if name != "machine" for r in section]
+    told = {r.get("status", r.get("words")) for r in records}
+    assert told == {"not run: the time was up"}
     assert "not run: the time was up" in table
+
+
+def test_time_is_shared_with_what_comes_after():
+    first, last = gpu_plan.Task("tests"), gpu_plan.Task("poisson")
+    shares = {first: 3.0, last: 1.0}
+    assert gpu_plan.shared(80.0, shares, first) == 60.0
+    assert gpu_plan.shared(50.0, shares, last) == 50.0
+    assert gpu_plan.shared(math.inf, shares, last) == math.inf
+    # Six minutes are enough for all of them.
+    assert sum(gpu_plan.SECTIONS.values()) <= 355.0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -18,6 +18,7 @@ SOLUTIONS = {
     "engd-heat": lambda x: torch.exp(-(PI**2) * x[0] / 4) * torch.sin(PI * x[1]),
     "engd-poisson-5d": lambda x: torch.sin(PI * x).sum(),
     "poisson-10d": lambda x: x[0::2] @ x[1::2],
+    "poisson-5d": lambda x: torch.cos(torch.pi * x).sum(),
     "diffusivity": lambda x: torch.exp(-(PI**2) * x[0] / 4) * torch.sin(PI * x[1]),
 }
 # Parameters, and the rows of every term, as the papers' code has them.
@@ -26,6 +27,7 @@ SIZES = {
     "engd-heat": (257, (784, 29, 29, 29)),
     "engd-poisson-5d": (449, (4000, 500)),
     "poisson-10d": (118145, (100, 50)),
+    "poisson-5d": (10065, (3000, 500)),
     "diffusivity": (258, (784, 100)),
 }
 
