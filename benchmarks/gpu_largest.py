@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_plan import TIME_WAS_UP
 from benchmarks.gpu_process import Job, Measurement, seconds_of
 from benchmarks.largest_batch import largest
 from benchmarks.measure import watch
@@ -47,6 +48,8 @@ def searched(job: Job, problem: str, peer: str, share: float) -> dict[str, Any]:
     def measure(problem: str, peer: str, samples: int) -> dict[str, Any]:
         n, seconds = tried[-1] if tried else (samples, 0.0)
         expected = seconds * (samples / n) ** CUBIC
+        if job.left() < until:
+            return {"status": TIME_WAS_UP}
         if expected > job.left() - until:
             return {"status": f"not run: would take {expected:.0f} s"}
         record = once(job, problem, peer, samples)
