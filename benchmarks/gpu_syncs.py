@@ -11,9 +11,9 @@ import torch
 
 from benchmarks.compiled_step import under_compile
 from benchmarks.gpu_process import Job, Measurement, seconds_of
-from benchmarks.host_reads import profiled, reads_of, waits_of
 from benchmarks.quantities import DIRECTIONS
 from benchmarks.recipes import Case, build
+from benchmarks.waits import profiled, reads_of, waits_of
 from ddnewton import (
     directional_newton,
     levenberg_marquardt,
