@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -15,6 +18,21 @@ from ddnewton.columns.factors import (
     intermediate_bytes,
     single_position,
 )
+
+
+def sums_of_columns(
+    factors: Sequence[Factor], weights: Sequence[Float[Tensor, "k n _"]]
+) -> list[Float[Tensor, "k _"]]:
+    """Return the sums of columns of several factors along the same entries, each with its weights.
+
+    Outer products b ⊗ a with one a are those of one factor.
+    """
+    outer = [factor for factor in factors if isinstance(factor, Outer)]
+    if len(outer) == len(factors) > 1 and all(factor.a is outer[0].a for factor in outer):
+        joined = outer[0]._replace(b=torch.cat([factor.b for factor in outer], 1))
+        return weighted_sums(joined, torch.cat(list(weights), 2))
+    sums = map(weighted_sums, factors, weights)
+    return [reduce(torch.add, pieces) for pieces in zip(*sums, strict=True)]
 
 
 def weighted_sums(factor: Factor, weights: Float[Tensor, "k n m"]) -> list[Float[Tensor, "k _"]]:

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ddnewton.columns.alignment import Leaves, cut_to
-from ddnewton.columns.column_sums import inner_products, weighted_sums
+from ddnewton.columns.column_sums import inner_products, sums_of_columns
 from ddnewton.columns.factors import (
     Factor,
     Jacobian,
@@ -55,33 +55,58 @@ def matmat(
     jacobians: Sequence[Jacobian], blocks: Sequence[Leaves], weights: Sequence[Float[Tensor, "_ a"]]
 ) -> list[Float[Tensor, "_ _"]]:
     """Return W Aᵀ for every block and its own weights W."""
+    # The weights of every Jacobian's columns, then its sums beside those that are visited alike.
     counts = [jacobian.samples * jacobian.columns for jacobian in jacobians]
     split_weights = [block_weights.split(counts, 1) for block_weights in weights]
     totals: list[list[Tensor]] = [[] for _ in blocks]
-    for number, jacobian in enumerate(jacobians):
-        own_weights = [block_weights[number] for block_weights in split_weights]
-        of_all = jacobian.of_ranks.sums if jacobian.of_ranks else partial(sums_of, jacobian)
-        for b, (block, entries) in enumerate(zip(blocks, of_all(blocks, own_weights), strict=True)):
-            scale = scale_along(jacobian, block)
+    for numbers in _visited_alike(jacobians):
+        first = jacobians[numbers[0]]
+        own_weights = [[split[number] for split in split_weights] for number in numbers]
+        if first.of_ranks is not None:
+            sums = first.of_ranks.sums(blocks, own_weights[0])
+        else:
+            sums = sums_of([jacobians[number] for number in numbers], blocks, own_weights)
+        for b, (block, entries) in enumerate(zip(blocks, sums, strict=True)):
+            scale = scale_along(first, block)
             totals[b].append(entries if scale is None else scale * entries)
     return [_total(jacobian_sums) for jacobian_sums in totals]
 
 
 def sums_of(
-    jacobian: Jacobian, blocks: Sequence[Leaves], weights: Sequence[Float[Tensor, "_ i"]]
+    jacobians: Sequence[Jacobian],
+    blocks: Sequence[Leaves],
+    weights: Sequence[Sequence[Float[Tensor, "_ _"]]],
 ) -> list[Float[Tensor, "_ _"]]:
-    """Return W Aᵀ of the columns of one Jacobian for every block, in no units."""
+    """Return W Aᵀ of the columns of Jacobians that are visited alike, for every block, in no units.
+
+    There are weights of every Jacobian for every block.
+    """
     # The sum over the columns of a chunk, for every block in the order of its factors.
-    cut = cuts_to(jacobian, blocks)
+    first = jacobians[0]
+    cut = cuts_to(first, blocks)
     sums: list[list[Tensor]] = [[] for _ in blocks]
-    for chunk in jacobian.chunks:
-        for b, factors in enumerate(cut(jacobian.visit(chunk))):
-            w = of_chunk(jacobian, weights[b], chunk)
-            parts = [part for factor in factors for part in weighted_sums(factor, w)]
-            sums[b].append(torch.cat([w.new_zeros(len(w), 0), *parts], 1))
+    for chunk in first.chunks:
+        factors = [cut(jacobian.visit(chunk)) for jacobian in jacobians]
+        for b, of_block in enumerate(zip(*factors, strict=True)):
+            pairs = zip(jacobians, weights, strict=True)
+            w = [of_chunk(jacobian, own[b], chunk) for jacobian, own in pairs]
+            same = zip(*of_block, strict=True)
+            parts = [part for entries in same for part in sums_of_columns(entries, w)]
+            sums[b].append(torch.cat([w[0].new_zeros(len(w[0]), 0), *parts], 1))
     # The sum over chunks, in the order of the parameters.
-    pairs = zip(sums, blocks, strict=True)
-    return [in_order(_total(parts), order_of(jacobian, block)) for parts, block in pairs]
+    pairs_of_sums = zip(sums, blocks, strict=True)
+    return [in_order(_total(parts), order_of(first, block)) for parts, block in pairs_of_sums]
+
+
+def _visited_alike(jacobians: Sequence[Jacobian]) -> list[list[int]]:
+    """Return the numbers of Jacobians in groups of the same chunks of samples and factors."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for number, jacobian in enumerate(jacobians):
+        pieces = tuple(map(tuple, jacobian.pieces))
+        chunks = tuple((chunk.start, chunk.stop) for chunk in jacobian.chunks)
+        key = number if jacobian.of_ranks else None, id(jacobian.order), pieces, chunks
+        groups.setdefault(key, []).append(number)
+    return list(groups.values())
 
 
 def rmatmat(

@@ -32,7 +32,7 @@ class ColumnShard(Shard):
             if jacobian is None:
                 return []
             of_rank = [of_block[:, :, rows].flatten(1) for of_block in weights]
-            return sums_of(jacobian, blocks, of_rank)
+            return sums_of([jacobian], blocks, [of_rank])
 
         lengths = [sum(self._sizes[leaf] for leaf in block) for block in blocks]
         shapes = [(len(w), d) for w, d in zip(weights, lengths, strict=True)]
