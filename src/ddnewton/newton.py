@@ -250,7 +250,7 @@ def _steps_and_infos(arguments: Arguments) -> tuple[list[Float[Tensor, " _"]], l
     with model_and_matrices(arguments) as (model, matrices):
         complement = arguments.complement
         check_slopes(model, matrices, curved=complement is None)
-        blocks = directions_of(model, matrices)  # all, for the rank
+        blocks = directions_of(model, matrices, only_kept=complement is None, ranked=True)
         solutions = [solve(model, block, complement) for block in blocks]
         vectors = to_parameters(model, matrices, [step.coordinates for step in solutions])
         vectors = in_params_units(model, vectors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,14 +10,21 @@ from torch import Tensor
 
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.inputs.checks import check_nonnegative
-from ddnewton.types import Select
 
 
 @dataclass(frozen=True)
 class Leading:
-    """The rule of `top_k`: a class, for its k says how many eigenpairs must be computed at all."""
+    """The rule of `top_k`: a class, for its k says how many eigenpairs must be computed at all.
+
+    This and the rules below say so by ``asked``, of the leading ones of the eigenvalues and the sum
+    of all: how many of them the rule takes, and a bound up to which it takes none.
+    """
 
     k: int
+
+    def asked(self, _evals: Float[Tensor, " m"], _total: Float[Tensor, ""]) -> tuple[int, float]:
+        """Return k, and no bound."""
+        return self.k, 0.0
 
     def __call__(self, evals: Float[Tensor, " i"]) -> Int[Tensor, " k"]:
         """Return the indices of the k largest eigenvalues, all if there are fewer."""
@@ -49,6 +55,11 @@ class Above:
     threshold: float | Tensor
     relative: bool
 
+    def asked(self, evals: Float[Tensor, " m"], _total: Float[Tensor, ""]) -> tuple[int, float]:
+        """Return how many eigenvalues are above the threshold, and the threshold."""
+        bound = float(self.threshold) * (float(evals[-1]) if self.relative else 1.0)
+        return int((evals > bound).sum()), bound
+
     def __call__(self, evals: Float[Tensor, " i"]) -> Bool[Tensor, " i"]:
         """Return which eigenvalues are above the threshold."""
         return evals > (self.threshold * evals[-1] if self.relative else self.threshold)
@@ -67,7 +78,22 @@ def above(threshold: float, relative: bool = True) -> Above:
     return Above(threshold, relative)
 
 
-def energy(fraction: float) -> Select:
+@dataclass(frozen=True)
+class Energy:
+    """The rule of `energy`: a class, for its fraction says when enough eigenpairs are computed."""
+
+    fraction: float
+
+    def asked(self, evals: Float[Tensor, " m"], total: Float[Tensor, ""]) -> tuple[int, float]:
+        """Return how many eigenvalues have the fraction of the sum of all, and no bound."""
+        return int(_are_taken(evals, self.fraction * float(total)).sum()), 0.0
+
+    def __call__(self, evals: Float[Tensor, " i"]) -> Bool[Tensor, " i"]:
+        """Return which eigenvalues are the fewest leading ones with the fraction of their sum."""
+        return _are_taken(evals, self.fraction * evals.flip(0).cumsum(0)[-1])
+
+
+def energy(fraction: float) -> Energy:
     """Return a rule that takes the fewest leading eigenvalues whose sum is a fraction of the trace.
 
     Examples
@@ -80,12 +106,11 @@ def energy(fraction: float) -> Select:
     if fraction > 1:
         rule = "energy: fraction must lie in 0 to 1"
         raise BadValue(sentence(rule, fraction, "Pass a share of the trace, such as 0.99."))
-    return partial(_energy, fraction)
+    return Energy(fraction)
 
 
-def _energy(fraction: float, evals: Float[Tensor, " i"]) -> Bool[Tensor, " i"]:
-    """Return which eigenvalues are the fewest leading ones with the fraction of their sum."""
-    # An eigenvalue is taken while the sum of all larger ones is below the fraction.
+def _are_taken(evals: Float[Tensor, " i"], amount: float | Tensor) -> Bool[Tensor, " i"]:
+    """Return which eigenvalues are taken while the sum of all larger ones is below an amount."""
     sums = evals.flip(0).cumsum(0)
     before = torch.cat([sums.new_zeros(1), sums[:-1]])
-    return (before < fraction * sums[-1]).flip(0)
+    return (before < amount).flip(0)

@@ -249,5 +249,5 @@ def _rank_and_share(local: LocalModel) -> tuple[Float[Tensor, ""], Float[Tensor,
     count = len(local.model.curvature_weights)
     if any(len(block.spectrum.evals) < count for block in blocks):
         return unknown, share
-    ranks = [block.spectrum.live.sum() for block in blocks]
+    ranks = [block.spectrum.rank for block in blocks]
     return torch.stack(ranks).sum().to(share), share

@@ -16,22 +16,35 @@ from ddnewton.quadratic.derivatives import (
     second_derivatives,
 )
 from ddnewton.quadratic.gauss_newton import GaussNewton
-from ddnewton.quadratic.kept import BlockDirections, Directions, keep
+from ddnewton.quadratic.kept import BlockDirections, Directions, keep, selection_of
+from ddnewton.quadratic.leading import spectrum_and_selection
 from ddnewton.quadratic.quadratic_model import QuadraticModel
 from ddnewton.quadratic.spectrum import decompose
 from ddnewton.quadratic.unseen_samples import unseen_column_slopes
-from ddnewton.select import Leading
 
 
 def directions_of(
-    model: QuadraticModel, matrices: Sequence[GaussNewton], *, only_kept: bool = False
+    model: QuadraticModel,
+    matrices: Sequence[GaussNewton],
+    *,
+    only_kept: bool = False,
+    ranked: bool = False,
 ) -> list[BlockDirections]:
-    """Return the directions of every block; if ``only_kept``, the spectrum may lack all others."""
+    """Return the directions of every block; if ``only_kept``, the spectrum may lack all others.
+
+    If ``ranked`` as well, it tells the rank all the same.
+    """
     spectra, kept = [], []
     for block, matrix in zip(model.blocks, matrices, strict=True):
-        leading = block.select.k if only_kept and isinstance(block.select, Leading) else None
-        spectra.append(decompose(matrix, leading))
-        kept.append(keep(spectra[-1], block.select, model.dtype))
+        if only_kept:
+            spectrum, selection = spectrum_and_selection(
+                model, matrix, block.select, ranked=ranked
+            )
+        else:
+            spectrum = decompose(matrix)
+            selection = selection_of(spectrum, block.select, model.dtype)
+        spectra.append(spectrum)
+        kept.append(keep(spectrum, selection))
     derivatives = _derivatives(model, matrices, kept)
     return list(map(BlockDirections, model.blocks, spectra, kept, derivatives))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,6 +16,10 @@ from ddnewton.quadratic.derivatives import Derivatives
 from ddnewton.quadratic.spectrum import Spectrum
 from ddnewton.transforms import is_batched
 from ddnewton.types import Select
+
+
+Selection: TypeAlias = tuple[Int[Tensor, " k"], Bool[Tensor, " k"]]
+"""Indices of eigenvalues, and which of these are wanted at all: under ``vmap`` maybe not all."""
 
 
 class Directions(NamedTuple):
@@ -41,20 +45,22 @@ class BlockDirections(NamedTuple):
     derivatives: Derivatives
 
 
-def keep(spectrum: Spectrum, select: Select | None, dtype: torch.dtype) -> Directions:
-    """Return the directions that ``select`` asks for; all live ones for None.
+def selection_of(spectrum: Spectrum, select: Select | None, dtype: torch.dtype) -> Selection:
+    """Return which eigenvalues ``select`` asks for, all live ones for None.
 
-    ``select`` gets the eigenvalues in the user's dtype.
+    ``select`` gets all NM eigenvalues in the user's dtype.
     """
-    # The eigenvalues asked for, of all NM; those before the last r are zero and have no vector.
+    if select is not None:
+        return checked_selection(select(spectrum.evals.to(dtype, copy=True)), spectrum.evals)
+    # Of all eigenvalues, those before the last r are zero and have no vector.
     count, r = spectrum.evals.shape[0], spectrum.live.shape[0]
-    if select is None:
-        mask = torch.nn.functional.pad(spectrum.live, (count - r, 0))
-        indices, wanted = _from_mask(mask)
-    else:
-        indices, wanted = checked_selection(
-            select(spectrum.evals.to(dtype, copy=True)), spectrum.evals
-        )
+    return _from_mask(torch.nn.functional.pad(spectrum.live, (count - r, 0)))
+
+
+def keep(spectrum: Spectrum, selection: Selection) -> Directions:
+    """Return the directions that were asked for, of a spectrum that has their eigenvectors."""
+    count, r = spectrum.evals.shape[0], spectrum.live.shape[0]
+    indices, wanted = selection
     # Their places among the last r; where there is none, any place will do: it is not live.
     places = (indices - (count - r)).clamp(min=0)
     live = spectrum.live[places] & wanted & (indices >= count - r)
@@ -70,7 +76,7 @@ def keep(spectrum: Spectrum, select: Select | None, dtype: torch.dtype) -> Direc
     )
 
 
-def _from_mask(mask: Bool[Tensor, " i"]) -> tuple[Int[Tensor, " k"], Bool[Tensor, " k"]]:
+def _from_mask(mask: Bool[Tensor, " i"]) -> Selection:
     """Return the indices that a mask asks for, and a mask of them.
 
     Under ``vmap`` their number is not known: all indices, and the mask itself.
@@ -83,7 +89,7 @@ def _from_mask(mask: Bool[Tensor, " i"]) -> tuple[Int[Tensor, " k"], Bool[Tensor
 
 def checked_selection(
     answer: Tensor | Sequence[int], evals: Float[Tensor, " i"]
-) -> tuple[Int[Tensor, " k"], Bool[Tensor, " k"]]:
+) -> Selection:
     """Return a caller's selection as indices, and refuse anything else."""
     count = evals.shape[0]
     rule = "select must return distinct indices of the eigenvalues, or a boolean mask"

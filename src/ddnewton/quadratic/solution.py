@@ -174,11 +174,11 @@ def info_of(
         evals=kept.evals,
         dampings=solution.dampings,
         coefficients=solution.coefficients,
-        rank=directions.spectrum.live.sum(),
+        rank=directions.spectrum.rank,
         flat_share=flat_share(model, [directions], square.sqrt()),
         losses=model.losses,
         lost=torch.zeros_like(square),
-        products=torch.zeros_like(directions.spectrum.live.sum()),
+        products=torch.zeros_like(directions.spectrum.rank),
         residuals=kept.evals[:0],
     )
 

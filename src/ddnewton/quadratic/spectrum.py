@@ -16,33 +16,37 @@ those of the columns that never had a weight: parts of the gradient, counted aft
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ddnewton.columns.gram import Columns
-from ddnewton.iterative.lanczos import leading_eigenpairs, start_block
-from ddnewton.process import ONE_THREAD
 from ddnewton.quadratic.gauss_newton import GaussNewton, check_eigenpairs_fit
-from ddnewton.transforms import any_possible, is_batched
+from ddnewton.transforms import any_possible
 
 COLUMN_ROUNDINGS = 32.0
 """From how many roundings upwards a length counts: a singular value, a part of the gradient."""
 
-LEADING_FROM, LEADING_SHARE = 256, 8
-"""From which size on, and from how many times fewer, only leading eigenpairs are computed."""
 
+class Decomposition(NamedTuple):
+    """Leading eigenpairs of K or G, ascending: of all eigenvalues, or of none but theirs.
 
-LEADING_RESIDUAL = 1e-13
-"""The residuals of leading eigenpairs by products, relative to the largest eigenvalue."""
+    Of the eigenvalues ``below`` no vectors were computed; it is None where they are not known.
+    """
+
+    evals: Float[Tensor, " k"]
+    evecs: Float[Tensor, "side k"]
+    below: Float[Tensor, " _"] | None
 
 
 class Spectrum(NamedTuple):
     """Eigenpairs, in float64 and ascending: all NM eigenvalues, the last r = min(NM, D) directions.
+
+    Where few directions are asked for, these are the last r, and the eigenvalues may lack all
+    others. ``rank`` counts the live ones among all whose eigenvalues are here.
 
     Columns are counted as those NM of the curvature, i, or as all of them, a. A direction is
     written in coordinates j: weights of the columns on their side, parameters on the other;
@@ -60,32 +64,50 @@ class Spectrum(NamedTuple):
     live: Bool[Tensor, " r"]
     faint: Bool[Tensor, " r"]
     resolved: Bool[Tensor, " a"]  # the columns that count for the curvature
+    rank: Int[Tensor, ""]
     rounding: Float[Tensor, ""]  # of the decomposition: eigenvalues below it are not known
     sizes: Float[Tensor, " i"]  # ‖a_i‖
     outside_live: Callable[[Float[Tensor, " a"]], Float[Tensor, " j"]]
     to_parameters: Callable[[Float[Tensor, "k j"]], Float[Tensor, "k d"]]
 
 
-def decompose(matrix: GaussNewton, leading: int | None = None) -> Spectrum:
-    """Return the eigenpairs of a Gauss-Newton matrix.
+def decompose(matrix: GaussNewton) -> Spectrum:
+    """Return all eigenpairs of a Gauss-Newton matrix."""
+    check_eigenpairs_fit(matrix)
+    evals, evecs = torch.linalg.eigh(resolved_matrix(matrix))
+    return spectrum_of(matrix, Decomposition(evals, evecs, evals[:0]))
 
-    Where only the ``leading`` ones are asked for, computing these is half the work, or less.
+
+def resolved_matrix(matrix: GaussNewton) -> Float[Tensor, "side side"]:
+    """Return what is decomposed: G, or K of the columns that a decomposition can resolve.
+
+    All other columns weigh nothing in it.
     """
-    if matrix.on_columns or leading is None:
-        check_eigenpairs_fit(matrix)
-    return _of_columns(matrix, leading) if matrix.on_columns else _of_parameters(matrix, leading)
+    if not matrix.on_columns:
+        return matrix.entries
+    root, _ = _root_of_weights(matrix)
+    return (root[:, None] * matrix.entries[: len(root)]).mul_(root)
 
 
-def _of_columns(matrix: GaussNewton, leading: int | None) -> Spectrum:
-    """Return the eigenpairs from the Gram matrix K = √w A₁ᵀA₁ √w."""
-    weights, products, i = matrix.weights, matrix.entries, len(matrix.weights)
+def spectrum_of(matrix: GaussNewton, decomposition: Decomposition) -> Spectrum:
+    """Return the spectrum of a matrix from eigenpairs of its `resolved_matrix`."""
+    of_side = _of_columns if matrix.on_columns else _of_parameters
+    return of_side(matrix, decomposition)
+
+
+def _root_of_weights(matrix: GaussNewton) -> tuple[Float[Tensor, " i"], Bool[Tensor, " i"]]:
+    """Return √w, zero where a column is not resolved, and which are; on the side of the columns."""
+    curved = _resolved(matrix.weights * matrix.entries.diagonal())
+    return torch.where(curved, matrix.weights, 0).sqrt(), curved
+
+
+def _of_columns(matrix: GaussNewton, decomposition: Decomposition) -> Spectrum:
+    """Return the spectrum from eigenpairs of the Gram matrix K = √w A₁ᵀA₁ √w."""
+    products, i = matrix.entries, len(matrix.weights)
     padding = (0, len(products) - i)  # for the columns of the gradient alone
-    # K, of the columns that the decomposition can resolve; the rest of them weigh nothing in it.
-    lengths = products.diagonal()
-    diagonal = weights * lengths
-    curved = _resolved(diagonal)
-    root = torch.where(curved, weights, 0).sqrt()
-    evals, evecs = _eigh((root[:, None] * products[:i]).mul_(root), leading)
+    lengths, (evals, evecs, below) = products.diagonal(), decomposition
+    root, curved = _root_of_weights(matrix)
+    diagonal = matrix.weights * lengths
     live, faint, rounding = _judge(evals, evecs, diagonal, matrix.columns, i)
     # The directions e = A √w u / √λ, as weights of the columns.
     scale = torch.where(live, evals, 1).sqrt()
@@ -107,13 +129,14 @@ def _of_columns(matrix: GaussNewton, leading: int | None) -> Spectrum:
         return part + F.pad(root * (evecs @ faint_part), padding)
 
     return Spectrum(
-        evals=evals.clamp(min=0),
+        evals=_with(below, evals).clamp(min=0),
         evecs=evecs,
         column_slopes=column_slopes,
         vectors=vectors,
         live=live,
         faint=faint,
         resolved=resolved,
+        rank=live.sum(),
         rounding=rounding,
         sizes=lengths.sqrt(),
         outside_live=outside_live,
@@ -121,9 +144,9 @@ def _of_columns(matrix: GaussNewton, leading: int | None) -> Spectrum:
     )
 
 
-def _of_parameters(matrix: GaussNewton, leading: int | None) -> Spectrum:
-    """Return the eigenpairs from G itself; of leading ones alone, slopes along these alone."""
-    evals, vectors = _leading_of(matrix.entries, leading) or torch.linalg.eigh(matrix.entries)
+def _of_parameters(matrix: GaussNewton, decomposition: Decomposition) -> Spectrum:
+    """Return the spectrum from eigenpairs of G; of leading ones alone, slopes along these alone."""
+    evals, vectors, below = decomposition
     # The slopes of the columns are inner products, and tell which columns are resolved.
     i, column_slopes = len(matrix.weights), matrix.columns.rmatmat(vectors)
     lengths = column_slopes[:i].square().sum(1)
@@ -143,13 +166,14 @@ def _of_parameters(matrix: GaussNewton, leading: int | None) -> Spectrum:
     # Of fewer columns than parameters, as many directions as columns.
     skipped = max(0, len(evals) - i)
     return Spectrum(
-        evals=evals.clamp(min=0) if len(evals) < len(matrix.entries) else _padded(evals, i),
+        evals=evals.clamp(min=0) if below is None else padded(_with(below, evals), i),
         evecs=evecs[:, skipped:],
         column_slopes=column_slopes[:, skipped:],
         vectors=vectors[:, skipped:],
         live=live[skipped:],
         faint=faint[skipped:],
         resolved=resolved,
+        rank=live.sum(),
         rounding=rounding,
         sizes=lengths.sqrt(),
         outside_live=outside_live,
@@ -157,62 +181,21 @@ def _of_parameters(matrix: GaussNewton, leading: int | None) -> Spectrum:
     )
 
 
-def _leading_of(
-    matrix: Float[Tensor, "d d"], leading: int | None
-) -> tuple[Float[Tensor, " k"], Float[Tensor, "d k"]] | None:
-    """Return leading eigenpairs by Lanczos's method; None for all, and where few are no gain."""
-    d = len(matrix)
-    if leading is None or LEADING_SHARE * leading > d or d < LEADING_FROM or is_batched(matrix):
-        return None
-    pairs = leading_eigenpairs(
-        lambda block: matrix @ block,
-        d,
-        leading,
-        tol=LEADING_RESIDUAL,
-        limit=d,
-        start=start_block(d, matrix.device),
-    )
-    return (pairs.evals, pairs.vectors) if pairs.converged else None
-
-
 def eigenvalues(matrix: GaussNewton) -> Float[Tensor, " i"]:
     """Return all NM eigenvalues of a Gauss-Newton matrix, ascending."""
-    return _padded(torch.linalg.eigvalsh(matrix.matrix()), len(matrix.weights))
+    return padded(torch.linalg.eigvalsh(matrix.matrix()), len(matrix.weights))
 
 
-def _padded(evals: Float[Tensor, " side"], i: int) -> Float[Tensor, " i"]:
+def padded(evals: Float[Tensor, " side"], i: int) -> Float[Tensor, " i"]:
     """Return i eigenvalues, none of them negative, with the zeros of further columns in front."""
     skipped = max(0, len(evals) - i)
     padded: Tensor = F.pad(evals[skipped:].clamp(min=0), (i - len(evals) + skipped, 0))
     return padded
 
 
-def _eigh(
-    matrix: Float[Tensor, "i i"], leading: int | None
-) -> tuple[Float[Tensor, " k"], Float[Tensor, "i k"]]:
-    """Return eigenpairs, the leading ones by LAPACK's subset driver where SciPy has it at hand."""
-    count = matrix.shape[0]
-    if leading is not None and LEADING_SHARE * leading <= count and count >= LEADING_FROM:
-        # Looked for only here: on small problems the search would take as long as the rest.
-        at_hand = find_spec("scipy") and find_spec("threadpoolctl")
-        if at_hand and not (matrix.is_cuda or is_batched(matrix)):
-            return _subset(matrix, leading)
-    evals, evecs = torch.linalg.eigh(matrix)
-    return evals, evecs
-
-
-def _subset(
-    matrix: Float[Tensor, "i i"], count: int
-) -> tuple[Float[Tensor, " k"], Float[Tensor, "i k"]]:
-    """Return so many of the largest eigenvalues, ascending, and their eigenvectors."""
-    from scipy.linalg import eigh  # noqa: PLC0415 - importing ddnewton must stay light
-    from threadpoolctl import threadpool_limits  # noqa: PLC0415
-
-    # SciPy's threads and torch's would wait for each other's cores.
-    with ONE_THREAD, threadpool_limits(1, user_api="blas"):
-        subset = (len(matrix) - count, len(matrix) - 1)
-        evals, evecs = eigh(matrix.numpy(), subset_by_index=subset, driver="evr")
-    return torch.from_numpy(evals), torch.from_numpy(evecs)
+def _with(below: Float[Tensor, " _"] | None, evals: Float[Tensor, " k"]) -> Float[Tensor, " _"]:
+    """Return the eigenvalues that are known, ascending."""
+    return evals if below is None else torch.cat([below, evals])
 
 
 def _resolved(diagonal: Float[Tensor, " i"]) -> Bool[Tensor, " i"]:
@@ -236,8 +219,18 @@ def _judge(
     differ by orders of magnitude, and a small eigenvalue made of small columns is as good as a
     large one; a tolerance relative to λ_max alone would lose the step.
     """
-    column, total = COLUMN_ROUNDINGS * columns.eps, COLUMN_ROUNDINGS * columns.sums
-    of_columns: Tensor = (column**2 + total) * (evecs.square().mT @ diagonal)
-    rounding: Tensor = torch.finfo(evals.dtype).eps * side * evals[-1].abs()
+    of_columns: Tensor = column_rounding(columns) * (evecs.square().mT @ diagonal)
+    rounding = rounding_of(evals, side)
     live = evals > of_columns + rounding
     return live, ~live & (of_columns < rounding), rounding
+
+
+def column_rounding(columns: Columns) -> float:
+    """Return what the rounding of columns makes of an eigenvalue, of the mean square of these."""
+    return (COLUMN_ROUNDINGS * columns.eps) ** 2 + COLUMN_ROUNDINGS * columns.sums
+
+
+def rounding_of(evals: Float[Tensor, " k"], side: int) -> Float[Tensor, ""]:
+    """Return the rounding of a decomposition, by its largest eigenvalue."""
+    rounding: Tensor = torch.finfo(evals.dtype).eps * side * evals[-1].abs()
+    return rounding

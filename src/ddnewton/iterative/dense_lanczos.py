@@ -1,0 +1,174 @@
+r"""The leading eigenpairs of a matrix K ⪰ 0 that is at hand, without its other ones.
+
+Lanczos's method from one vector: the next vector of the basis V is K times the one before, made
+orthogonal to all of V, twice. With T = VᵀKV and a pair T w = λ w the Ritz vector u = V w has the
+residual β |w_m|, β the length of the next vector. Products with one vector are cheap as long as
+there are tens of them; a decomposition of K costs as much as hundreds.
+
+A Krylov space of one vector holds an eigenvalue once. That none is missing above some σ is proved
+by eigenvalues where they are at hand, and else by Cholesky's factorization: with the pairs Λ, U
+
+    σI − K + U Λ Uᵀ ≻ 0
+
+has one if and only if all further eigenvalues are below σ (Sylvester's law of inertia; Parlett,
+"The symmetric eigenvalue problem", 1998, section 3.3). What is not proved is not returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+FIRST_SIZE, GROWTH = 24, 1.2
+"""How large the basis is when the host first looks at it, and how many times larger at each look."""
+
+LARGEST_SHARE = 4
+"""How many times smaller than K the basis stays: beyond, all eigenpairs are as cheap."""
+
+PAIRS_SHARE = 16
+"""How many times fewer than all the pairs have to be."""
+
+ESTIMATED_RESIDUAL, TRUE_RESIDUAL = 1e-14, 1e-13
+"""The residuals of pairs relative to λ_max: as the basis tells them, and as products show them."""
+
+MOST_TESTS = 2
+"""How often pairs may be found wanting."""
+
+Asked: TypeAlias = Callable[[Float[Tensor, " m"], Float[Tensor, ""]], tuple[int, float]]
+"""Of ascending leading eigenvalues and the sum of all: how many of them are asked for, and a bound
+up to which none is."""
+
+
+class LeadingPairs(NamedTuple):
+    """The largest eigenvalues, ascending, and their eigenvectors; ``count`` were asked for.
+
+    Where none was, the largest shows that none is above the bound.
+    """
+
+    evals: Float[Tensor, " k"]
+    vectors: Float[Tensor, "side k"]
+    count: int
+
+
+class RitzPairs(NamedTuple):
+    """All pairs of T on the host, ascending, and their residuals."""
+
+    evals: Float[Tensor, " m"]
+    weights: Float[Tensor, "m m"]
+    residuals: Float[Tensor, " m"]
+
+
+def leading_pairs(
+    matrix: Float[Tensor, "side side"],
+    asked: Asked,
+    evals: Float[Tensor, " side"] | None = None,
+) -> LeadingPairs | None:
+    """Return the leading eigenpairs that are asked for, at least one; None if they would be dear.
+
+    ``evals`` are all eigenvalues, ascending, if they are at hand. Of a matrix on another device
+    the host reads a few numbers at every look at the basis, and at the end of each test. The same
+    matrix gives the same pairs.
+
+    >>> K = torch.linspace(0, 1, 400, dtype=torch.float64).square().square().diag()
+    >>> leading_pairs(K, lambda ritz, trace: (2, 0.0)).evals
+    tensor([0.9900, 1.0000], dtype=torch.float64)
+    """
+    side = len(matrix)
+    largest, total = side // LARGEST_SHARE, matrix.trace()
+    vectors, products = _started(matrix, largest)
+    size, goal, tests = 0, min(FIRST_SIZE, largest), 0
+    while size < goal:
+        # Some vectors more, without a look at them, then one look.
+        for row in range(size, goal):
+            _extend(matrix, vectors, products, row)
+        size, goal = goal, min(int(GROWTH * goal) + 1, largest)
+        ritz = _ritz_pairs(products[: size + 1, :size].cpu())
+        if ritz is None:
+            return None
+        # As many as are asked for, as far as is known; never more than are in the end.
+        count, bound = asked(ritz.evals, total)
+        taken = max(count, 1)
+        if taken > side // PAIRS_SHARE:
+            return None
+        accurate = ritz.residuals[-taken:] <= ESTIMATED_RESIDUAL * ritz.evals[-1]
+        if taken < size and bool(accurate.all()):
+            evals_of, weights = (x[..., -taken:].to(matrix.device) for x in ritz[:2])
+            pairs = LeadingPairs(evals_of, vectors[:size].mT @ weights, count)
+            if _are_leading(matrix, pairs, bound, evals):
+                return pairs
+            tests += 1
+            if tests == MOST_TESTS:
+                return None
+    return None
+
+
+def _started(
+    matrix: Float[Tensor, "side side"], largest: int
+) -> tuple[Float[Tensor, "m side"], Float[Tensor, "m m"]]:
+    """Return room for the basis, as rows, and for T; the first row is the same every time."""
+    side = len(matrix)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(side, dtype=matrix.dtype, generator=generator)
+    vectors = matrix.new_empty(largest + 1, side)
+    vectors[0] = (start / start.norm()).to(matrix.device)
+    return vectors, matrix.new_zeros(largest + 1, largest + 1)
+
+
+def _extend(
+    matrix: Float[Tensor, "side side"],
+    vectors: Float[Tensor, "m side"],
+    products: Float[Tensor, "m m"],
+    row: int,
+) -> None:
+    """Write the next vector of the basis behind a row, and the row of T with the length behind it.
+
+    Only the lower triangle of T is right.
+    """
+    basis = vectors[: row + 1]
+    image = matrix @ vectors[row]
+    inner = basis @ image
+    remainder = torch.addmv(image, basis.mT, inner, alpha=-1)
+    remainder = torch.addmv(remainder, basis.mT, basis @ remainder, alpha=-1)
+    length = torch.linalg.vector_norm(remainder)
+    products[row, : row + 1] = inner
+    products[row + 1, row] = length
+    torch.div(remainder, length, out=vectors[row + 1])
+
+
+def _ritz_pairs(products: Float[Tensor, "m2 m"]) -> RitzPairs | None:
+    """Return the pairs of T from its lower triangle and the length below; None if it is not finite.
+
+    That length is zero, and the next vector nan, only where the basis is a space that K maps to
+    itself to the last digit; most often rounding leads out of it.
+    """
+    if not bool(products.isfinite().all()):
+        return None
+    evals, weights = torch.linalg.eigh(products[:-1])
+    return RitzPairs(evals, weights, (products[-1, -1] * weights[-1]).abs())
+
+
+def _are_leading(
+    matrix: Float[Tensor, "side side"],
+    pairs: LeadingPairs,
+    bound: float,
+    evals: Float[Tensor, " side"] | None,
+) -> bool:
+    """Return whether the pairs are accurate, and no further eigenvalue is above all but them."""
+    found, vectors, _ = pairs
+    scale = found[-1].abs()
+    residuals = torch.linalg.vector_norm(matrix @ vectors - vectors * found, dim=0)
+    accurate = (residuals <= TRUE_RESIDUAL * scale).all()
+    if evals is not None:
+        errors = (evals[-len(found) :] - found).abs()
+        return bool(accurate & (errors <= TRUE_RESIDUAL * scale).all())
+    # Below are all others, up to what a decomposition would not tell apart.
+    rounding = torch.finfo(matrix.dtype).eps * len(matrix) * scale
+    sigma = found[0].clamp(min=bound) + rounding
+    below = torch.addmm(matrix, vectors * found, vectors.mT, beta=-1)
+    below.diagonal().add_(sigma)
+    _, failed = torch.linalg.cholesky_ex(below)
+    return bool(accurate & (failed == 0))
