@@ -7,6 +7,6 @@ from threading import RLock
 ONE_THREAD = RLock()
 """Held by a thread while it changes a switch of the process or the state of a user's module.
 
-Switches are those of torch's kernels and of BLAS, and `torch.nn.Module.__call__`, which tracing
-replaces. A module changes while it is called, when its parameters are other tensors than its own.
+Switches are those of torch's kernels, and `torch.nn.Module.__call__`, which tracing replaces. A
+module changes while it is called, when its parameters are other tensors than its own.
 """

@@ -17,14 +17,14 @@ class Leading:
     """The rule of `top_k`: a class, for its k says how many eigenpairs must be computed at all.
 
     This and the rules below say so by ``asked``, of the leading ones of the eigenvalues and the sum
-    of all: how many of them the rule takes, and a bound up to which it takes none.
+    of all: how many of them the rule takes, and the bound that they are above, if there is one.
     """
 
     k: int
 
-    def asked(self, _evals: Float[Tensor, " m"], _total: Float[Tensor, ""]) -> tuple[int, float]:
+    def asked(self, _evals: Float[Tensor, " m"], _total: Float[Tensor, ""]) -> tuple[int, None]:
         """Return k, and no bound."""
-        return self.k, 0.0
+        return self.k, None
 
     def __call__(self, evals: Float[Tensor, " i"]) -> Int[Tensor, " k"]:
         """Return the indices of the k largest eigenvalues, all if there are fewer."""
@@ -84,9 +84,9 @@ class Energy:
 
     fraction: float
 
-    def asked(self, evals: Float[Tensor, " m"], total: Float[Tensor, ""]) -> tuple[int, float]:
+    def asked(self, evals: Float[Tensor, " m"], total: Float[Tensor, ""]) -> tuple[int, None]:
         """Return how many eigenvalues have the fraction of the sum of all, and no bound."""
-        return int(_are_taken(evals, self.fraction * float(total)).sum()), 0.0
+        return int(_are_taken(evals, self.fraction * float(total)).sum()), None
 
     def __call__(self, evals: Float[Tensor, " i"]) -> Bool[Tensor, " i"]:
         """Return which eigenvalues are the fewest leading ones with the fraction of their sum."""

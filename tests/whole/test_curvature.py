@@ -1,8 +1,6 @@
 """Eigenvalues, eigenvectors, derivatives and Gram matrices against the dense reference."""
 
 import math
-from functools import cache
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -34,7 +32,6 @@ from tests.methods import (
 )
 from tests.models import Problem, cast, normal, problem
 from tests.reference import (
-    Dense,
     clusters,
     dense,
     directions,
@@ -272,46 +269,6 @@ def test_vectors_of_a_trained_net_are_orthonormal():
     E = rows(evecs)
     check_eigenpairs(reference, evals, E, 1e-10)
     check_derivatives(reference, E, directional_derivatives(*given), 1e-9)
-
-
-@cache
-def many_samples(samples: int) -> tuple[Problem, Dense]:
-    """NM = 300 columns where SciPy's partial solver is worth its while, and D = 361 or 61."""
-    width = 30 if samples == 300 else 5
-    net = nn.Sequential(nn.Linear(10, width), nn.Tanh(), nn.Linear(width, 1)).double()
-    params = {name: p.detach() for name, p in net.named_parameters()}
-    X = normal(samples, 10).double()
-    given = Problem(
-        lambda p, x: functional_call(net, p, (x,)), params, X, X[:, :1].sin(), nn.MSELoss()
-    )
-    return given, dense(*given)
-
-
-@pytest.mark.parametrize("samples", [300, 310])
-@pytest.mark.parametrize("k", [1, 5, 37, 38])
-def test_leading_eigenpairs_of_many_samples(samples, k, monkeypatch):
-    given, reference = many_samples(samples)
-    calls = []
-    if find_spec("scipy") and find_spec("threadpoolctl"):
-        from ddnewton.quadratic import spectrum
-
-        subset = spectrum._subset
-        monkeypatch.setattr(
-            spectrum, "_subset", lambda *args: calls.append(args[1]) or subset(*args)
-        )
-        few = samples == 300 and k <= 37
-    else:
-        few = False
-    evals, evecs = ggn_eigh(*given, select=top_k(k))
-    pair = directional_derivatives(*given, select=top_k(k))
-    assert len(calls) == 2 * few
-    assert error(evals, torch.linalg.eigvalsh(reference.ggn)[-k:]) < 1e-12
-    check_eigenpairs(reference, evals, rows(evecs), 1e-12)
-    check_derivatives(reference, rows(evecs), pair, 1e-11)
-    in_full, vectors = ggn_eigh(*given, select=lambda evals: range(len(evals) - k, len(evals)))
-    assert error(evals, in_full) < 1e-12
-    E = rows(vectors)
-    assert error(rows(evecs) @ rows(evecs).mT, E @ E.mT) < 1e-9
 
 
 @pytest.mark.parametrize("select", [None, top_k(3), above(0.01)], ids=["all", "top_k", "above"])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ddnewton import as_function, newton_step, prepare, top_k
+from ddnewton import as_function, newton_step, prepare
 from ddnewton.optim import DirectionalNewton
 from tests.reference import error
 
@@ -133,23 +133,3 @@ def test_threads_with_a_module_each():
     results = in_threads(lambda number: train(modules[number], number))
     for number in range(THREADS):
         assert error(results[number], expected[number]) < 1e-10
-
-
-def test_the_threads_of_blas_are_as_many_as_they_were():
-    """Leading eigenpairs are found with one thread of BLAS, whose number is the process's."""
-    import scipy.linalg  # noqa: F401 - a library that is loaded later is one more
-    from threadpoolctl import threadpool_info
-
-    def counts():
-        return {library["filepath"]: library["num_threads"] for library in threadpool_info()}
-
-    X, y = torch.randn(260, 270).double(), torch.randn(260, 1).double()
-    W = torch.zeros(270, 1).double()
-    before = counts()
-    in_threads(
-        lambda _: [
-            newton_step(lambda W, X: X @ W, W, X, y, nn.MSELoss(), 0.1, select=top_k(2))
-            for _ in range(5)
-        ]
-    )
-    assert counts() == before

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 FIRST_SIZE, GROWTH = 24, 1.2
-"""How large the basis is when the host first looks at it, and how many times larger at each look."""
+"""How large the basis is when the host first looks at it, and how many times larger each time."""
 
 LARGEST_SHARE = 4
 """How many times smaller than K the basis stays: beyond, all eigenpairs are as cheap."""
@@ -38,20 +38,20 @@ ESTIMATED_RESIDUAL, TRUE_RESIDUAL = 1e-14, 1e-13
 MOST_TESTS = 2
 """How often pairs may be found wanting."""
 
-Asked: TypeAlias = Callable[[Float[Tensor, " m"], Float[Tensor, ""]], tuple[int, float]]
-"""Of ascending leading eigenvalues and the sum of all: how many of them are asked for, and a bound
-up to which none is."""
+Asked: TypeAlias = Callable[[Float[Tensor, " m"], Float[Tensor, ""]], tuple[int, float | None]]
+"""Of ascending leading eigenvalues and the sum of all: how many of them are asked for, and the
+bound that they are above, if there is one."""
 
 
 class LeadingPairs(NamedTuple):
-    """The largest eigenvalues, ascending, and their eigenvectors; ``count`` were asked for.
+    """The largest eigenvalues, ascending, and their eigenvectors: ``asked_for``, at least one.
 
-    Where none was, the largest shows that none is above the bound.
+    Where none is asked for, the largest shows that none is above the bound.
     """
 
     evals: Float[Tensor, " k"]
     vectors: Float[Tensor, "side k"]
-    count: int
+    asked_for: int
 
 
 class RitzPairs(NamedTuple):
@@ -74,7 +74,7 @@ def leading_pairs(
     matrix gives the same pairs.
 
     >>> K = torch.linspace(0, 1, 400, dtype=torch.float64).square().square().diag()
-    >>> leading_pairs(K, lambda ritz, trace: (2, 0.0)).evals
+    >>> leading_pairs(K, lambda ritz, trace: (2, None)).evals
     tensor([0.9900, 1.0000], dtype=torch.float64)
     """
     side = len(matrix)
@@ -91,8 +91,8 @@ def leading_pairs(
             return None
         # As many as are asked for, as far as is known; never more than are in the end.
         count, bound = asked(ritz.evals, total)
-        taken = max(count, 1)
-        if taken > side // PAIRS_SHARE:
+        taken, resolved = max(count, 1), _rounding(matrix) * float(ritz.evals[-1])
+        if taken > side // PAIRS_SHARE or (bound is not None and bound <= resolved):
             return None
         accurate = ritz.residuals[-taken:] <= ESTIMATED_RESIDUAL * ritz.evals[-1]
         if taken < size and bool(accurate.all()):
@@ -101,8 +101,10 @@ def leading_pairs(
             if _are_leading(matrix, pairs, bound, evals):
                 return pairs
             tests += 1
-            if tests == MOST_TESTS:
-                return None
+        # No more vectors where the pairs come too slowly.
+        late = 3 * size >= 2 * largest and 2 * int(accurate.sum()) < taken
+        if late or tests == MOST_TESTS:
+            return None
     return None
 
 
@@ -154,7 +156,7 @@ def _ritz_pairs(products: Float[Tensor, "m2 m"]) -> RitzPairs | None:
 def _are_leading(
     matrix: Float[Tensor, "side side"],
     pairs: LeadingPairs,
-    bound: float,
+    bound: float | None,
     evals: Float[Tensor, " side"] | None,
 ) -> bool:
     """Return whether the pairs are accurate, and no further eigenvalue is above all but them."""
@@ -166,9 +168,13 @@ def _are_leading(
         errors = (evals[-len(found) :] - found).abs()
         return bool(accurate & (errors <= TRUE_RESIDUAL * scale).all())
     # Below are all others, up to what a decomposition would not tell apart.
-    rounding = torch.finfo(matrix.dtype).eps * len(matrix) * scale
-    sigma = found[0].clamp(min=bound) + rounding
+    sigma = found[0].clamp(min=bound or 0.0) + _rounding(matrix) * scale
     below = torch.addmm(matrix, vectors * found, vectors.mT, beta=-1)
     below.diagonal().add_(sigma)
     _, failed = torch.linalg.cholesky_ex(below)
     return bool(accurate & (failed == 0))
+
+
+def _rounding(matrix: Float[Tensor, "side side"]) -> float:
+    """Return the rounding of a decomposition, relative to the largest eigenvalue."""
+    return torch.finfo(matrix.dtype).eps * len(matrix)

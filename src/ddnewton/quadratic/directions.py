@@ -37,9 +37,7 @@ def directions_of(
     spectra, kept = [], []
     for block, matrix in zip(model.blocks, matrices, strict=True):
         if only_kept:
-            spectrum, selection = spectrum_and_selection(
-                model, matrix, block.select, ranked=ranked
-            )
+            spectrum, selection = spectrum_and_selection(model, matrix, block.select, ranked=ranked)
         else:
             spectrum = decompose(matrix)
             selection = selection_of(spectrum, block.select, model.dtype)

@@ -17,7 +17,6 @@ from ddnewton.quadratic.spectrum import Spectrum
 from ddnewton.transforms import is_batched
 from ddnewton.types import Select
 
-
 Selection: TypeAlias = tuple[Int[Tensor, " k"], Bool[Tensor, " k"]]
 """Indices of eigenvalues, and which of these are wanted at all: under ``vmap`` maybe not all."""
 
@@ -87,9 +86,7 @@ def _from_mask(mask: Bool[Tensor, " i"]) -> Selection:
     return indices, torch.ones_like(indices, dtype=torch.bool)
 
 
-def checked_selection(
-    answer: Tensor | Sequence[int], evals: Float[Tensor, " i"]
-) -> Selection:
+def checked_selection(answer: Tensor | Sequence[int], evals: Float[Tensor, " i"]) -> Selection:
     """Return a caller's selection as indices, and refuse anything else."""
     count = evals.shape[0]
     rule = "select must return distinct indices of the eigenvalues, or a boolean mask"

@@ -47,26 +47,29 @@ def spectrum_and_selection(
     ``ranked`` is whether its rank must be known, and the gradient's part without curvature. With
     a function of the caller's they always are.
     """
-    side = matrix.entries.shape[1]
+    side, found = matrix.entries.shape[1], None
+    # Leading eigenpairs as the rule says, or as it takes of all eigenvalues.
     if select is not None and side >= LEADING_FROM and not is_batched(matrix.entries):
         rule = _rule(select)
         if rule is not None and not ranked:
             found = _by_rule(matrix, rule)
-        elif side < EIGENVALUES_FROM or _is_of_many(rule, side) or has_flat_samples(model):
-            found = None
-        else:
+        elif side >= EIGENVALUES_FROM and not (_is_of_many(rule, side) or has_flat_samples(model)):
             found = _by_eigenvalues(matrix, select, model.dtype)
-        if found is not None:
-            return found
+    if found is not None:
+        return found
+    # All eigenpairs.
     spectrum = decompose(matrix)
     return spectrum, selection_of(spectrum, select, model.dtype)
 
 
 def _rule(select: Select) -> Leading | Above | Energy | None:
     """Return a rule that tells how many leading eigenvalues it takes; None for other functions."""
-    numbers = {Leading: "k", Above: "threshold", Energy: "fraction"}
-    name = numbers.get(type(select))
-    return select if name and isinstance(getattr(select, name), Real) else None
+    if isinstance(select, Leading):
+        return select
+    # A tensor may have several values, under ``vmap``.
+    number = select.threshold if isinstance(select, Above) else 0.0
+    number = select.fraction if isinstance(select, Energy) else number
+    return select if isinstance(select, Above | Energy) and isinstance(number, Real) else None
 
 
 def _is_of_many(rule: Leading | Above | Energy | None, side: int) -> bool:
@@ -85,7 +88,7 @@ def _by_rule(
         return None
     spectrum = spectrum_of(matrix, Decomposition(pairs.evals, pairs.vectors, None))
     count = len(spectrum.evals)
-    indices = torch.arange(count - min(pairs.count, count), count, device=pairs.evals.device)
+    indices = torch.arange(count - min(pairs.asked_for, count), count, device=pairs.evals.device)
     return spectrum, (indices, torch.ones_like(indices, dtype=torch.bool))
 
 

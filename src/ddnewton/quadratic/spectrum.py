@@ -79,7 +79,7 @@ def decompose(matrix: GaussNewton) -> Spectrum:
 
 
 def resolved_matrix(matrix: GaussNewton) -> Float[Tensor, "side side"]:
-    """Return what is decomposed: G, or K of the columns that a decomposition can resolve.
+    """Return the matrix to decompose: G, or K of the columns that a decomposition can resolve.
 
     All other columns weigh nothing in it.
     """
@@ -226,7 +226,7 @@ def _judge(
 
 
 def column_rounding(columns: Columns) -> float:
-    """Return what the rounding of columns makes of an eigenvalue, of the mean square of these."""
+    """Return the rounding of an eigenvalue, relative to the mean square of its columns."""
     return (COLUMN_ROUNDINGS * columns.eps) ** 2 + COLUMN_ROUNDINGS * columns.sums
 
 
