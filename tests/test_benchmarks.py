@@ -85,6 +85,18 @@ def test_small_fits():
     assert all(ms > 0 for ms in peers.values())
 
 
+def test_leading_directions():
+    ended = command("leading_directions", "--quick")
+    assert ended.returncode == 0, ended.stderr
+    rows = [line.split("|")[1:-1] for line in ended.stdout.splitlines() if line.startswith("| ")]
+    expected = [(side, k) for side in (32, 400) for k in (1, 10, 50, 100) if k <= side]
+    assert [(int(row[0]), int(row[1])) for row in rows[1:]] == expected
+    for row in rows[1:]:
+        _, _, eigh, subset, *ours = row
+        assert (subset.strip() != "–") == (find_spec("scipy") is not None)
+        assert all(float(cell) > 0 for cell in (eigh, *ours))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_large_problems(tmp_path):
     ended = command("large_problems", "--quick", "--json", tmp_path / "large.json")

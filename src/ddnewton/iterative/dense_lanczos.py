@@ -160,16 +160,16 @@ def _are_leading(
     evals: Float[Tensor, " side"] | None,
 ) -> bool:
     """Return whether the pairs are accurate, and no further eigenvalue is above all but them."""
-    found, vectors, _ = pairs
-    scale = found[-1].abs()
-    residuals = torch.linalg.vector_norm(matrix @ vectors - vectors * found, dim=0)
+    leading, vectors, _ = pairs
+    scale = leading[-1].abs()
+    residuals = torch.linalg.vector_norm(matrix @ vectors - vectors * leading, dim=0)
     accurate = (residuals <= TRUE_RESIDUAL * scale).all()
     if evals is not None:
-        errors = (evals[-len(found) :] - found).abs()
+        errors = (evals[-len(leading) :] - leading).abs()
         return bool(accurate & (errors <= TRUE_RESIDUAL * scale).all())
     # Below are all others, up to what a decomposition would not tell apart.
-    sigma = found[0].clamp(min=bound or 0.0) + _rounding(matrix) * scale
-    below = torch.addmm(matrix, vectors * found, vectors.mT, beta=-1)
+    sigma = leading[0].clamp(min=bound or 0.0) + _rounding(matrix) * scale
+    below = torch.addmm(matrix, vectors * leading, vectors.mT, beta=-1)
     below.diagonal().add_(sigma)
     _, failed = torch.linalg.cholesky_ex(below)
     return bool(accurate & (failed == 0))

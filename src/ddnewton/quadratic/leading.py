@@ -47,16 +47,16 @@ def spectrum_and_selection(
     ``ranked`` is whether its rank must be known, and the gradient's part without curvature. With
     a function of the caller's they always are.
     """
-    side, found = matrix.entries.shape[1], None
+    side, answer = matrix.entries.shape[1], None
     # Leading eigenpairs as the rule says, or as it takes of all eigenvalues.
     if select is not None and side >= LEADING_FROM and not is_batched(matrix.entries):
         rule = _rule(select)
         if rule is not None and not ranked:
-            found = _by_rule(matrix, rule)
+            answer = _by_rule(matrix, rule)
         elif side >= EIGENVALUES_FROM and not (_is_of_many(rule, side) or has_flat_samples(model)):
-            found = _by_eigenvalues(matrix, select, model.dtype)
-    if found is not None:
-        return found
+            answer = _by_eigenvalues(matrix, select, model.dtype)
+    if answer is not None:
+        return answer
     # All eigenpairs.
     spectrum = decompose(matrix)
     return spectrum, selection_of(spectrum, select, model.dtype)
