@@ -2,8 +2,9 @@
 
 Run with ``python -m benchmarks.leading_directions``: medians of CPU time on one thread, the solvers
 taking turns, since a busy machine is slow for all of them alike; with ``--device cuda`` of seconds.
-A matrix has nine large eigenvalues and many small ones, like that of a net with ten classes. ``×``
-is in units of `torch.linalg.eigh`. The solvers, each of k leading eigenvectors:
+A matrix is the Gram matrix of the perceptron 784-512-256-10: nine eigenvalues are large, and from
+the tenth on they are close. ``×`` is in units of `torch.linalg.eigh`.
+The solvers, each of k leading eigenvectors:
 
 - subset: `scipy.linalg.eigh` with ``subset_by_index``, where SciPy is installed, on a CPU.
 - rule: as ddnewton solves for `top_k`; all eigenpairs where these are cheaper.
@@ -21,24 +22,24 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ddnewton import top_k
+from benchmarks.recipes import build
+from ddnewton import gram_matrix, top_k
 from ddnewton.iterative.dense_lanczos import PAIRS_SHARE, leading_pairs
 from ddnewton.quadratic.leading import EIGENVALUES_FROM, LEADING_FROM
 
 SIDES, QUICK_SIDES = (64, 128, 256, 576, 1152, 2304), (32, 400)
 COUNTS = (1, 10, 50, 100)
-LARGE = 9
-"""How many eigenvalues are large."""
+COLUMNS = 9
+"""How many a sample of ten classes has."""
 
 Solver = Callable[[], object]
 
 
 def gram(side: int, device: str) -> Tensor:
-    """Return K = JJᵀ with rows of random numbers, and of a class each."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(side, 2 * side, dtype=torch.float64, generator=generator)
-    classes = torch.randn(side, LARGE, dtype=torch.float64, generator=generator)
-    return (rows @ rows.T / (2 * side) + 3 * classes @ classes.T / LARGE).to(device)
+    """Return the Gram matrix of so many columns of the MLP."""
+    problem = build("mlp", samples=-(-side // COLUMNS)).problem
+    matrix = gram_matrix(*problem)[:side, :side]
+    return matrix.to(device, torch.float64).contiguous()
 
 
 def by_rule(K: Tensor, k: int) -> object:

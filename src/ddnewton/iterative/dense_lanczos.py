@@ -1,9 +1,10 @@
 r"""The leading eigenpairs of a matrix K ⪰ 0 that is at hand, without its other ones.
 
 Lanczos's method from one vector: the next vector of the basis V is K times the one before, made
-orthogonal to all of V, twice. With T = VᵀKV and a pair T w = λ w the Ritz vector u = V w has the
-residual β |w_m|, β the length of the next vector. Products with one vector are cheap as long as
-there are tens of them; a decomposition of K costs as much as hundreds.
+orthogonal to the last two, as in exact arithmetic, and then to all of V. With T = VᵀKV and a pair
+T w = λ w the Ritz vector u = V w has the residual β |w_m|, β the length of the next vector.
+Products with one vector are cheap as long as there are tens of them; a decomposition of K costs as
+much as hundreds.
 
 A Krylov space of one vector holds an eigenvalue once. That none is missing above some σ is proved
 by eigenvalues where they are at hand, and else by Cholesky's factorization: with the pairs Λ, U
@@ -34,6 +35,9 @@ PAIRS_SHARE = 16
 
 ESTIMATED_RESIDUAL, TRUE_RESIDUAL = 1e-14, 1e-13
 """The residuals of pairs relative to λ_max: as the basis tells them, and as products show them."""
+
+HOPEFUL_SHARE, HOPEFUL_RESIDUAL = 0.6, 3e-4
+"""From which share of its largest size on, and with which residuals, the basis goes on growing."""
 
 MOST_TESTS = 2
 """How often pairs may be found wanting."""
@@ -102,7 +106,8 @@ def leading_pairs(
                 return pairs
             tests += 1
         # No more vectors where the pairs come too slowly.
-        late = 3 * size >= 2 * largest and 2 * int(accurate.sum()) < taken
+        hopeful = ritz.residuals[-taken:] <= HOPEFUL_RESIDUAL * ritz.evals[-1]
+        late = size >= HOPEFUL_SHARE * largest and not bool(hopeful.all())
         if late or tests == MOST_TESTS:
             return None
     return None
@@ -130,13 +135,14 @@ def _extend(
 
     Only the lower triangle of T is right.
     """
-    basis = vectors[: row + 1]
-    image = matrix @ vectors[row]
-    inner = basis @ image
-    remainder = torch.addmv(image, basis.mT, inner, alpha=-1)
+    # In exact arithmetic the last two vectors are all that the product is not orthogonal to.
+    first, image = max(row - 1, 0), matrix @ vectors[row]
+    basis, neighbours = vectors[: row + 1], vectors[first : row + 1]
+    inner = neighbours @ image
+    remainder = torch.addmv(image, neighbours.mT, inner, alpha=-1)
     remainder = torch.addmv(remainder, basis.mT, basis @ remainder, alpha=-1)
     length = torch.linalg.vector_norm(remainder)
-    products[row, : row + 1] = inner
+    products[row, first : row + 1] = inner
     products[row + 1, row] = length
     torch.div(remainder, length, out=vectors[row + 1])
 
