@@ -11,8 +11,8 @@ by eigenvalues where they are at hand, and else by Cholesky's factorization: wit
 
     σI − K + U Λ Uᵀ ≻ 0
 
-has one if and only if all further eigenvalues are below σ (Sylvester's law of inertia; Parlett,
-"The symmetric eigenvalue problem", 1998, section 3.3). What is not proved is not returned.
+if and only if all further eigenvalues are below σ (Sylvester's law of inertia; Parlett, "The
+symmetric eigenvalue problem", 1998, section 3.3). What is not proved is not returned.
 """
 
 from __future__ import annotations
