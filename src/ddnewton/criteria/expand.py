@@ -99,9 +99,13 @@ def checked_expansion(
     """Return the expansions of a batch that fits the loss, as `expand_batch` scales them."""
     _check_basis_fits(loss, outputs, precise, y)
     expansion, denominator = differentiated(lambda f: loss.expand(f, y), loss, outputs, precise, y)
-    parts = (expansion.value, stored(expansion.basis), *expansion[2:])
-    check_finite(*(part for part in parts if part.numel()))
-    _check_convex(loss, outputs, y, expansion.h)
+    every = (expansion.value, stored(expansion.basis), *expansion[2:])
+    parts = [part for part in every if part.numel()]
+    # Both checks by one look, which mostly is all.
+    total = torch.as_tensor(sum(part.sum() for part in parts))
+    if any_known((total * 0 != 0) | (expansion.h < 0).any()):
+        check_finite(*parts)
+        _check_convex(loss, outputs, y, expansion.h)
     # ℓ, ∇ℓ and ∇²ℓ all scale, and L stays; an eigenvalue h below zero is rounding by now.
     scale = outputs.shape[0] / denominator
     return Expansion(

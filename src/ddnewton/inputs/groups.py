@@ -189,6 +189,11 @@ def _check_groups(groups: object) -> None:
         _check_group(group, f"groups[{number}]")
 
 
+def is_whole(blocks: Sequence[Sequence[int]], count: int) -> bool:
+    """Return whether there is one block, of all leaves in their order."""
+    return len(blocks) == 1 and list(blocks[0]) == list(range(count))
+
+
 def _check_group(group: Group, name: str) -> None:
     """Require paths or a function of a path, and a selection rule and damping as in the call."""
     names = [group.params] if isinstance(group.params, str) else group.params

@@ -48,7 +48,8 @@ def indices(name: str, samples: Indices | None, n: int, device: torch.device) ->
         got = "a mask" if index.dtype == torch.bool else f"numbers of {index.dtype}"
         remedy += " For a mask, pass mask.nonzero()[:, 0]." * (index.dtype == torch.bool)
         raise BadType(sentence(rule, got, remedy))
-    return distinct(index, n, rule, remedy)
+    # Those of a slice are distinct, and none is negative.
+    return index if isinstance(samples, slice) else distinct(index, n, rule, remedy)
 
 
 def rows_among(

@@ -27,7 +27,7 @@ from torch import Tensor
 from ddnewton.columns.gram import rmatmat
 from ddnewton.linearize.basis import projected
 from ddnewton.optim.free_trials import FreeTrials
-from ddnewton.optim.trial_steps import TrialSteps, further_step
+from ddnewton.optim.solved_trials import TrialSteps, further_step
 from ddnewton.quadratic.term import Term
 
 SHARES, SHORTEST_ARC, LONGEST_ARC = 120, 0.05, 0.9
@@ -53,9 +53,11 @@ def arc_of(
     delta: Float[Tensor, ""],
     step: Float[Tensor, " d"],
     outputs: Sequence[Float[Tensor, "_ ..."]],
+    column_slopes: Float[Tensor, "i k"] | None,
 ) -> Arc | None:
     """Return the arc that begins along a step, from the outputs of all terms where that leads.
 
+    ``column_slopes`` are those of the columns of the curvature along the step, where known.
     It is None where no decomposition is at hand, which is where something else than the gradient
     makes the step, and by products; where there is a complement, and where directions or gradient
     are of some samples.
@@ -69,7 +71,7 @@ def arc_of(
     if any(part is not None for s in samples for part in (s.slopes, s.directions)):
         return None
     # Lᵀρ along every column: the changes of the outputs less the linear ones.
-    linear = _along_step(trials, step)
+    linear = _along_step(trials, step) if column_slopes is None else column_slopes[:, 0]
     bent = _changes(trials, outputs) - linear
     # The step of the gradient Jᵀ H ρ.
     second = further_step(trials, delta, model.curvature_weights * bent)

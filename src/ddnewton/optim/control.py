@@ -8,11 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ddnewton.optim.adaptation import Adaptation, Curvature
 from ddnewton.optim.free_trials import FreeTrials
 from ddnewton.optim.local_model import LocalModel, point_at
 from ddnewton.optim.promise import quadratic_along
 from ddnewton.optim.settings import Settings
-from ddnewton.optim.trial_steps import TrialSteps, lengths_at, trial_step
+from ddnewton.optim.solved_trials import TrialSteps, lengths_at
+from ddnewton.optim.state import State
+from ddnewton.optim.trial_steps import TrialStep, trial_step, trial_vectors
 from ddnewton.optim.trust_radius import damping_of_length, least_damping
 from ddnewton.quadratic.leafwise import is_leafwise
 from ddnewton.transforms import any_known
@@ -33,8 +36,19 @@ class ControlledStep(NamedTuple):
     """The step that a control leads to: its damping, direction, and how much of that."""
 
     damping: Float[Tensor, ""]
-    vector: Float[Tensor, " d"]
+    direction: TrialStep
     rate: Float[Tensor, "..."]  # one number, or one a parameter
+
+
+def damping_so_far(adaptation: Adaptation, state: State, curvature: Curvature) -> Float[Tensor, ""]:
+    """Return δ of the step before; of the first step the one that its search begins with.
+
+    Nothing is known of it where the control is a length.
+    """
+    if adaptation.by_length:
+        return 0 * curvature.trace
+    first = torch.where(state.control.isnan(), adaptation.start(curvature), state.control)
+    return torch.where(state.damping.isnan(), adaptation.damping(first, curvature), state.damping)
 
 
 def first_control(
@@ -46,7 +60,7 @@ def first_control(
     first = adaptation.start(local.curvature)
     if adaptation.by_length and any_known(control.isnan() & ~(first > 0)):
         delta = FIRST_DAMPING * local.curvature.trace
-        length = trial_step(local.trials, delta, 0.0).norm()
+        length = trial_step(local.trials, delta, 0.0).vector.norm()
         first = torch.where(first > 0, first, torch.where(length > 0, length, torch.nan))
     control = torch.where(control.isnan(), first, control)
     if local.held_out is None or adaptation.choice is None:
@@ -56,7 +70,7 @@ def first_control(
     multiples = sorted(adaptation.choice.grid, reverse=True)
     controls = torch.stack([control * 0 + multiple for multiple in multiples])
     dampings = [adaptation.damping(multiple, local.curvature) for multiple in controls]
-    steps = (trial_step(local.trials, damping, 0.0) for damping in dampings)
+    steps = trial_vectors(local.trials, dampings)
     losses = torch.stack([point_at(local, 0.0, step, local.held_out).loss for step in steps])
     # Half the way to the best, in the logarithm.
     best = losses.nan_to_num(nan=torch.inf).argmin(0, keepdim=True)
@@ -72,19 +86,22 @@ def step_of_control(
     """Return the step that a control leads to."""
     # The damping of the control, raised until the step is no longer than it may be.
     delta = settings.adaptation.damping(control, local.curvature)
+    if settings.trust_radius is None and not settings.adaptation.by_length:
+        return ControlledStep(delta, *_direction(local, settings, delta, momentum))
     radius = torch.full_like(delta, settings.trust_radius or torch.inf)
     if settings.adaptation.by_length:
         if isinstance(local.trials, TrialSteps) and is_leafwise(local.trials.proximal_blocks):
             delta = torch.maximum(delta, LEAST_METRIC * local.curvature.trace)
-        elif local.trials.exact:
-            delta = delta * EXACT_SHARE
+        elif isinstance(local.trials, TrialSteps):
+            delta = torch.where(local.trials.exact, EXACT_SHARE * delta, delta)
         radius = torch.minimum(radius, control.nan_to_num(nan=torch.inf))
     if any_known(radius.isfinite()):
         delta = _within_radius(local, settings, radius, delta, momentum)
     # The step; a part of it that no damping shortens, a step before with momentum, is cut.
-    vector, rate = _direction(local, settings, delta, momentum)
-    rate = rate * (radius / (rate * vector).norm()).nan_to_num(nan=1.0).clamp(max=1)
-    return ControlledStep(delta, vector, rate)
+    direction, rate = _direction(local, settings, delta, momentum)
+    length = (rate * direction.vector).norm()
+    rate = rate * (radius / length).nan_to_num(nan=1.0).clamp(max=1)
+    return ControlledStep(delta, direction, rate)
 
 
 def _direction(
@@ -92,15 +109,15 @@ def _direction(
     settings: Settings,
     delta: Float[Tensor, ""],
     momentum: float | Literal["exact"],
-) -> tuple[Float[Tensor, " d"], Float[Tensor, "..."]]:
+) -> tuple[TrialStep, Float[Tensor, "..."]]:
     """Return a direction, and how far to go along it."""
-    vector = trial_step(local.trials, delta, 0.0 if momentum == "exact" else momentum)
+    direction = trial_step(local.trials, delta, 0.0 if momentum == "exact" else momentum)
     if momentum == "exact" and local.proximal is not None:
-        vectors = torch.cat([vector[None], local.proximal.previous])
-        vector = _minimizer(local.trials, vectors, delta) @ vectors
+        vectors = torch.cat([direction.vector[None], local.proximal.previous])
+        direction = TrialStep(_minimizer(local.trials, vectors, delta) @ vectors, None)
     if settings.learning_rate == "exact":
-        return vector, _minimizer(local.trials, vector[None], delta)[0]
-    return vector, _rate(local, settings)
+        return direction, _minimizer(local.trials, direction.vector[None], delta)[0]
+    return direction, _rate(local, settings)
 
 
 def _rate(local: LocalModel, settings: Settings) -> Float[Tensor, "..."]:
@@ -114,7 +131,7 @@ def _minimizer(
     trials: TrialSteps | FreeTrials, vectors: Float[Tensor, "k d"], delta: Float[Tensor, ""]
 ) -> Float[Tensor, " k"]:
     """Return the multiples of vectors whose sum makes the damped quadratic model lowest."""
-    slopes, damped = quadratic_along(trials, vectors, delta)
+    slopes, damped, _ = quadratic_along(trials, vectors, delta)
     sizes = damped.diagonal().sqrt()
     sizes = torch.where(sizes > 0, sizes, 1)  # a vector of zeros stays one
     scaled = damped / sizes / sizes[:, None]
@@ -133,8 +150,8 @@ def _within_radius(
     """Return the least damping, from ``least`` upwards, with a step no longer than the radius."""
 
     def length(delta: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        vector, rate = _direction(local, settings, delta, momentum)
-        norm: Tensor = (rate * vector).norm()
+        direction, rate = _direction(local, settings, delta, momentum)
+        norm: Tensor = (rate * direction.vector).norm()
         return norm
 
     guess, enough = least, torch.maximum(local.gradient_norm / radius, least)

@@ -63,7 +63,6 @@ class FreeTrials(NamedTuple):
     spaces: dict[tuple[int, float], Space]  # of every block and momentum
     directions: dict[int, Along]  # of every block
     tried: list[Tried]  # the step of the last trial, where its product came with it
-    exact: bool = False
 
 
 def free_trial_step(

@@ -9,12 +9,13 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from ddnewton.inputs.groups import is_whole
 from ddnewton.linearize.precision import narrowest
 from ddnewton.optim.adaptation import Curvature
 from ddnewton.optim.box import Box, clipped_to
 from ddnewton.optim.free_matrices import FreeMatrix
 from ddnewton.optim.free_trials import FreeTrials
-from ddnewton.optim.trial_steps import TrialSteps
+from ddnewton.optim.solved_trials import TrialSteps
 from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.matrix_free.free_model import FreeModel
 from ddnewton.quadratic.proximal import Proximal
@@ -95,17 +96,14 @@ def point_at(
     of_terms = zip(terms, samples, strict=True)
     trials = [trial_of(term, moved, indices) for term, indices in of_terms]
     loss = torch.as_tensor(sum(trial.loss for trial in trials))
-    penalised = _penalised(loss, decay, in_model_units(moved, local.scale))
-    return TrialPoint(penalised, [trial.outputs for trial in trials])
+    if isinstance(decay, Tensor) or decay != 0:
+        loss = loss + _penalty(decay, in_model_units(moved, local.scale))
+    return TrialPoint(loss, [trial.outputs for trial in trials])
 
 
-def _penalised(
-    loss: Float[Tensor, ""], decay: float | Tensor, scaled_params: Float[Tensor, " d"]
-) -> Float[Tensor, ""]:
-    """Return a loss with the penalty of weight decay, both in the units of the model."""
-    if not isinstance(decay, Tensor) and decay == 0:
-        return loss
-    return loss + (decay * scaled_params.square()).sum() / 2
+def _penalty(decay: float | Tensor, scaled_params: Float[Tensor, " d"]) -> Float[Tensor, ""]:
+    """Return the penalty of weight decay, both in the units of the model."""
+    return (decay * scaled_params.square()).sum() / 2
 
 
 def added(params: PyTree, vector: Float[Tensor, " d"], box: Box | None) -> PyTree:
@@ -131,17 +129,23 @@ def noise_of(local: LocalModel) -> Float[Tensor, ""]:
 
 def sizes_of_blocks(local: LocalModel) -> list[BlockSizes]:
     """Return the parameters of every block, with the slope and the curvature along each of them."""
-    theta = by_block(local.model, local.scaled_params)
-    decays = by_block(local.model, decay_of(local.proximal, local.scaled_params))
+    theta, decays = by_block(local.model, local.scaled_params), None
+    if (decay := decay_of(local.proximal, local.scaled_params)) is not None:
+        decays = by_block(local.model, decay)
     blocks = []
     matrices: Sequence[GaussNewton | FreeMatrix] = local.trials.matrices
-    for params, decay, slopes, matrix in zip(theta, decays, local.slopes, matrices, strict=True):
+    for b, (params, slopes, matrix) in enumerate(zip(theta, local.slopes, matrices, strict=True)):
         # The curvatures of single parameters are the diagonal of G, where that is what is known.
         if isinstance(matrix, FreeMatrix) or matrix.on_columns:
-            curvature = (matrix.trace() + decay.sum())[None]
-            blocks.append(BlockSizes(params.norm()[None], slopes.norm()[None], curvature))
+            curvature = matrix.trace() + (0 if decays is None else decays[b].sum())
+            # Of one block without decay, both norms are at hand.
+            norms = [local.curvature.params, local.gradient_norm]
+            if len(theta) > 1 or decays is not None:
+                norms = [params.norm(), slopes.norm()]
+            blocks.append(BlockSizes(norms[0][None], norms[1][None], curvature[None]))
         else:
-            blocks.append(BlockSizes(params.abs(), slopes.abs(), matrix.diagonal() + decay))
+            curvature = matrix.diagonal() + (0 if decays is None else decays[b])
+            blocks.append(BlockSizes(params.abs(), slopes.abs(), curvature))
     return blocks
 
 
@@ -149,13 +153,15 @@ def by_block(
     model: QuadraticModel | FreeModel, vector: Shaped[Tensor, " d"]
 ) -> list[Shaped[Tensor, " _"]]:
     """Return the parts of a vector along the parameters of every block."""
+    if is_whole(model.leaves, len(model.sizes)):
+        return [vector]
     return [along_block(vector, block, model.sizes) for block in model.leaves]
 
 
-def decay_of(proximal: Proximal | None, theta: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-    """Return the weight decay of every parameter, 0 where there is none."""
+def decay_of(proximal: Proximal | None, theta: Float[Tensor, " d"]) -> Float[Tensor, " d"] | None:
+    """Return the weight decay of every parameter, None where there is none."""
     if proximal is None or not len(proximal.params):
-        return 0 * theta
+        return None
     return 0 * theta + proximal.decay
 
 
@@ -175,4 +181,6 @@ def loss_before(
 ) -> Float[Tensor, ""]:
     """Return the loss of the samples of the gradient, with its penalty, before a step."""
     loss = torch.as_tensor(sum(term.losses_of_gradient.mean() for term in model.terms))
-    return _penalised(loss, 0.0 if proximal is None else proximal.decay, scaled_params)
+    if proximal is None or not len(proximal.params):
+        return loss
+    return loss + _penalty(proximal.decay, scaled_params)

@@ -8,10 +8,10 @@ import torch
 
 from ddnewton.errors import warn
 from ddnewton.optim.local_model import LocalModel
-from ddnewton.optim.search import Step
+from ddnewton.optim.search import Searched, Step
 from ddnewton.optim.settings import Settings
+from ddnewton.optim.solved_trials import TrialSteps
 from ddnewton.optim.state import UpdateInfo
-from ddnewton.optim.trial_steps import TrialSteps
 from ddnewton.quadratic.flat import check_slopes, steep_weights
 from ddnewton.quadratic.matrix_free.free_model import FreeModel
 from ddnewton.quadratic.quadratic_model import QuadraticModel
@@ -35,14 +35,16 @@ class Notices:
 
 
 def notice(
-    notices: Notices, local: LocalModel, settings: Settings, step: Step, info: UpdateInfo
+    notices: Notices, local: LocalModel, settings: Settings, searched: Searched, info: UpdateInfo
 ) -> None:
     """Warn, once each, of slopes without curvature and of an update that moves nothing."""
     if torch.compiler.is_compiling():
         return
-    # Without a complement, a step follows only what has curvature.
-    name = local.model.names
-    if settings.complement is None and any_known(info.flat_share > FLAT_SHARE_WARNED):
+    # Without a complement, a step follows only what has curvature; that is known by directions.
+    name, trials = local.model.names, local.trials
+    by_directions = isinstance(trials, TrialSteps) and trials.decompositions.directions
+    followed = by_directions and settings.complement is None
+    if followed and any_known(info.flat_share > FLAT_SHARE_WARNED):
         share = float(unwrapped(info.flat_share).nan_to_num().amax())
         notices.once(
             "flat",
@@ -51,7 +53,7 @@ def notice(
             "fisher(criterion), or a complement, with which all of the gradient counts.",
         )
     # A step of no length is none, unless the gradient is zero or the learning rate is.
-    if _stands_still(local, step):
+    if searched.is_still and _stands_still(local, searched.step):
         assert isinstance(local.model, QuadraticModel)
         assert isinstance(local.trials, TrialSteps)
         check_slopes(local.model, local.trials.matrices, curved=True)
@@ -64,9 +66,9 @@ def notice(
 
 def _stands_still(local: LocalModel, step: Step) -> bool:
     """Return whether a step of no length is taken where the gradient stands out from rounding."""
-    still = step.taken & (step.outcome.length == 0)
-    if not any_known(still) or isinstance(local.model, FreeModel):
+    if isinstance(local.model, FreeModel):
         return False
+    still = step.taken & (step.outcome.length == 0)
     moving = (torch.as_tensor(step.rate) > 0).any()
     steep = (steep_weights(local.model) != 0).any()
     noise = local.noise * local.curvature.trace

@@ -146,12 +146,17 @@ def observed_update(
 
     def by_model(model: QuadraticModel | FreeModel) -> tuple[list[Tensor], UpdateInfo, T]:
         local = local_model(model, settings, params, state, held_out)
-        step = search(local, settings, state.control)
+        searched = search(local, settings, state.control)
+        step = searched.step
         info = update_info(local, step, settings)
-        notice(plan.notices, local, settings, step, info)
-        moved = in_params_units(local, torch.where(step.taken, step.rate * step.vector, 0))
-        updated = added(params, moved, settings.box), next_state(state, local, step)
-        return tree_leaves(updated), info, observe(local, step)
+        notice(plan.notices, local, settings, searched, info)
+        # A step that is not taken may have no finite entries: it is left out, not multiplied by 0.
+        taken = not (searched.is_left or torch.compiler.is_compiling())
+        direction = step.vector if taken else torch.where(step.taken, step.vector, 0)
+        moved = in_params_units(local, step.rate * direction)
+        following = next_state(state, local, step, direction)
+        leaves = tree_leaves((added(params, moved, settings.box), following))
+        return leaves, info, observe(local, step)
 
     def by_matrix(arguments: Arguments) -> tuple[list[Tensor], UpdateInfo, T]:
         with quadratic_model(arguments) as model:

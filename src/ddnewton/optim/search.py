@@ -48,20 +48,40 @@ class Step(NamedTuple):
     tried: Int[Tensor, ""]
 
 
-def search(local: LocalModel, settings: Settings, control: Float[Tensor, ""]) -> Step:
+class Searched(NamedTuple):
+    """The step that a search ends with, and what the host has read of it.
+
+    Of an ensemble that is of any of its members; while compiling nothing is read.
+    """
+
+    step: Step
+    is_open: bool  # neither taken nor settled
+    is_still: bool  # taken, and of no length
+    is_left: bool  # not taken
+
+
+def search(local: LocalModel, settings: Settings, control: Float[Tensor, ""]) -> Searched:
     """Return the first step that is taken, or that leaves nothing to gain, or the last one."""
     momentum: float | Literal["exact"] = settings.momentum
-    step = _tried(local, settings, first_control(local, settings, control), momentum, 0)
+    control = first_control(local, settings, control)
+    searched = _tried(local, settings, control, momentum, 0)
     for attempt in range(1, MOST_ATTEMPTS):
         # Every member of an ensemble has its step once none of them is left to search.
-        ended = ~_is_open(step)
-        if not any_known(~ended):
+        if not searched.is_open:
             break
         # A step before is not shortened by damping: leave it out from the second trial on.
-        trial = _tried(local, settings, step.following, 0.0, attempt)
-        several = is_batched(ended)
-        step = tree_map(partial(torch.where, ended), step, trial) if several else trial
-    return step
+        step = searched.step
+        searched = _tried(local, settings, step.following, 0.0, attempt)
+        if is_batched(step.taken):
+            ended = partial(torch.where, ~_is_open(step))
+            searched = _read(tree_map(ended, step, searched.step))
+    return searched
+
+
+def _read(step: Step) -> Searched:
+    """Return a step with what the host has to know of it."""
+    still = step.taken & (step.outcome.length == 0)
+    return Searched(step, *map(any_known, (_is_open(step), still, ~step.taken)))
 
 
 def _inside(local: LocalModel, vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
@@ -78,12 +98,18 @@ def _tried(
     control: Float[Tensor, ""],
     momentum: float | Literal["exact"],
     attempt: int,
-) -> Step:
+) -> Searched:
     """Try the step that a control leads to."""
-    delta, vector, rate = step_of_control(local, settings, control, momentum)
-    moved, point = _inside(local, rate * vector), _after(local, rate * vector)
+    delta, (vector, slopes_along), rate = step_of_control(local, settings, control, momentum)
+    stride = rate * vector
+    moved, point = _inside(local, stride), _after(local, stride)
     # The decrease that the quadratic model promises, −(gᵀs + ½ sᵀG s).
-    slopes, curvatures = quadratic_along(local.trials, moved[None])
+    column_slopes = None
+    if slopes_along is not None and moved is stride and rate.numel() == 1:
+        column_slopes = (rate * slopes_along)[:, None]
+    slopes, curvatures, column_slopes = quadratic_along(
+        local.trials, moved[None], column_slopes=column_slopes
+    )
     predicted = -(slopes[0] + curvatures[0, 0] / 2)
     decrease = local.loss - point.loss
     settled = (predicted.abs() <= local.noise) & (decrease.abs() <= local.noise)
@@ -101,11 +127,11 @@ def _tried(
     following = torch.where(settled & ~taken, control, following)
     step = Step(vector, rate, delta, outcome, taken, settled, following, outcome.attempts + 1)
     # Where it is not taken its outputs tell how the model bends along it.
-    may_bend = settings.adaptation.by_length and settings.trust_radius is None
-    if not (may_bend and attempt < ARC_ATTEMPTS and any_known(_is_open(step))):
-        return step
-    arc = arc_of(local.trials, delta, moved, point.outputs)
-    return step if arc is None else _on_arc(local, settings, control, step, arc)
+    searched, may_bend = _read(step), settings.adaptation.by_length and attempt < ARC_ATTEMPTS
+    if not (may_bend and settings.trust_radius is None and searched.is_open):
+        return searched
+    arc = arc_of(local.trials, delta, moved, point.outputs, column_slopes)
+    return searched if arc is None else _read(_on_arc(local, settings, control, step, arc))
 
 
 def _after(local: LocalModel, vector: Float[Tensor, " d"]) -> TrialPoint:

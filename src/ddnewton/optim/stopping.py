@@ -28,7 +28,8 @@ from ddnewton.optim.adaptation import SMALLEST_DAMPING
 from ddnewton.optim.local_model import LocalModel, sizes_of_blocks
 from ddnewton.optim.promise import quadratic_along
 from ddnewton.optim.search import Step
-from ddnewton.optim.trial_steps import trial_step, with_blocks
+from ddnewton.optim.solved_trials import with_blocks
+from ddnewton.optim.trial_steps import trial_step
 from ddnewton.trees import as_real, tree_leaves
 
 ADEQUATE_RATIO = 0.25
@@ -161,8 +162,8 @@ def _left_to_gain(local: LocalModel) -> Float[Tensor, ""]:
     What a rule says of single directions holds for it too, a number that damps all of them not.
     """
     blocks = [b if callable(b.damping) else b._replace(damping=0.0) for b in local.model.blocks]
-    vector = trial_step(
+    vector, _ = trial_step(
         with_blocks(local.trials, blocks), SMALLEST_DAMPING * local.curvature.trace, 0.0
     )
-    slopes, curvatures = quadratic_along(local.trials, vector[None])
+    slopes, curvatures, _ = quadratic_along(local.trials, vector[None])
     return -(slopes[0] + curvatures[0, 0] / 2)

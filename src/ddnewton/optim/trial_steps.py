@@ -1,4 +1,4 @@
-"""Trial steps of one batch, for any damping from one decomposition, and what a step promises.
+"""Trial steps of one batch, for any damping, and with a momentum.
 
 The dampings of all directions are δ more than what the blocks say; momentum and weight decay pull a
 step to a centre, as derived in `ddnewton.quadratic.proximal`.
@@ -6,116 +6,118 @@ step to a centre, as derived in `ddnewton.quadratic.proximal`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.columns.normal_equations import scaled_rows
-from ddnewton.inputs.groups import Block
-from ddnewton.optim.free_trials import FreeTrials, Lengths, free_lengths, free_trial_step
+from ddnewton.optim.free_trials import FreeTrials, free_trial_step
 from ddnewton.optim.settings import Complement
-from ddnewton.quadratic.directions import directions_of
-from ddnewton.quadratic.gauss_newton import GaussNewton
-from ddnewton.quadratic.kept import BlockDirections
+from ddnewton.optim.solved_trials import (
+    Decompositions,
+    TrialSteps,
+    by_decompositions,
+    by_factorizations,
+    column_slopes_of,
+    damping_of_all,
+    from_centres,
+    from_coordinates,
+)
 from ddnewton.quadratic.leafwise import centre_in_metric, in_metrics, is_leafwise, metric_of
-from ddnewton.quadratic.proximal import Centre, Proximal, ProximalBlock, centre_of, proximal_blocks
-from ddnewton.quadratic.quadratic_model import QuadraticModel, to_parameters
-from ddnewton.quadratic.shifted import Shifted, of_gradient, shifted, squared_lengths, step_at
-from ddnewton.quadratic.solution import damped_more, is_linear, solve, without_eigenpairs
-from ddnewton.trees import joined
+from ddnewton.quadratic.proximal import Centre, centre_of
+from ddnewton.quadratic.quadratic_model import QuadraticModel
+from ddnewton.quadratic.solution import damped_more
+from ddnewton.trees import chunks
 
-MOST_FACTORIZATIONS = 6
-"""How many dampings are factorized for, before matrices are decomposed for all of them."""
-
-TRIAL_CONDITION = 1e10
-"""Up to which ratio of the largest curvature to δ a trial goes without eigenpairs: the rounding of
-the matrix is a change of δ by less than 1e-4, and δ itself is a guess."""
+STEP_BYTES = 2**28
+"""How much memory steps may take that are made in one visit of the model."""
 
 
-@dataclass
-class Decompositions:
-    """The decompositions of the matrices that trials have made so far."""
+class TrialStep(NamedTuple):
+    """A step s, and the slopes A₁ᵀs of the columns of the curvature where they come with it."""
 
-    directions: list[BlockDirections] = field(default_factory=list)
-    shifted: list[Shifted] = field(default_factory=list)
-    factorizations: int = 0
-
-
-class TrialSteps(NamedTuple):
-    """What trial steps are made of; the matrices are decomposed where that is first needed."""
-
-    model: QuadraticModel
-    matrices: Sequence[GaussNewton]
-    complement: Complement
-    proximal: Proximal | None
-    proximal_blocks: Sequence[ProximalBlock]
-    free: Bool[Tensor, " d"] | None  # the parameters that no bound holds, None for all
-    decompositions: Decompositions
-    exact: bool  # whether δ so far is below what the matrices resolve
-
-
-def trial_steps(
-    model: QuadraticModel,
-    matrices: Sequence[GaussNewton],
-    complement: Complement,
-    proximal: Proximal | None,
-    free: Bool[Tensor, " d"] | None = None,
-    *,
-    exact: bool = False,
-) -> TrialSteps:
-    """Return the trial steps of a batch."""
-    pulls: list[ProximalBlock] = []
-    if proximal is not None:
-        scaled = model.scaling.scale is not None
-        pulls = proximal_blocks(proximal, matrices, model.leaves, model.sizes, scaled=scaled)
-    return TrialSteps(
-        model=model,
-        matrices=matrices,
-        complement=complement,
-        proximal=proximal,
-        proximal_blocks=pulls,
-        free=free,
-        decompositions=Decompositions(),
-        exact=exact,
-    )
-
-
-def with_blocks(
-    trials: TrialSteps | FreeTrials, blocks: Sequence[Block]
-) -> TrialSteps | FreeTrials:
-    """Return trial steps of blocks with other dampings."""
-    return trials._replace(model=trials.model._replace(blocks=blocks))  # type: ignore[arg-type]
+    vector: Float[Tensor, " d"]
+    column_slopes: Float[Tensor, " i"] | None
 
 
 def trial_step(
     trials: TrialSteps | FreeTrials, delta: Tensor, momentum: float | Tensor
-) -> Float[Tensor, " d"]:
+) -> TrialStep:
     """Return the step for a damping δ, above what the blocks say, and a momentum."""
     if isinstance(trials, FreeTrials):
-        return free_trial_step(trials, delta, momentum)
-    model, proximal = trials.model, trials.proximal
+        return TrialStep(free_trial_step(trials, delta, momentum), None)
     if is_leafwise(trials.proximal_blocks):
-        return _leafwise_step(trials, delta, momentum)
+        return TrialStep(_leafwise_step(trials, delta, momentum), None)
+    asked = _asked(trials, delta, momentum)
+    vectors, column_slopes = _solved(trials, asked)
+    return TrialStep(from_centres(trials, vectors, asked.centres), column_slopes)
+
+
+def trial_vectors(
+    trials: TrialSteps | FreeTrials, deltas: Sequence[Tensor]
+) -> Iterator[Float[Tensor, " d"]]:
+    """Yield the steps for some dampings without momentum, many from one visit of the model."""
+    alone = isinstance(trials, FreeTrials) or is_leafwise(trials.proximal_blocks)
+    if isinstance(trials, FreeTrials) or alone or _asked(trials, deltas[0], 0.0).centres:
+        yield from (trial_step(trials, delta, 0.0).vector for delta in deltas)
+        return
+    # As many as fit into the memory for them.
+    count = max(1, STEP_BYTES // (torch.float64.itemsize * sum(trials.model.sizes)))
+    for part in chunks(len(deltas), count):
+        asked = [_asked(trials, delta, 0.0) for delta in deltas[part]]
+        coordinates = [by_factorizations(trials, *of_delta) for of_delta in asked]
+        if any(of_delta is None for of_delta in coordinates):
+            yield from (trial_step(trials, delta, 0.0).vector for delta in deltas[part])
+            continue
+        of_blocks = [torch.stack(of_block) for of_block in zip(*coordinates, strict=True)]
+        outside = [
+            None if None in dampings else torch.stack(dampings)
+            for dampings in zip(*(of_delta.outside for of_delta in asked), strict=True)
+        ]
+        yield from from_centres(trials, from_coordinates(trials, of_blocks, outside), None)
+
+
+class _Asked(NamedTuple):
+    """The model with the dampings of a trial, those outside the kept directions, and centres."""
+
+    damped: QuadraticModel
+    outside: Sequence[Tensor | None]
+    centres: Sequence[Centre] | None
+
+
+def _asked(trials: TrialSteps, delta: Tensor, momentum: float | Tensor) -> _Asked:
+    """Return dampings and centres for a δ, above what the blocks say, and a momentum."""
     # Weight decay is a damping of all directions as well.
-    decays = [block.decay for block in trials.proximal_blocks] or [0.0] * len(model.blocks)
-    deltas = [delta + decay for decay in decays]
+    model, pulls = trials.model, trials.proximal_blocks
+    decays = [block.decay for block in pulls] or [0.0] * len(model.blocks)
+    deltas = [delta + decay for decay in decays] if pulls else [delta] * len(decays)
     damped = damped_more(model, deltas)
-    scalars = list(map(_scalar, damped.blocks, deltas))
+    scalars = list(map(damping_of_all, damped.blocks, deltas))
     outside = list(map(partial(_outside, trials.complement), scalars, deltas))
     # A centre is that of the damping outside the kept directions; inside, some is added to it.
-    centres = None
-    if proximal is not None:
-        dampings = [x if y is None else y for x, y in zip(scalars, outside, strict=True)]
-        centres = [
-            centre_of(block, damping, decay, momentum)
-            for block, damping, decay in zip(trials.proximal_blocks, dampings, decays, strict=True)
-        ]
-    return _from_centres(trials, _vectors(trials, damped, outside, centres), centres)
+    decayed = any(pull.counts[1] for pull in pulls)
+    if not decayed and not isinstance(momentum, Tensor) and momentum == 0:
+        return _Asked(damped, outside, None)
+    dampings = [x if y is None else y for x, y in zip(scalars, outside, strict=True)]
+    centres = [
+        centre_of(block, damping, decay, momentum)
+        for block, damping, decay in zip(pulls, dampings, decays, strict=True)
+    ]
+    return _Asked(damped, outside, centres or None)
+
+
+def _solved(
+    trials: TrialSteps, asked: _Asked
+) -> tuple[list[Float[Tensor, " _"]], Float[Tensor, " i"] | None]:
+    """Return the steps of all blocks from their centres, and A₁ᵀs where it comes with them."""
+    coordinates = by_factorizations(trials, *asked)
+    if coordinates is None:
+        return by_decompositions(trials, *asked), None
+    vectors = from_coordinates(trials, coordinates, asked.outside)
+    return vectors, column_slopes_of(trials, coordinates, asked.centres)
 
 
 def _leafwise_step(
@@ -124,7 +126,7 @@ def _leafwise_step(
     """Return the step where decays differ inside a block, as derived in quadratic/leafwise.py."""
     model, pulls = trials.model, trials.proximal_blocks
     damped_blocks = damped_more(model, [delta] * len(model.blocks)).blocks
-    dampings = [_scalar(block, delta) for block in damped_blocks]
+    dampings = [damping_of_all(block, delta) for block in damped_blocks]
     metrics = list(map(metric_of, pulls, dampings))
     centres = [
         centre_in_metric(pull, matrix, metric, momentum)
@@ -137,28 +139,17 @@ def _leafwise_step(
         blocks=[block._replace(damping=unit_damping) for block in model.blocks]
     )
     outside = [None if trials.complement is None else unit_damping for _ in model.blocks]
-    fresh = trials._replace(model=scaled, matrices=matrices, decompositions=Decompositions())
+    pairs = zip(trials.gradients, metrics, strict=True)
+    fresh = trials._replace(
+        model=scaled,
+        matrices=matrices,
+        gradients=[gradient / metric.sqrt() for gradient, metric in pairs],
+        decompositions=Decompositions(),
+    )
     # Back from there.
-    pairs = zip(_vectors(fresh, damped, outside, centres), metrics, strict=True)
-    vectors = [vector / metric.sqrt() for vector, metric in pairs]
-    return _from_centres(trials, vectors, centres)
-
-
-def _from_centres(
-    trials: TrialSteps, vectors: Sequence[Tensor], centres: Sequence[Centre] | None
-) -> Float[Tensor, " d"]:
-    """Return the step of all leaves from those of the blocks, each from its centre."""
-    model = trials.model
-    if centres is not None:
-        pairs = zip(centres, vectors, strict=True)
-        vectors = [centre.vector + vector for centre, vector in pairs]
-    step = joined(vectors, model.leaves, model.sizes)
-    return step if trials.free is None else trials.free * step
-
-
-def _scalar(block: Block, delta: Tensor) -> Tensor:
-    """Return the damping that all directions of a block share: of a rule, only what is added."""
-    return delta if callable(block.damping) else torch.as_tensor(block.damping, dtype=delta.dtype)
+    vectors, _ = _solved(fresh, _Asked(damped, outside, centres))
+    vectors = [vector / metric.sqrt() for vector, metric in zip(vectors, metrics, strict=True)]
+    return from_centres(trials, vectors, centres)
 
 
 def _outside(complement: Complement, scalar: Tensor, delta: Tensor) -> Tensor | None:
@@ -166,92 +157,3 @@ def _outside(complement: Complement, scalar: Tensor, delta: Tensor) -> Tensor | 
     if complement is None:
         return None
     return scalar if complement == "damping" else complement + delta
-
-
-def _vectors(
-    trials: TrialSteps,
-    damped: QuadraticModel,
-    outside: Sequence[Tensor | None],
-    centres: Sequence[Centre] | None,
-) -> list[Float[Tensor, " _"]]:
-    """Return the steps of all blocks from their centres, by eigenpairs only where these are due."""
-    matrices, decompositions = trials.matrices, trials.decompositions
-    if not decompositions.directions and is_linear(damped, outside):
-        # Factorize for each of the first few dampings, and decompose for all that follow.
-        coordinates = None
-        if not decompositions.shifted and decompositions.factorizations < MOST_FACTORIZATIONS:
-            decompositions.factorizations += 1
-            options = (outside, centres, TRIAL_CONDITION)
-            coordinates = without_eigenpairs(damped, matrices, *options)
-        if coordinates is not None:
-            return to_parameters(damped, matrices, coordinates)
-        if centres is None and (steps := _shifted(trials)) is not None:
-            return _steps_at(steps, damped)
-    # Directions, in the first trial that needs them, for all that follow.
-    if not decompositions.directions:
-        only_kept = trials.complement is None
-        decompositions.directions.extend(directions_of(trials.model, matrices, only_kept=only_kept))
-    coordinates = []
-    pairs = zip(decompositions.directions, damped.blocks, strict=True)
-    for b, (directions, block) in enumerate(pairs):
-        centre = None if centres is None else centres[b]
-        solution = solve(damped, directions._replace(block=block), outside[b], centre)
-        coordinates.append(solution.coordinates)
-    return to_parameters(damped, matrices, coordinates)
-
-
-def _shifted(trials: TrialSteps) -> list[Shifted] | None:
-    """Return the decompositions of all blocks, None where one has none; made in the first call."""
-    model, decompositions = trials.model, trials.decompositions
-    if not decompositions.shifted:
-        # Of every block, by its rows or by its matrix.
-        options = {"everywhere": trials.complement is not None, "exact": trials.exact}
-        for matrix, leaves in zip(trials.matrices, model.leaves, strict=True):
-            rows = partial(scaled_rows, model.curvature_jacobians, leaves, model.curvature_weights)
-            d = sum(model.sizes[leaf] for leaf in leaves)
-            of_block = shifted(matrix, model.gradient_weights, rows, d, **options)
-            if of_block is None:
-                decompositions.shifted.clear()
-                return None
-            decompositions.shifted.append(of_block)
-    return decompositions.shifted
-
-
-def _steps_at(steps: Sequence[Shifted], damped: QuadraticModel) -> list[Float[Tensor, " _"]]:
-    """Return the steps of all blocks, each for its damping."""
-    like = steps[0].evals[0]
-    return list(map(step_at, steps, [_scalar(block, like).to(like) for block in damped.blocks]))
-
-
-def further_step(
-    trials: TrialSteps, delta: Tensor, weights: Float[Tensor, " i"]
-) -> Float[Tensor, " d"]:
-    """Return the step of another gradient A₁ u, by the weights u of the columns of the curvature.
-
-    The matrices must have been decomposed by a trial before it.
-    """
-    steps = [of_gradient(of_block, weights) for of_block in trials.decompositions.shifted]
-    damped = damped_more(trials.model, [delta] * len(steps))
-    return _from_centres(trials, _steps_at(steps, damped), None)
-
-
-def lengths_at(trials: TrialSteps | FreeTrials) -> Lengths | None:
-    """Return the lengths of the steps for some dampings; None where each of them takes a step."""
-    if isinstance(trials, FreeTrials):
-        return free_lengths(trials)
-    # Where nothing but the gradient makes a step, and linear systems give it.
-    model = trials.model
-    if trials.proximal is not None or trials.complement is not None:
-        return None
-    steps = _shifted(trials) if is_linear(model, [None] * len(model.blocks)) else None
-    if steps is None:
-        return None
-    dampings = [_scalar(block, steps[0].evals[0]) for block in model.blocks]
-
-    def lengths(deltas: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
-        pairs = zip(steps, dampings, strict=True)
-        squares = [squared_lengths(of_block, deltas + damping) for of_block, damping in pairs]
-        return torch.stack(squares).sum(0).sqrt()
-
-    least = 2 * torch.stack([of_block.rounding for of_block in steps]).amax()
-    return Lengths(lengths, least, lambda delta: False)

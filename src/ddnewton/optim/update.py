@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ddnewton.optim.box import is_free
+from ddnewton.optim.control import damping_so_far
 from ddnewton.optim.free_matrices import FreeMatrix, free_matrices, of_free_parameters
 from ddnewton.optim.free_trials import FreeTrials
 from ddnewton.optim.local_model import (
@@ -21,20 +22,20 @@ from ddnewton.optim.local_model import (
     loss_before,
     noise_of,
 )
-from ddnewton.optim.promise import curvature_of
+from ddnewton.optim.promise import curvature_of, gradients_of
 from ddnewton.optim.search import Step
 from ddnewton.optim.settings import Settings, decays_of
+from ddnewton.optim.solved_trials import TrialSteps, trial_steps
 from ddnewton.optim.state import State, UpdateInfo
-from ddnewton.optim.trial_steps import TrialSteps, trial_steps
-from ddnewton.quadratic.flat import check_slopes, flat_share, has_flat_samples
+from ddnewton.quadratic.flat import any_flat, check_slopes, flat_share, has_flat_samples
 from ddnewton.quadratic.gauss_newton import GaussNewton
 from ddnewton.quadratic.held import of_free
 from ddnewton.quadratic.leafwise import any_decayed, check_leafwise
 from ddnewton.quadratic.matrices import gauss_newton_matrices
 from ddnewton.quadratic.matrix_free.free_model import FreeModel, check_free_slopes
 from ddnewton.quadratic.proximal import Proximal, different
-from ddnewton.quadratic.quadratic_model import QuadraticModel, gradients
-from ddnewton.transforms import any_known
+from ddnewton.quadratic.quadratic_model import QuadraticModel
+from ddnewton.transforms import concatenated
 from ddnewton.trees import flattened, joined, real_count, tree_leaves, unflattened
 from ddnewton.types import PyTree
 
@@ -58,7 +59,7 @@ def local_model(
     decays = decays_of(settings.weight_decay, params)
     scaled = settings.scale is not None
     check_leafwise(model, decays, settings.complement, scaled=scaled)
-    model, matrices = _matrices(model, settings, state)
+    model, matrices = _matrices(model, settings, params, state)
     scale = model.scaling.scale
     scaled_params = in_model_units(params, scale)
     # The vectors that pull a step besides the gradient.
@@ -75,8 +76,9 @@ def local_model(
         )
     # The slopes along the parameters; those that bounds hold have none, and no curvature.
     of_loss, free = _gradients(model, matrices, settings), None
-    of_penalty = by_block(model, decay_of(proximal, scaled_params) * scaled_params)
-    slopes = list(map(torch.add, of_loss, of_penalty))
+    slopes = of_loss
+    if (decay := decay_of(proximal, scaled_params)) is not None:
+        slopes = list(map(torch.add, of_loss, by_block(model, decay * scaled_params)))
     if settings.box is not None:
         free = is_free(settings.box, params, joined(slopes, model.leaves, model.sizes))
         model, matrices = _held(model, matrices, free)
@@ -85,10 +87,10 @@ def local_model(
     # What all trials are compared with, and whether the damping so far is lost in rounding.
     loss = loss_before(model, proximal, scaled_params)
     curvature = curvature_of(matrices, scaled_params)
-    exact = any_known(state.damping <= RESOLVED_DAMPING * curvature.trace)
+    exact = state.damping <= RESOLVED_DAMPING * curvature.trace
     local = LocalModel(
         model=model,
-        trials=_trials(model, matrices, settings, proximal, free, exact=exact),
+        trials=_trials(model, matrices, of_loss, settings, proximal, free=free, exact=exact),
         params=params,
         scaled_params=scaled_params,
         scale=scale,
@@ -99,7 +101,7 @@ def local_model(
         curvature=curvature,
         box=settings.box,
         slopes=slopes,
-        gradient_norm=torch.cat(of_loss).norm(),
+        gradient_norm=concatenated(of_loss).norm(),
         loss=loss,
         noise=torch.zeros_like(loss),
     )
@@ -107,13 +109,17 @@ def local_model(
 
 
 def _matrices(
-    model: QuadraticModel | FreeModel, settings: Settings, state: State
+    model: QuadraticModel | FreeModel, settings: Settings, params: PyTree, state: State
 ) -> tuple[QuadraticModel | FreeModel, Matrices]:
     """Return the matrices of the blocks, on as many digits as the damping so far asks for."""
     if isinstance(model, FreeModel):
         return model, free_matrices(model)
-    by_length = settings.adaptation.by_length
-    least_damping = torch.where(state.damping.isnan() | by_length, 0, state.damping)
+    units = model.scaling.scale
+
+    def least_damping(matrices: Sequence[GaussNewton]) -> Tensor:
+        curvature = curvature_of(matrices, in_model_units(params, units))
+        return damping_so_far(settings.adaptation, state, curvature)
+
     sizes = None if state.sizes == () else flattened(state.sizes)
     return gauss_newton_matrices(model, least_damping, sizes)
 
@@ -130,7 +136,7 @@ def _gradients(
         return of_blocks
     exact = cast("list[GaussNewton]", matrices)
     check_slopes(model, exact, curved=curved)
-    return gradients(model, exact)
+    return gradients_of(model, exact)
 
 
 def _held(
@@ -145,21 +151,20 @@ def _held(
 def _trials(
     model: QuadraticModel | FreeModel,
     matrices: Matrices,
+    of_loss: Sequence[Float[Tensor, " _"]],
     settings: Settings,
     proximal: Proximal | None,
-    free: Bool[Tensor, " d"] | None,
     *,
-    exact: bool,
+    free: Bool[Tensor, " d"] | None,
+    exact: Bool[Tensor, ""],
 ) -> TrialSteps | FreeTrials:
     """Return the trial steps, by matrices or by products."""
-    complement = settings.complement
+    options = (settings.complement, proximal, free)
     if isinstance(model, FreeModel):
         products = cast("list[FreeMatrix]", matrices)
-        return FreeTrials(
-            model, products, complement, proximal, free, spaces={}, directions={}, tried=[]
-        )
+        return FreeTrials(model, products, *options, spaces={}, directions={}, tried=[])
     exact_matrices = cast("list[GaussNewton]", matrices)
-    return trial_steps(model, exact_matrices, complement, proximal, free, exact=exact)
+    return trial_steps(model, exact_matrices, of_loss, *options, exact=exact)
 
 
 def _by_parameter(
@@ -178,12 +183,13 @@ def _by_parameter(
     return vector if scale is None else vector * scale.square()
 
 
-def next_state(state: State, local: LocalModel, step: Step) -> State:
-    """Return the state after a step; one that is not taken is no start for the next."""
+def next_state(
+    state: State, local: LocalModel, step: Step, direction: Float[Tensor, " d"]
+) -> State:
+    """Return the state after a step along a direction, which is zero where it is not taken."""
     previous: PyTree = ()
     if state.previous != ():
-        vector = in_params_units(local, step.vector)
-        previous = unflattened(torch.where(step.taken, vector, 0), local.params)
+        previous = unflattened(in_params_units(local, direction), local.params)
     sizes: PyTree = state.sizes
     if state.sizes != () and local.model.scaling.sizes is not None:
         sizes = unflattened(local.model.scaling.sizes, state.sizes)
@@ -222,11 +228,12 @@ def _flat_share(local: LocalModel) -> Float[Tensor, ""]:
     """Return the share of the gradient that has no curvature, nan where it is not known."""
     if isinstance(local.model, FreeModel) or isinstance(local.trials, FreeTrials):
         return torch.full_like(local.gradient_norm, torch.nan)
-    if not has_flat_samples(local.model):
-        return torch.zeros_like(local.gradient_norm)
     blocks, count = local.trials.decompositions.directions, len(local.model.curvature_weights)
     if not blocks or any(len(block.spectrum.evals) < count for block in blocks):
-        return torch.full_like(local.gradient_norm, torch.nan)
+        flat = any_flat(local.model)
+        return torch.where(flat, torch.nan, torch.zeros_like(local.gradient_norm))
+    if not has_flat_samples(local.model):
+        return torch.zeros_like(local.gradient_norm)
     return flat_share(local.model, blocks, local.gradient_norm)
 
 

@@ -106,8 +106,12 @@ def flat_share(
 
 def has_flat_samples(model: QuadraticModel) -> bool:
     """Return whether a sample has, or may have, a slope without curvature."""
-    flat = (model.curvature_weights <= 0) & _steep(model)
-    return torch.compiler.is_compiling() or any_known(flat)
+    return torch.compiler.is_compiling() or any_known(any_flat(model))
+
+
+def any_flat(model: QuadraticModel) -> Bool[Tensor, ""]:
+    """Return whether a sample has a slope without curvature, unread."""
+    return ((model.curvature_weights <= 0) & _steep(model)).any()
 
 
 def _steep(model: QuadraticModel) -> Bool[Tensor, " i"]:

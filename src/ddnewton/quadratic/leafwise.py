@@ -104,5 +104,5 @@ def centre_in_metric(
     before, params = pull.vectors.split(list(pull.counts))
     pulled = momentum * (metric - pull.decay) * before.sum(0) - pull.decay * params.sum(0)
     vector = pulled / metric
-    slopes = matrix.columns.rmatmat(vector[:, None])[:, 0]
+    slopes = matrix.columns.rmatmat(vector[:, None])[: len(matrix.weights), 0]
     return Centre(vector, slopes, torch.zeros_like(slopes), torch.ones_like(metric[0]))

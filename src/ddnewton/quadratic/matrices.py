@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -20,10 +21,13 @@ from ddnewton.quadratic.gauss_newton import GaussNewton, block_matrices
 from ddnewton.quadratic.quadratic_model import QuadraticModel, expanded, quadratic_model
 from ddnewton.trees import along_block
 
+LeastDamping: TypeAlias = float | Tensor | Callable[[Sequence[GaussNewton]], Tensor]
+"""By what all directions are damped besides what their blocks say: a number, or of the matrices."""
+
 
 def gauss_newton_matrices(
     model: QuadraticModel,
-    least_damping: float | Tensor = 0.0,
+    least_damping: LeastDamping = 0.0,
     sizes: Float[Tensor, " d"] | None = None,
 ) -> tuple[QuadraticModel, list[GaussNewton]]:
     """Return the matrices of the blocks, in float64 where dampings ask for more than float32 has.
@@ -40,13 +44,14 @@ def gauss_newton_matrices(
 
 
 def is_resolved(
-    model: QuadraticModel, matrices: Sequence[GaussNewton], least_damping: float | Tensor = 0.0
+    model: QuadraticModel, matrices: Sequence[GaussNewton], least_damping: LeastDamping = 0.0
 ) -> bool:
     """Return whether the precision that a model is in is enough, or the highest that it has."""
     if all(term.linearization.in_float64 is None for term in model.terms):
         return True
+    least = least_damping(matrices) if callable(least_damping) else least_damping
     pairs = zip(model.blocks, matrices, strict=True)
-    return all(_resolved(block, matrix, least_damping) for block, matrix in pairs)
+    return all(_resolved(block, matrix, least) for block, matrix in pairs)
 
 
 def in_float64(model: QuadraticModel) -> QuadraticModel:

@@ -22,8 +22,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.quadratic.gauss_newton import GaussNewton
+from ddnewton.columns.gram import rmatmat
+from ddnewton.inputs.groups import is_whole
 from ddnewton.quadratic.kept import Directions
+from ddnewton.quadratic.quadratic_model import QuadraticModel
+from ddnewton.transforms import concatenated
+from ddnewton.trees import along_block
 
 
 class Proximal(NamedTuple):
@@ -42,42 +46,40 @@ class ProximalBlock(NamedTuple):
     """The vectors that pull on the parameters of one block, and the columns' slopes along them."""
 
     vectors: Float[Tensor, "v d"]
-    column_slopes: Float[Tensor, "a v"]
+    column_slopes: Float[Tensor, "i v"]
     counts: tuple[int, int]  # of vectors: of the step before, of the parameters
     decay: float | Tensor  # one number, or one of every parameter
 
 
 class Centre(NamedTuple):
-    """Where the damping δ of all directions pulls the step of a block, c, and Aᵀc of the columns A.
+    """Where the damping δ of all directions pulls the step of a block, c, and A₁ᵀc of its columns.
 
-    ``decay`` is the part of Aᵀc that weight decay makes. A rule adds to δ without it: the rule
+    ``decay`` is the part of A₁ᵀc that weight decay makes. A rule adds to δ without it: the rule
     pulls to where the centre was before the decay.
     """
 
     vector: Float[Tensor, " d"]
-    column_slopes: Float[Tensor, " a"]
-    decay: Float[Tensor, " a"]
+    column_slopes: Float[Tensor, " i"]
+    decay: Float[Tensor, " i"]
     delta: Float[Tensor, ""]
 
 
 def proximal_blocks(
-    proximal: Proximal,
-    matrices: Sequence[GaussNewton],
-    leaves: Sequence[Sequence[int]],
-    sizes: Sequence[int],
-    *,
-    scaled: bool,
+    proximal: Proximal, model: QuadraticModel, *, scaled: bool
 ) -> list[ProximalBlock]:
     """Return the vectors that pull, cut to the parameters of every block.
 
     A block has one weight decay where that of its leaves is one, in the parameters' own units.
     """
-    parts = torch.cat([proximal.previous, proximal.params]).split(list(sizes), 1)
-    counts = (len(proximal.previous), len(proximal.params))
+    counts, sizes = (len(proximal.previous), len(proximal.params)), model.sizes
+    pulls = [vectors for vectors in (proximal.previous, proximal.params) if len(vectors)]
+    every = concatenated(pulls)
     blocks = []
-    for block, matrix in zip(leaves, matrices, strict=True):
-        vectors = torch.cat([parts[leaf] for leaf in block], 1)
-        slopes = matrix.columns.rmatmat(vectors.mT)
+    for block in model.leaves:
+        vectors = every
+        if not is_whole(model.leaves, len(sizes)):
+            vectors = torch.stack([along_block(vector, block, sizes) for vector in every])
+        slopes = rmatmat(model.curvature_jacobians, block, vectors.mT)
         # One weight decay of the block, or one of every parameter.
         decays = different([proximal.decays[leaf] for leaf in block])
         decay = decays[0] if decays else 0.0
