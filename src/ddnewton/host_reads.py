@@ -4,7 +4,8 @@ What depends on values, an error or another way to go on, is a question: is an e
 true? On a CPU it is answered at once. In a call that is made by `read_once` on another device
 nothing is read meanwhile: the call goes on as if all answers were no, and they are read together at
 its end. If one is yes after all, the call is made again, with an answer to every question, and the
-error is raised or the other way taken.
+error is raised or the other way taken. What a search goes by is answered in the middle of a call,
+and with it all that was asked before.
 """
 
 from __future__ import annotations
@@ -35,6 +36,34 @@ def answer(mask: Bool[Tensor, "..."]) -> bool:
         return bool(mask.any())
     questions.append(mask.any())
     return False
+
+
+class Doubtful(Exception):
+    """A question that was taken as a no in a call that is under way, and is a yes."""
+
+
+def answers(masks: Sequence[Bool[Tensor, "..."]]) -> list[bool]:
+    """Return of masks on one device whether they have a true entry, and settle all before, at once.
+
+    The call under way ends here if a question before is a yes. While compiling all are no.
+    """
+    if torch.compiler.is_compiling():
+        return [False for _ in masks]
+    questions = _QUESTIONS.get()
+    if questions is None:
+        return [bool(mask.any()) for mask in masks]
+    # The questions before as one, in front of what is asked now: the bits of one number.
+    device, so_far = masks[0].device, list(questions)
+    questions.clear()
+    before = [question for question in so_far if question.device == device]
+    asked = [torch.stack(before).any()] if before else []
+    asked += [mask.any() for mask in masks]
+    code = int(sum(bit.long() << place for place, bit in enumerate(asked)))
+    bits = [bool(code >> place & 1) for place in range(len(asked))]
+    elsewhere = {question.device for question in so_far} - {device}
+    if (before and bits[0]) or any(_any_on(other, so_far) for other in elsewhere):
+        raise Doubtful
+    return bits[len(asked) - len(masks) :]
 
 
 def read_once(call: Callable[[], R], device: torch.device) -> R:

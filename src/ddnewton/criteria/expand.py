@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddnewton.criteria.hessian_blocks import joint_expansion
-from ddnewton.criteria.loss import Expansion, Loss, name_of, sample_gradient
+from ddnewton.criteria.loss import Expansion, Loss, name_of, sample_values
 from ddnewton.criteria.monte_carlo import AnyCriterion, MonteCarlo, sampled
 from ddnewton.criteria.residuals import is_robust
 from ddnewton.criteria.torch_losses import record_of
@@ -141,7 +141,7 @@ def losses(loss: Loss, outputs: Float[Tensor, "n ..."], y: PyTree) -> Float[Tens
 
     For samples of a batch that have losses of their own; for any other there is `joint_loss`.
     """
-    return loss_in_float64(lambda f: sample_gradient(loss, f, y)[0].double(), outputs, outputs)
+    return loss_in_float64(lambda f: sample_values(loss, f, y).double(), outputs, outputs)
 
 
 def joint_loss(

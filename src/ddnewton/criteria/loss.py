@@ -58,7 +58,8 @@ class Loss(NamedTuple):
     with its Fisher information as their mean square E[s sᵀ]: ``count`` of them, or as many for each
     of several positions, one position after the other. It is None for a loss without a likelihood
     that can be drawn from. ``gradient(outputs, y)`` returns values [n] and gradients
-    [n c] without the Hessian; it is None where they are taken from the expansion.
+    [n c] without the Hessian; it is None where they are taken from the expansion. ``value`` returns
+    the values alone; it is None where they are taken from the gradient.
     ``fisher(outputs, y)`` is ``expand`` with the Fisher information for the Hessian; it is None
     where the two are the same, as they are for a loss with ``scores``, or where there is none.
     ``columns(outputs)`` is the largest m that a sample's L may have, which is asked for before L is
@@ -102,6 +103,7 @@ class Loss(NamedTuple):
     redrawn: Callable[..., Any] | None = None
     curvature_ratio: Callable[[Tensor, PyTree], Tensor] | None = None
     depends_on_batch: bool = False
+    value: Callable[[Tensor, PyTree], Tensor] | None = None
     made_by: Call | None = None  # by which it is pickled
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -113,8 +115,9 @@ PRODUCTS_OF = {
     "fisher_root": "fisher",
     "position_scores": "scores",
     "positions": "expand",
+    "value": "gradient",
 }
-"""Which functions of a record are another's by products, or tell the form of its results."""
+"""Which functions of a record are another's by products or in part, or tell its results' form."""
 
 
 def without_stale_products(loss: Loss) -> Loss:
@@ -174,6 +177,13 @@ def sample_gradient(
         return loss.gradient(outputs, y)
     expansion = loss.expand(outputs, y)
     return expansion.value, slopes_of(expansion)
+
+
+def sample_values(loss: Loss, outputs: Float[Tensor, "n ..."], y: PyTree) -> Float[Tensor, " n"]:
+    """Return the losses of some samples, of a batch whose samples have their own."""
+    if loss.value is not None:
+        return loss.value(outputs, y)
+    return sample_gradient(loss, outputs, y)[0]
 
 
 def name_of(criterion: object) -> str:

@@ -140,6 +140,7 @@ def cross_entropy(
         positions=lambda outputs: 1 if outputs.shape[1] == 1 else outputs.shape[2:].numel(),
         root=lambda f, y: softmax_root(*gradient(f, y), classes_last(f), targets(f, y).sum(2)),
         position_scores=position_scores,
+        value=lambda f, y: -(targets(f, y) * classes_last(f).log_softmax(2)).sum((1, 2)),
     )
 
 

@@ -9,7 +9,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ddnewton.criteria.loss import Expansion, Loss, Uniform, sample_gradient
+from ddnewton.criteria.loss import Expansion, Loss, Uniform, sample_gradient, sample_values
 from ddnewton.criteria.monte_carlo import AnyCriterion, MonteCarlo
 from ddnewton.criteria.root import PositionScores, Root, changed_root, scaled_root, scaled_scores
 from ddnewton.criteria.torch_losses import record_of
@@ -107,6 +107,7 @@ def _times(loss: Loss, weight: float | Tensor) -> Loss:
     return loss._replace(
         expand=lambda outputs, y: of_expansion(loss.expand(outputs, y)),
         gradient=gradient,
+        value=lambda outputs, y: scaled(sample_values(loss, outputs, y)),
         scores=scores if loss.scores else None,
         fisher=fisher if loss.fisher else None,
         joint=joint if loss.joint else None,

@@ -41,7 +41,6 @@ class LocalModel(NamedTuple):
     model: QuadraticModel | FreeModel
     trials: TrialSteps | FreeTrials
     params: PyTree
-    scaled_params: Float[Tensor, " d"]  # in the units of the quadratic model, as steps are
     scale: Float[Tensor, " d"] | None
     proximal: Proximal | None
     updates: Int[Tensor, ""]
@@ -53,6 +52,11 @@ class LocalModel(NamedTuple):
     gradient_norm: Float[Tensor, ""]  # without weight decay
     loss: Float[Tensor, ""]  # of the samples of the gradient, with its penalty
     noise: Float[Tensor, ""]  # by how much rounding moves it
+
+    @property
+    def scaled_params(self) -> Float[Tensor, " d"]:
+        """The parameters in the units of the quadratic model, as steps are."""
+        return in_model_units(self.params, self.scale)
 
 
 class BlockSizes(NamedTuple):
@@ -129,20 +133,20 @@ def noise_of(local: LocalModel) -> Float[Tensor, ""]:
 
 def sizes_of_blocks(local: LocalModel) -> list[BlockSizes]:
     """Return the parameters of every block, with the slope and the curvature along each of them."""
-    theta, decays = by_block(local.model, local.scaled_params), None
-    if (decay := decay_of(local.proximal, local.scaled_params)) is not None:
-        decays = by_block(local.model, decay)
-    blocks = []
     matrices: Sequence[GaussNewton | FreeMatrix] = local.trials.matrices
+    decay, whole = decay_of(local.proximal), is_whole(local.model.leaves, len(local.model.sizes))
+    # Of one block without decay, on the side of the columns, both norms are at hand.
+    if whole and decay is None and (isinstance(matrices[0], FreeMatrix) or matrices[0].on_columns):
+        parts = (local.curvature.params, local.gradient_norm, matrices[0].trace())
+        return [BlockSizes(*(part[None] for part in parts))]
+    theta = by_block(local.model, local.scaled_params)
+    decays = None if decay is None else by_block(local.model, decay)
+    blocks = []
     for b, (params, slopes, matrix) in enumerate(zip(theta, local.slopes, matrices, strict=True)):
         # The curvatures of single parameters are the diagonal of G, where that is what is known.
         if isinstance(matrix, FreeMatrix) or matrix.on_columns:
             curvature = matrix.trace() + (0 if decays is None else decays[b].sum())
-            # Of one block without decay, both norms are at hand.
-            norms = [local.curvature.params, local.gradient_norm]
-            if len(theta) > 1 or decays is not None:
-                norms = [params.norm(), slopes.norm()]
-            blocks.append(BlockSizes(norms[0][None], norms[1][None], curvature[None]))
+            blocks.append(BlockSizes(params.norm()[None], slopes.norm()[None], curvature[None]))
         else:
             curvature = matrix.diagonal() + (0 if decays is None else decays[b])
             blocks.append(BlockSizes(params.abs(), slopes.abs(), curvature))
@@ -158,11 +162,11 @@ def by_block(
     return [along_block(vector, block, model.sizes) for block in model.leaves]
 
 
-def decay_of(proximal: Proximal | None, theta: Float[Tensor, " d"]) -> Float[Tensor, " d"] | None:
+def decay_of(proximal: Proximal | None) -> Float[Tensor, " d"] | None:
     """Return the weight decay of every parameter, None where there is none."""
     if proximal is None or not len(proximal.params):
         return None
-    return 0 * theta + proximal.decay
+    return 0 * proximal.params[0] + proximal.decay
 
 
 def in_params_units(local: LocalModel, vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
@@ -176,11 +180,17 @@ def in_model_units(params: PyTree, scale: Float[Tensor, " d"] | None) -> Float[T
     return vector if scale is None else vector / scale
 
 
-def loss_before(
-    model: QuadraticModel | FreeModel, proximal: Proximal | None, scaled_params: Float[Tensor, " d"]
-) -> Float[Tensor, ""]:
+def length_of(params: PyTree, scale: Float[Tensor, " d"] | None) -> Float[Tensor, ""]:
+    """Return ‖θ / scale‖."""
+    parts = tree_leaves(as_real(params)) if scale is None else [in_model_units(params, scale)]
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
+    length: Tensor = torch.stack(norms).norm()
+    return length
+
+
+def loss_before(model: QuadraticModel | FreeModel, proximal: Proximal | None) -> Float[Tensor, ""]:
     """Return the loss of the samples of the gradient, with its penalty, before a step."""
     loss = torch.as_tensor(sum(term.losses_of_gradient.mean() for term in model.terms))
     if proximal is None or not len(proximal.params):
         return loss
-    return loss + _penalty(proximal.decay, scaled_params)
+    return loss + _penalty(proximal.decay, proximal.params[0])

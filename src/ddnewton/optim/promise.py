@@ -97,12 +97,12 @@ def _of_slopes(
 
 
 def curvature_of(
-    matrices: Sequence[GaussNewton | FreeMatrix], params: Float[Tensor, " d"]
+    matrices: Sequence[GaussNewton | FreeMatrix], length: Float[Tensor, ""]
 ) -> Curvature:
-    """Return the largest trace and the largest mean eigenvalue of the blocks, and ‖θ‖."""
+    """Return the largest trace and the largest mean eigenvalue of the blocks, with ‖θ‖."""
     traces = [matrix.trace() for matrix in matrices]
     means = [trace / m.side for trace, m in zip(traces, matrices, strict=True)]
-    return Curvature(torch.stack(traces).amax(), torch.stack(means).amax(), params.norm())
+    return Curvature(torch.stack(traces).amax(), torch.stack(means).amax(), length)
 
 
 def gradients_of(

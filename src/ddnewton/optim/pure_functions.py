@@ -24,7 +24,7 @@ from ddnewton.optim.group_reference import GroupReference
 from ddnewton.optim.local_model import LocalModel, added, in_params_units
 from ddnewton.optim.notices import Notices, notice
 from ddnewton.optim.search import Step, search
-from ddnewton.optim.settings import Settings
+from ddnewton.optim.settings import Settings, is_read_at_trials
 from ddnewton.optim.state import State, UpdateInfo, check_state, first_state
 from ddnewton.optim.update import local_model, next_state, update_info
 from ddnewton.quadratic.arguments import Arguments
@@ -173,7 +173,7 @@ def observed_update(
         say=partial(plan.notices.once, "free"),
         automatic=plan.automatic,
         unscaled=plan.automatic_scale,
-        searches=True,
+        searches=not is_read_at_trials(settings),
     )
     if team is not None:
         pairs = zip(leaves, tree_leaves(like), strict=True)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ddnewton.host_reads import answers
 from ddnewton.optim.adaptation import Outcome
 from ddnewton.optim.arc import (
     Arc,
@@ -24,7 +25,7 @@ from ddnewton.optim.control import first_control, step_of_control
 from ddnewton.optim.local_model import LocalModel, TrialPoint, in_params_units, point_at
 from ddnewton.optim.promise import quadratic_along
 from ddnewton.optim.settings import Settings
-from ddnewton.transforms import any_known, is_batched
+from ddnewton.transforms import any_known, is_batched, unwrapped
 from ddnewton.trees import tree_map
 
 MOST_ATTEMPTS = 20
@@ -81,7 +82,8 @@ def search(local: LocalModel, settings: Settings, control: Float[Tensor, ""]) ->
 def _read(step: Step) -> Searched:
     """Return a step with what the host has to know of it."""
     still = step.taken & (step.outcome.length == 0)
-    return Searched(step, *map(any_known, (_is_open(step), still, ~step.taken)))
+    masks = (_is_open(step), still, ~step.taken)
+    return Searched(step, *answers([unwrapped(mask) for mask in masks]))
 
 
 def _inside(local: LocalModel, vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:

@@ -112,3 +112,15 @@ def decays_of(weight_decay: WeightDecay, params: PyTree) -> list[float | Tensor]
         got = "other keys, lengths or types"
         raise BadValue(sentence(rule, got, "Pass tree_map(lambda leaf: 0.01, params), say."))
     return decays
+
+
+def is_read_at_trials(settings: Settings) -> bool:
+    """Return whether an update reads values with the verdict of a trial alone, off the CPU.
+
+    What it does before must then hardly ever depend on them, as it does for a search over lengths,
+    and for a damping that falls as long as losses do, to where factorizations have no digits left.
+    """
+    adaptation = settings.adaptation
+    if adaptation.by_length or settings.trust_radius is not None:
+        return False
+    return adaptation.choice is not None or bool(settings.momentum)

@@ -142,7 +142,7 @@ def _passed_tests(
     adequate = outcome.ratio > ADEQUATE_RATIO
     if limits.ftol is not None and adequate and fall < limits.ftol * size:
         passed.append((FTOL.format(limits.ftol), True))
-    norm = local.scaled_params.norm()
+    norm = local.curvature.params
     if limits.xtol is not None and outcome.length < limits.xtol * (limits.xtol + norm):
         passed.append((XTOL.format(limits.xtol), True))
     return passed
@@ -152,7 +152,7 @@ def _is_last(control: Float[Tensor, ""], local: LocalModel, step: Step) -> Bool[
     """Return whether the next update could be no other, or no step of it be told from none."""
     eps = torch.finfo(narrowest(tree_leaves(as_real(local.params)))).eps
     unchanged = (step.following == control) | (step.following.isnan() & control.isnan())
-    shortest: Tensor = step.outcome.length <= eps * local.scaled_params.norm()
+    shortest: Tensor = step.outcome.length <= eps * local.curvature.params
     return shortest | unchanged | step.settled
 
 

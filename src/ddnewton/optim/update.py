@@ -19,6 +19,7 @@ from ddnewton.optim.local_model import (
     decay_of,
     in_model_units,
     in_params_units,
+    length_of,
     loss_before,
     noise_of,
 )
@@ -61,12 +62,10 @@ def local_model(
     check_leafwise(model, decays, settings.complement, scaled=scaled)
     model, matrices = _matrices(model, settings, params, state)
     scale = model.scaling.scale
-    scaled_params = in_model_units(params, scale)
     # The vectors that pull a step besides the gradient.
-    proximal = None
-    decayed = any_decayed(decays)
+    proximal, decayed = None, any_decayed(decays)
     if settings.momentum or decayed:
-        theta = scaled_params[None]
+        theta = in_model_units(params if decayed else state.previous, scale)[None]
         before = in_model_units(state.previous, scale)[None] if settings.momentum else theta[:0]
         proximal = Proximal(
             previous=before,
@@ -77,22 +76,21 @@ def local_model(
     # The slopes along the parameters; those that bounds hold have none, and no curvature.
     of_loss, free = _gradients(model, matrices, settings), None
     slopes = of_loss
-    if (decay := decay_of(proximal, scaled_params)) is not None:
-        slopes = list(map(torch.add, of_loss, by_block(model, decay * scaled_params)))
+    if (decay := decay_of(proximal)) is not None and proximal is not None:
+        slopes = list(map(torch.add, of_loss, by_block(model, decay * proximal.params[0])))
     if settings.box is not None:
         free = is_free(settings.box, params, joined(slopes, model.leaves, model.sizes))
         model, matrices = _held(model, matrices, free)
         masks = by_block(model, free)
         of_loss, slopes = (list(map(torch.mul, part, masks)) for part in (of_loss, slopes))
     # What all trials are compared with, and whether the damping so far is lost in rounding.
-    loss = loss_before(model, proximal, scaled_params)
-    curvature = curvature_of(matrices, scaled_params)
+    loss = loss_before(model, proximal)
+    curvature = curvature_of(matrices, length_of(params, scale))
     exact = state.damping <= RESOLVED_DAMPING * curvature.trace
     local = LocalModel(
         model=model,
         trials=_trials(model, matrices, of_loss, settings, proximal, free=free, exact=exact),
         params=params,
-        scaled_params=scaled_params,
         scale=scale,
         proximal=proximal,
         updates=state.updates,
@@ -117,7 +115,7 @@ def _matrices(
     units = model.scaling.scale
 
     def least_damping(matrices: Sequence[GaussNewton]) -> Tensor:
-        curvature = curvature_of(matrices, in_model_units(params, units))
+        curvature = curvature_of(matrices, length_of(params, units))
         return damping_so_far(settings.adaptation, state, curvature)
 
     sizes = None if state.sizes == () else flattened(state.sizes)
