@@ -95,6 +95,21 @@ def test_leading_directions():
         _, _, eigh, subset, *ours = row
         assert (subset.strip() != "–") == (find_spec("scipy") is not None)
         assert all(float(cell) > 0 for cell in (eigh, *ours))
+def test_gradient_steps():
+    options = ("--net", "digits", "--samples", 16, "--rounds", 1, "--exact")
+    ended = command("gradient_steps", *options)
+    assert ended.returncode == 0, ended.stderr
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("| digits")]
+    rows = [[entry.strip() for entry in line.split("|")[2:-1]] for line in lines]
+    methods = ["gradient step, Adam", "Monte-Carlo step", "held-out Monte-Carlo update"]
+    assert [row[0] for row in rows] == [*methods, "Levenberg-Marquardt update"]
+    for _, milliseconds, ratio, _, calls, reads in rows:
+        assert float(milliseconds) > 0
+        assert float(ratio) > 0
+        assert min(int(count) for count in calls.split(",") + reads.split(",")) > 0
+    # A choice asks for more.
+    without, chosen = map(int, rows[2][4].split(","))
+    assert without < chosen
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")

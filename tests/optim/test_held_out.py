@@ -62,6 +62,37 @@ def test_the_choice_of_held_out_samples(name, decay, fraction):
         previous = vector
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_choice_where_the_gradient_has_columns_of_its_own(momentum):
+    """It is of more samples than the curvature, and all of it is damped by δ."""
+    given, grid, curved = problem("tanh_mlp"), (0.1, 1.0, 10.0), [0, 1]
+    n = len(given.X)
+    kept = n - max(1, round(0.25 * n))
+    damping = held_out(0.25, every=2, grid=grid)
+    options = {"complement": "damping", "momentum": momentum, "subsampling_ggn": curved}
+    optimizer = optimizer_of(given, damping, **options)
+    params, state = given.params, optimizer.init(given.params)
+    multiple, previous = 1.0, torch.zeros_like(flat(params))
+    for t in range(4):
+        whole, theta = at(given, params), flat(params)
+        first = some(whole, list(range(kept))) if t % 2 == 0 else whole
+        g, G = first.gradient, some(whole, curved).ggn
+        mean = float(G.trace()) / min(len(curved) * whole.hessians.shape[1], len(g))
+        if t % 2 == 0:
+            steps = [spring(g, G, theta, 0 * g, Pulls(m * mean)) for m in grid]
+            losses = [loss_of(given, moved(params, s), 0.0, slice(kept, None)) for s in steps]
+            multiple = math.sqrt(multiple * grid[losses.index(min(losses))])
+        vector = spring(g, G, theta, previous, Pulls(multiple * mean, momentum))
+        params, state, info = optimizer.update(params, state, given.X, given.y)
+        assert error(state.control, multiple) < 1e-9
+        assert error(info.damping, multiple * mean) < 1e-9
+        # A share of the step, and what the quadratic model of both samples promises for it.
+        step = float(info.learning_rate) * vector
+        assert error(flat(params) - theta, step) < 1e-8
+        assert error(info.predicted_decrease, -(g @ step + step @ G @ step / 2)) < 1e-8
+        previous = vector
+
+
 def test_of_several_that_will_do_the_largest_multiple_is_chosen():
     """And where none will, the largest as well."""
     X = torch.tensor([[1.0], [2.0], [20.0]], dtype=FLOAT64)

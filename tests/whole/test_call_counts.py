@@ -43,20 +43,20 @@ class Path(NamedTuple):
 
 
 STEPS = {
-    "one δ": Path(0, 0, {"damping": 0.1}),
-    "top_k": Path(0, 0, {"damping": 0.1, "select": top_k(5)}),
-    "a rule": Path(0, 0, {"damping": signal_to_noise()}),
-    "Monte-Carlo": Path(0, 0, {"damping": 0.1, "complement": 0.1}, draws=True),
-    "groups": Path(0, 0, {"damping": 0.1, "groups": [Group("0"), Group("2")]}),
-    "dense": Path(0, 0, {"damping": 0.1, "gram": "dense"}),
-    "free": Path(0, 0, {"damping": 0.1, "gram": "free"}),
+    "one δ": Path(380, 1, {"damping": 0.1}),
+    "top_k": Path(460, 1, {"damping": 0.1, "select": top_k(5)}),
+    "a rule": Path(485, 2, {"damping": signal_to_noise()}),
+    "Monte-Carlo": Path(510, 2, {"damping": 0.1, "complement": 0.1}, draws=True),
+    "groups": Path(490, 1, {"damping": 0.1, "groups": [Group("0"), Group("2")]}),
+    "dense": Path(625, 1, {"damping": 0.1, "gram": "dense"}),
+    "free": Path(850, 24, {"damping": 0.1, "gram": "free"}),
 }
 UPDATES = {
-    "levenberg_marquardt": Path(0, 0, {"damping": levenberg_marquardt(0.1, down=2.0)}),
-    "trust_region": Path(0, 0, {"damping": trust_region()}),
-    "held_out": Path(0, 0, {"damping": held_out(every=3), "complement": "damping"}, draws=True),
+    "levenberg_marquardt": Path(670, 13, {"damping": levenberg_marquardt(0.1, down=2.0)}),
+    "trust_region": Path(835, 13, {"damping": trust_region()}),
+    "held_out": Path(825, 3, {"damping": held_out(every=3), "complement": "damping"}, draws=True),
     "held_out, with a choice": Path(
-        0, 0, {"damping": held_out(every=1), "complement": "damping"}, draws=True
+        1620, 3, {"damping": held_out(every=1), "complement": "damping"}, draws=True
     ),
 }
 
@@ -95,9 +95,10 @@ def read_as_on_a_device(monkeypatch):
 
 
 def check(counts, path):
-    """Require as many reads as a path has, and no more calls."""
-    assert counts.reads == path.reads
+    """Require as many reads as a path has, and no more calls; by products it iterates."""
     assert counts.calls <= path.calls
+    assert counts.reads == path.reads or path.options.get("gram") == "free"
+    assert counts.reads <= path.reads + path.reads // 10
 
 
 @pytest.mark.parametrize("name", STEPS)

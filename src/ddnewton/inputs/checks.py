@@ -197,7 +197,7 @@ def check_options(
             raise BadValue(sentence("chunk_size must be at least 1", chunk_size, remedy))
     # A share of the decrease.
     check_positive("tol", tol)
-    if any_known(torch.as_tensor(tol) >= 1):
+    if any_known(tol >= 1) if isinstance(tol, Tensor) else float(tol) >= 1:  # type: ignore[arg-type]
         raise BadValue(sentence("tol must be below 1", tol, "Pass a share, such as 1e-2."))
 
 
