@@ -5,18 +5,23 @@ from functools import partial
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ddnewton import (
     directional_derivatives,
+    directional_newton,
+    held_out,
     host_reads,
     monte_carlo,
     newton_step,
     newton_step_and_info,
     prepare,
+    spring,
     top_k,
 )
 from ddnewton.quadratic.matrix_free import ways
 from tests.models import problem
+from tests.optim.textbook import growth
 from tests.reference import error
 
 READS = {
@@ -111,3 +116,55 @@ def test_what_no_factorization_resolves_goes_by_eigenpairs(as_on_a_device, monke
     step = newton_step(*given, 1e-12)
     monkeypatch.undo()
     assert error(step, newton_step(*given, 1e-12)) < 1e-10
+
+
+UPDATES = {
+    "held out": (problem("relu_mlp", torch.float64), {"damping": held_out(every=2)}),
+    "momentum": (problem("tanh_mlp", torch.float64), {"damping": 0.1, "momentum": 0.5}),
+    "spring": (problem("many_points", torch.float64), {"damping": spring()}),
+    # The first trials lead to where the loss is not finite.
+    "rescue": (growth(), {"damping": 1e-9, "momentum": 0.5}),
+    "not taken": (growth(), {"damping": spring(1e-12)}),
+}
+
+
+def updated(name):
+    """The states and the records of three updates."""
+    given, options = UPDATES[name]
+    optimizer = directional_newton(given.model_fn, given.criterion, **options)
+    params, state = given.params, optimizer.init(given.params)
+    results = []
+    for _ in range(3):
+        params, state, info = optimizer.update(params, state, given.X, given.y)
+        results += [params, state, info]
+    return results
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_the_update_is_the_same(name, as_on_a_device, monkeypatch):
+    results = updated(name)
+    attempts = [int(info.attempts) for info in results[2::3]]
+    assert max(attempts) > 1 or name not in ("rescue", "not taken")
+    monkeypatch.undo()
+    for on_a_device, here in zip(tree_leaves(results), tree_leaves(updated(name)), strict=True):
+        torch.testing.assert_close(on_a_device, here, rtol=1e-12, atol=1e-14, equal_nan=True)
+
+
+def test_an_update_settles_what_was_asked_with_its_verdict(as_on_a_device):
+    given = problem("relu_mlp", torch.float64)
+    prepared = prepare(given.model_fn, given.params, given.X)
+    optimizer = directional_newton(prepared, given.criterion, 0.1, momentum=0.5)
+    state = optimizer.init(given.params)
+    with Reads() as reads:
+        info = optimizer.update(given.params, state, given.X, given.y)[2]
+    assert reads.count == 1
+    assert bool(info.accepted)
+
+
+def test_what_is_wrong_with_an_update_is_refused_as_ever(as_on_a_device):
+    given = problem("relu_mlp", torch.float64)
+    optimizer = directional_newton(given.model_fn, given.criterion, 0.1, momentum=0.5)
+    state = optimizer.init(given.params)
+    X = given.X.index_fill(0, torch.tensor([1]), torch.nan)
+    with pytest.raises(ValueError, match="update: the outputs of model_fn must be finite"):
+        optimizer.update(given.params, state, X, given.y)
