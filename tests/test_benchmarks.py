@@ -95,6 +95,8 @@ def test_leading_directions():
         _, _, eigh, subset, *ours = row
         assert (subset.strip() != "–") == (find_spec("scipy") is not None)
         assert all(float(cell) > 0 for cell in (eigh, *ours))
+
+
 def test_gradient_steps():
     options = ("--net", "digits", "--samples", 16, "--rounds", 1, "--exact")
     ended = command("gradient_steps", *options)
