@@ -83,7 +83,12 @@ def parameter_count(params: PyTree) -> int:
 
 def take(X: PyTree, samples: slice | Tensor) -> PyTree:
     """Return the batch of some of the samples of a batch."""
-    return tree_map(partial(_taken, samples), X)
+    leaves, structure = tree_flatten(X)
+    # Not by a closure: of a slice in one, torch.compile makes constants of its ends.
+    taken = []
+    for leaf in leaves:
+        taken.append(_taken(samples, leaf))  # noqa: PERF401
+    return tree_unflatten(taken, structure)
 
 
 def _taken(samples: slice | Tensor, leaf: Tensor) -> Tensor:
@@ -125,7 +130,9 @@ def _called_there(
 
 def chunks(n: int, size: int) -> list[slice]:
     """Cut range(n) into slices of at most ``size``."""
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+    # What torch compiles is for any n with as many slices.
+    last = -(-n // size) - 1
+    return [slice(i * size, (i + 1) * size if i < last else n) for i in range(last + 1)]
 
 
 def batches(X: PyTree, size: int | None) -> list[PyTree]:

@@ -45,6 +45,9 @@ INNER_PRODUCTS = "ngtp,nmgot,NgTp,NMgoT->nmNM"
 COLUMNS_FIRST, POSITIONS_FIRST = ((0, 1), (0, 1), (0, 1)), ((0, 2), (1, 2), (0, 1))
 """Two orders: each a with its b; and a with a', then b', then b."""
 
+COMPILED_ROWS = 2**13
+"""The length of the rows that are formed at once where torch compiles, for any number of them."""
+
 LEFT_SAMPLES_AT_ONCE = 8
 """The number of samples whose a is multiplied with all a' in one product, memory permitting."""
 
@@ -136,6 +139,8 @@ def _columns_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
     # So many outputs, those of several groups or a part of one, that they are an intermediate.
     p = sum(left.widths)
     size = max(1, intermediate_bytes(left.b) // (n * m * p * left.b.element_size()))
+    if torch.compiler.is_compiling():  # one graph for any number of samples
+        size = max(1, COMPILED_ROWS // p)
     for groups in chunks(g, max(1, min(size, LONG_ROWS // p) // o)):
         for outputs in chunks(o, min(size, o)):
             rows = _columns_of_outputs(left, groups, outputs)

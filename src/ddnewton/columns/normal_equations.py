@@ -183,6 +183,8 @@ def _row_pieces(
 def _at_once(factors: Sequence[Factor], shape: Sequence[int], rows_per_entry: int) -> list[slice]:
     """Return so many samples at a time, of n with m columns, that their rows stay in the cache."""
     (n, m), d = shape, sum(map(entry_count, factors))
+    if torch.compiler.is_compiling():  # one graph for any number of samples
+        return [slice(0, n)]
     count = max(CACHED_ENTRIES // max(1, d), LEAST_ROWS, rows_per_entry * d)
     return chunks(n, max(1, count // m))
 

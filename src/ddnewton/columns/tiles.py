@@ -31,10 +31,10 @@ TILE_COLUMNS, TILES_A_SIDE = 2048, 8
 class Tile(NamedTuple):
     """The products of some samples' columns with those of others, along a block."""
 
+    products: Float[Tensor, "n m n2 m2"]
     block: int  # its number
     left: slice | Tensor
     right: slice | Tensor
-    products: Float[Tensor, "n m n2 m2"]
     on_diagonal: bool  # of a symmetric matrix of which only the upper tiles are made
 
 
@@ -150,7 +150,7 @@ def tiles_of(
                             *(right_samples.stop - right_samples.start, right.columns),
                         ]
                         tile = _products(pairs_of, x, y, shape, left.device)
-                        yield Tile(number, left_samples, right_samples, tile, diagonal and a == b)
+                        yield Tile(tile, number, left_samples, right_samples, diagonal and a == b)
 
 
 def _products(
@@ -200,6 +200,8 @@ def _parts(
     jacobian: Jacobian, chunk: slice, factors: Sequence[Factor]
 ) -> list[tuple[slice, Sequence[Factor]]]:
     """Return the factors of a chunk cut into those of tiles, with the samples of each."""
+    if torch.compiler.is_compiling():  # one graph for any number of samples
+        return [(chunk, factors)]
     m, n = jacobian.columns, chunk.stop - chunk.start
     columns = max(TILE_COLUMNS, -(-jacobian.samples * m // TILES_A_SIDE))
     parts = chunks(n, max(1, columns // max(1, m)))

@@ -173,7 +173,7 @@ def _check_basis_fits(
     m = c if loss.columns is None else loss.columns(outputs)
     blocks = 1 if loss.positions is None else max(1, loss.positions(outputs))
     size = 2 * n * c * (m // blocks) * torch.float64.itemsize
-    if size <= NEVER_ASKED_BYTES or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or size <= NEVER_ASKED_BYTES:
         return
     # It may be fewer columns, or one basis for all samples: two of them show it, if they fit.
     if n > 2 and 2 * size // n <= free_bytes(outputs.device):

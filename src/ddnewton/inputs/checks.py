@@ -67,8 +67,8 @@ def check_batch(*, least: int = 1, **trees: PyTree) -> None:
     """Require tensors that all hold the same number of samples on axis 0, at least so many."""
     # One tensor each, of as many samples, is most that is ever passed.
     tensors = [x for x in trees.values() if isinstance(x, Tensor) and x.ndim]
-    lengths = {len(x) for x in tensors}
-    if len(tensors) == len(trees) and len(lengths) == 1 and min(lengths) >= least:
+    n = tensors[0].shape[0] if tensors else 0
+    if len(tensors) == len(trees) and n >= least and all(x.shape[0] == n for x in tensors):
         return
     # The number of samples of every leaf, by its name in the message.
     counts: dict[str, int] = {}
@@ -84,11 +84,12 @@ def check_batch(*, least: int = 1, **trees: PyTree) -> None:
                 raise BadType(sentence(rule, *not_samples(name, tree, path, leaf)))
             counts[name + path] = _count_samples(name + path, leaf)
     # One number for all of them, and not zero.
-    if len(set(counts.values())) > 1:
+    first = next(iter(counts.values()))
+    if any(count != first for count in counts.values()):
         got = ", ".join(f"{name}: {count}" for name, count in counts.items())
         rule = f"{names} must hold the same number of samples"
         raise BadValue(sentence(rule, got, f"Slice them to a common axis 0. {TERMS_REMEDY}"))
-    if min(counts.values()) < least:
+    if first < least:
         rule = f"{names} must hold at least one sample"
         raise BadValue(sentence(rule, "0", "Skip the empty batch."))
 

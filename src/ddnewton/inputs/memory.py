@@ -46,7 +46,7 @@ GROUP_LIMITS = (
 def check_fits(size: int, what: str, remedy: str, device: torch.device) -> None:
     """Require something of a step to fit into what is free of the memory."""
     # What is compiled knows nothing of the system.
-    if size <= NEVER_ASKED_BYTES or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or size <= NEVER_ASKED_BYTES:
         return
     free = free_bytes(device)
     if size > free:
@@ -74,11 +74,11 @@ def samples_at_once(
 
 def memory_bytes(device: torch.device) -> int:
     """Return the memory of a device in bytes: what is free on a GPU, all of it elsewhere."""
+    if torch.compiler.is_compiling():  # which knows nothing of the system
+        return UNKNOWN_BYTES
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
-    if torch.compiler.is_compiling():  # which knows nothing of the system
-        return UNKNOWN_BYTES
     limits = [limit for limit, _ in _limits()]
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
