@@ -19,6 +19,7 @@ from ddnewton.errors import public
 from ddnewton.inputs.groups import Group, grouped
 from ddnewton.inputs.terms import TermIndices
 from ddnewton.quadratic.arguments import arguments_of, leaves_of
+from ddnewton.quadratic.compilable import compilable
 from ddnewton.quadratic.derivatives import Derivatives
 from ddnewton.quadratic.eigenpairs import all_eigenvalues, derivatives_along, eigenpairs
 from ddnewton.quadratic.matrices import whole_gram_matrices
@@ -29,6 +30,7 @@ from ddnewton.types import AnyModelFn, GramWays, PyTree, Select
 
 
 @public
+@compilable
 @torch.no_grad()
 def ggn_eigvalsh(
     model_fn: AnyModelFn,
@@ -79,6 +81,7 @@ def ggn_eigvalsh(
 
 
 @public
+@compilable
 @torch.no_grad()
 def ggn_eigh(
     model_fn: AnyModelFn,
@@ -140,6 +143,7 @@ def ggn_eigh(
 
 
 @public
+@compilable
 @torch.no_grad()
 def directional_derivatives(
     model_fn: AnyModelFn,
@@ -205,6 +209,7 @@ def directional_derivatives(
 
 
 @public
+@compilable
 @torch.no_grad()
 def gram_matrix(
     model_fn: AnyModelFn,

@@ -27,6 +27,7 @@ from ddnewton.inputs.groups import Group, grouped
 from ddnewton.inputs.scale import Scale
 from ddnewton.inputs.terms import TermIndices
 from ddnewton.quadratic.arguments import Arguments, arguments_of, leaves_of
+from ddnewton.quadratic.compilable import compilable
 from ddnewton.quadratic.directions import directions_of
 from ddnewton.quadratic.flat import check_slopes
 from ddnewton.quadratic.info import NewtonInfo
@@ -40,6 +41,7 @@ from ddnewton.types import AnyModelFn, DampingRule, GramWays, PyTree, Select
 
 
 @public
+@compilable
 @torch.no_grad()
 def newton_step(
     model_fn: AnyModelFn,
@@ -191,6 +193,7 @@ def _steps(arguments: Arguments) -> list[Float[Tensor, " _"]]:
 
 
 @public
+@compilable
 @torch.no_grad()
 def newton_step_and_info(
     model_fn: AnyModelFn,

@@ -39,20 +39,20 @@ class OuterUnits(NamedTuple):
 
 def in_units(jacobian: Jacobian) -> Jacobian:
     """Return the same columns, with the scale of their parameters taken into the factors."""
-    if jacobian.scale is None or not jacobian.chunks:
+    if jacobian.scale is None or len(jacobian.chunks) == 0:
         return jacobian
     # The numbers along the entries of every factor, as they lie there.
     counts = [sum(size for _, size in pieces) for pieces in jacobian.pieces]
     entries = from_order(jacobian.scale[None], jacobian.order, sum(counts))[0].split(counts)
     # The shapes of the factors are those of the first chunk, which is then not visited again.
     chunk = jacobian.chunks[0]
-    first = {(chunk.start, chunk.stop): jacobian.visit(chunk)}
-    units = list(map(_units, first[chunk.start, chunk.stop], entries))
+    start, stop, factors = chunk.start, chunk.stop, jacobian.visit(chunk)
+    units = list(map(_units, factors, entries))
     scale = jacobian.scale
 
     def visit(chunk: slice) -> Sequence[Factor]:
-        key = (chunk.start, chunk.stop)
-        return first[key] if key in first else jacobian.visit(chunk)
+        is_first = chunk.start == start and chunk.stop == stop
+        return factors if is_first else jacobian.visit(chunk)
 
     if all(numbers is not None for numbers in units):
         return jacobian._replace(

@@ -214,7 +214,7 @@ def check_damping(name: str, damping: object) -> None:
     """Require a number ≥ 0, or a rule of four arguments: evals, evecs, gammas and lambdas."""
     if not callable(damping):
         check_nonnegative(name, damping)
-    elif not accepts_arguments(damping, 4):
+    elif not (torch.compiler.is_compiling() or accepts_arguments(damping, 4)):
         what = getattr(damping, "__name__", repr(damping))
         must = f"{name} must be a number, or a function of evals, evecs, gammas and lambdas"
         remedy = f"If it makes such a function, call it: {what}(…)."

@@ -32,7 +32,9 @@ def indices(name: str, samples: Indices | None, n: int, device: torch.device) ->
         return None
     # Any sequence of integers will do, negative ones and slices as in Python.
     rule = f"{name} must hold distinct indices of samples"
-    remedy = f"The batch has {n} samples: index them from 0."
+    remedy = "Index the samples from 0."
+    if not torch.compiler.is_compiling():  # to which their number is not known
+        remedy = f"The batch has {n} samples: index them from 0."
     try:
         listed = range(n)[samples] if isinstance(samples, slice) else samples
         index = torch.as_tensor(listed, device=device)
@@ -64,6 +66,9 @@ def rows_among(
     if row_samples is None:
         return samples, None
     samples = torch.arange(n, device=row_samples.device) if samples is None else samples
+    if torch.compiler.is_compiling():  # which cannot count by values: new rows for all of them
+        new_rows = torch.arange(len(samples), device=row_samples.device)
+        return len(row_samples) + new_rows, samples
     # A table of the row of every sample, −1 where it has none.
     row = samples.new_full((n,), -1)
     row[row_samples] = torch.arange(len(row_samples), device=row_samples.device)

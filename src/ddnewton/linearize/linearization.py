@@ -176,7 +176,7 @@ def _by_program(
 
     # Run it on all samples for the outputs; a single chunk stays ready to be pulled back.
     first_chunk, *further_chunks = chunks(n, size_of(n, 1))
-    first = [] if further_chunks else [visit_of(first_chunk)]
+    first = [visit_of(first_chunk)] if len(further_chunks) == 0 else []
     parts = [prepared.at(samples, chunk) for chunk in (first_chunk, *further_chunks)]
     outputs = (
         first[0].outputs if first else torch.cat([run(program, leaves, part) for part in parts])

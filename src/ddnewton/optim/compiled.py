@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
-
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from ddnewton.criteria import Criteria
-from ddnewton.criteria.monte_carlo import generators_of
+from ddnewton.errors import sentence
 from ddnewton.optim.notices import FLAT_SHARE_WARNED
 from ddnewton.optim.settings import Settings
 from ddnewton.optim.state import State, UpdateInfo
 
-P = ParamSpec("P")
-R = TypeVar("R")
+SEARCH_RULE = "torch.compile makes a graph of updates whose first trial is mostly taken"
+
+FIRST_TRIAL = "the first trial is not all of an update: what follows is not compiled"
 
 
-def has_one_trial(settings: Settings, criterion: Criteria, state: State) -> bool | Bool[Tensor, ""]:
-    """Return whether an update is one trial, if that is taken: no search over lengths or a grid.
+def search_obstacle(settings: Settings) -> str:
+    """Return why no update is one trial in one graph, the empty string where most are."""
+    adaptation, remedy = settings.adaptation, "Pass levenberg_marquardt, spring or a number."
+    if adaptation.by_length or settings.trust_radius is not None:
+        return sentence(SEARCH_RULE, "a search for a step of some length", remedy)
+    if callable(adaptation.rule):
+        return sentence(SEARCH_RULE, "a rule as damping", remedy)
+    return ""
 
-    Nor may anything be drawn, for the update may be made once more.
-    """
-    adaptation = settings.adaptation
-    by_length = adaptation.by_length or settings.trust_radius is not None
-    if by_length or callable(adaptation.rule) or generators_of(criterion):
-        return False
-    choice = adaptation.choice
-    return choice is None or state.updates % choice.every != 0
+
+def is_chosen(settings: Settings, state: State) -> bool | Bool[Tensor, ""]:
+    """Return whether an update chooses its damping from a grid, which is left uncompiled."""
+    choice = settings.adaptation.choice
+    return choice is not None and state.updates % choice.every == 0
 
 
 def is_all(info: UpdateInfo) -> Bool[Tensor, ""]:
     """Return whether the first trial is all of an update: taken, and nothing to be warned of."""
     return info.accepted & (info.step_norm > 0) & ~(info.flat_share > FLAT_SHARE_WARNED)
-
-
-def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
-    """Return a function that `torch.compile` leaves alone."""
-    left_alone: Callable[P, R] = torch.compiler.disable(function)
-    return left_alone

@@ -19,7 +19,7 @@ from ddnewton.inputs.checks import check_params
 from ddnewton.inputs.dtensor_arguments import placed_tree, whole_tree
 from ddnewton.inputs.held_out_samples import first_samples
 from ddnewton.inputs.terms import TermIndices
-from ddnewton.optim.compiled import has_one_trial, is_all, uncompiled
+from ddnewton.optim.compiled import FIRST_TRIAL, is_all, is_chosen, search_obstacle
 from ddnewton.optim.group_reference import GroupReference
 from ddnewton.optim.local_model import LocalModel, added, in_params_units
 from ddnewton.optim.notices import Notices, notice
@@ -28,6 +28,7 @@ from ddnewton.optim.settings import Settings, is_read_at_trials
 from ddnewton.optim.state import State, UpdateInfo, check_state, first_state
 from ddnewton.optim.update import local_model, next_state, update_info
 from ddnewton.quadratic.arguments import Arguments
+from ddnewton.quadratic.compilable import left_alone, obstacle
 from ddnewton.quadratic.matrix_free.free_model import FreeModel, free_model
 from ddnewton.quadratic.matrix_free.ways import either_way
 from ddnewton.quadratic.quadratic_model import QuadraticModel, quadratic_model
@@ -69,12 +70,16 @@ class Update:
         """Return the parameters after a step on a batch, the state for the next, and a record."""
         if not torch.compiler.is_compiling():
             return update(self, params, state, X, y)
-        criterion, local = self.arguments.keywords["criterion"], self.group.processes is None
-        if local and has_one_trial(self.settings, criterion, state):
+        # One trial in one graph; a graph ends where anything else is asked for.
+        model_fn, options = self.arguments.args[0], self.arguments.keywords
+        found = obstacle(model_fn, X=X, **options) or search_obstacle(self.settings)
+        if found or self.group.processes is not None:
+            return left_alone(update, found)(self, params, state, X, y)
+        if not is_chosen(self.settings, state):
             updated = update(self, params, state, X, y)
             if is_all(updated[2]):
                 return updated
-        return uncompiled(update)(self, params, state, X, y)
+        return left_alone(update, FIRST_TRIAL)(self, params, state, X, y)
 
 
 @public

@@ -90,9 +90,15 @@ def checked_selection(answer: Tensor | Sequence[int], evals: Float[Tensor, " i"]
     """Return a caller's selection as indices, and refuse anything else."""
     count = evals.shape[0]
     rule = "select must return distinct indices of the eigenvalues, or a boolean mask"
-    remedy = f"There are {count} eigenvalues, in ascending order: index them from 0."
+    remedy = "They are in ascending order: index them from 0."
+    if not torch.compiler.is_compiling():  # to which their number is not known
+        remedy = f"There are {count} eigenvalues, in ascending order: index them from 0."
     # Any sequence of indices will do, or a mask.
     try:
+        if torch.compiler.is_compiling() and isinstance(answer, list):
+            # Numbers that follow from that of the eigenvalues stay symbols.
+            entries = [torch.full((), index, device=evals.device) for index in answer]
+            answer = torch.stack(entries) if entries else []
         selection = torch.as_tensor(answer, device=evals.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise BadType(sentence(rule, repr(answer), remedy)) from error
