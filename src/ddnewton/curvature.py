@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -31,7 +30,6 @@ from ddnewton.types import AnyModelFn, GramWays, PyTree, Select
 
 @public
 @compilable
-@torch.no_grad()
 def ggn_eigvalsh(
     model_fn: AnyModelFn,
     params: PyTree,
@@ -82,7 +80,6 @@ def ggn_eigvalsh(
 
 @public
 @compilable
-@torch.no_grad()
 def ggn_eigh(
     model_fn: AnyModelFn,
     params: PyTree,
@@ -144,7 +141,6 @@ def ggn_eigh(
 
 @public
 @compilable
-@torch.no_grad()
 def directional_derivatives(
     model_fn: AnyModelFn,
     params: PyTree,
@@ -210,7 +206,6 @@ def directional_derivatives(
 
 @public
 @compilable
-@torch.no_grad()
 def gram_matrix(
     model_fn: AnyModelFn,
     params: PyTree,

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -42,7 +41,6 @@ from ddnewton.types import AnyModelFn, DampingRule, GramWays, PyTree, Select
 
 @public
 @compilable
-@torch.no_grad()
 def newton_step(
     model_fn: AnyModelFn,
     params: PyTree,
@@ -194,7 +192,6 @@ def _steps(arguments: Arguments) -> list[Float[Tensor, " _"]]:
 
 @public
 @compilable
-@torch.no_grad()
 def newton_step_and_info(
     model_fn: AnyModelFn,
     params: PyTree,

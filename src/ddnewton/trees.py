@@ -82,20 +82,12 @@ def parameter_count(params: PyTree) -> int:
 
 
 def take(X: PyTree, samples: slice | Tensor) -> PyTree:
-    """Return the batch of some of the samples of a batch."""
+    """Return the batch of some of the samples of a batch, whose indices may be on another device."""
     leaves, structure = tree_flatten(X)
-    # Not by a closure: of a slice in one, torch.compile makes constants of its ends.
-    taken = []
-    for leaf in leaves:
-        taken.append(_taken(samples, leaf))  # noqa: PERF401
-    return tree_unflatten(taken, structure)
-
-
-def _taken(samples: slice | Tensor, leaf: Tensor) -> Tensor:
-    """Return some rows of a leaf, whose indices may be on another device."""
-    if isinstance(samples, Tensor) and samples.device != leaf.device:
-        samples = samples.to(leaf.device)
-    return leaf[samples]
+    for i, leaf in enumerate(leaves):  # of a slice in a closure, torch.compile fixes the ends
+        rows = samples.to(leaf.device) if isinstance(samples, Tensor) else samples
+        leaves[i] = leaf[rows]
+    return tree_unflatten(leaves, structure)
 
 
 def device_to_go_to(X: PyTree, params: PyTree) -> torch.device | None:

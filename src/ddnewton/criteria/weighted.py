@@ -15,6 +15,7 @@ from ddnewton.criteria.root import PositionScores, Root, changed_root, scaled_ro
 from ddnewton.criteria.torch_losses import record_of
 from ddnewton.errors import BadType, BadValue, public, sentence
 from ddnewton.records import pickled_as_call
+from ddnewton.scalars import scalar_like
 from ddnewton.transforms import any_known, unwrapped
 from ddnewton.types import Criterion, PyTree
 
@@ -71,7 +72,7 @@ def _times(loss: Loss, weight: float | Tensor) -> Loss:
 
     # Each function that the record has, with its result scaled; E[s sᵀ] is, where s is by √w.
     def scaled(part: Tensor) -> Tensor:
-        return part * torch.as_tensor(weight, dtype=part.dtype, device=part.device)
+        return part * scalar_like(weight, part)
 
     def of_expansion(expansion: Expansion) -> Expansion:
         value, basis, z, h, R = expansion
@@ -82,7 +83,7 @@ def _times(loss: Loss, weight: float | Tensor) -> Loss:
         return scaled(value), scaled(r)
 
     def weight_at(outputs: Tensor) -> Tensor:
-        return torch.as_tensor(weight, dtype=torch.float64, device=outputs.device)
+        return scalar_like(weight, outputs, torch.float64)
 
     def scores(outputs: Tensor, y: PyTree, count: int, uniform: Uniform) -> Tensor:
         assert loss.scores is not None

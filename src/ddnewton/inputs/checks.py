@@ -84,12 +84,11 @@ def check_batch(*, least: int = 1, **trees: PyTree) -> None:
                 raise BadType(sentence(rule, *not_samples(name, tree, path, leaf)))
             counts[name + path] = _count_samples(name + path, leaf)
     # One number for all of them, and not zero.
-    first = next(iter(counts.values()))
-    if any(count != first for count in counts.values()):
+    if min(counts.values()) != max(counts.values()):
         got = ", ".join(f"{name}: {count}" for name, count in counts.items())
         rule = f"{names} must hold the same number of samples"
         raise BadValue(sentence(rule, got, f"Slice them to a common axis 0. {TERMS_REMEDY}"))
-    if first < least:
+    if min(counts.values()) < least:
         rule = f"{names} must hold at least one sample"
         raise BadValue(sentence(rule, "0", "Skip the empty batch."))
 

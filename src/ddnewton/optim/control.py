@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from ddnewton.optim.state import State
 from ddnewton.optim.trial_steps import TrialStep, trial_step, trial_vectors
 from ddnewton.optim.trust_radius import damping_of_length, least_damping
 from ddnewton.quadratic.leafwise import is_leafwise
+from ddnewton.scalars import scalar_like
 from ddnewton.transforms import any_known
 
 FIRST_DAMPING = 1e-3
@@ -123,8 +124,8 @@ def _direction(
 def _rate(local: LocalModel, settings: Settings) -> Float[Tensor, "..."]:
     """Return the learning rate, which is not the exact one."""
     rate = settings.learning_rate
-    number = rate(local.updates) if callable(rate) else rate
-    return torch.as_tensor(number, dtype=torch.float64, device=local.gradient_norm.device)
+    number: Any = rate(local.updates) if callable(rate) else rate
+    return scalar_like(number, local.loss, torch.float64)
 
 
 def _minimizer(

@@ -72,9 +72,9 @@ class Update:
             return update(self, params, state, X, y)
         # One trial in one graph; a graph ends where anything else is asked for.
         model_fn, options = self.arguments.args[0], self.arguments.keywords
-        found = obstacle(model_fn, X=X, **options) or search_obstacle(self.settings)
-        if found or self.group.processes is not None:
-            return left_alone(update, found)(self, params, state, X, y)
+        reason = obstacle(model_fn, X=X, **options) or search_obstacle(self.settings)
+        if reason or self.group.processes is not None:
+            return left_alone(update, reason)(self, params, state, X, y)
         if not is_chosen(self.settings, state):
             updated = update(self, params, state, X, y)
             if is_all(updated[2]):

@@ -27,6 +27,7 @@ from ddnewton.quadratic.proximal import Centre, Proximal, ProximalBlock, proxima
 from ddnewton.quadratic.quadratic_model import QuadraticModel, to_parameters
 from ddnewton.quadratic.shifted import Shifted, of_gradient, shifted, squared_lengths, step_at
 from ddnewton.quadratic.solution import damped_more, is_linear, solve, without_eigenpairs
+from ddnewton.scalars import scalar_like
 from ddnewton.transforms import any_known
 from ddnewton.trees import joined
 
@@ -110,7 +111,7 @@ def from_centres(
 
 def damping_of_all(block: Block, delta: Tensor) -> Tensor:
     """Return the damping that all directions of a block share: of a rule, only what is added."""
-    return delta if callable(block.damping) else torch.as_tensor(block.damping, dtype=delta.dtype)
+    return delta if callable(block.damping) else scalar_like(block.damping, delta)
 
 
 def by_factorizations(

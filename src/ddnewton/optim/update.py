@@ -36,6 +36,7 @@ from ddnewton.quadratic.matrices import gauss_newton_matrices
 from ddnewton.quadratic.matrix_free.free_model import FreeModel, check_free_slopes
 from ddnewton.quadratic.proximal import Proximal, different
 from ddnewton.quadratic.quadratic_model import QuadraticModel
+from ddnewton.scalars import scalar_like
 from ddnewton.transforms import concatenated
 from ddnewton.trees import flattened, joined, real_count, tree_leaves, unflattened
 from ddnewton.types import PyTree
@@ -175,9 +176,7 @@ def _by_parameter(
     if len(different(decays)) == 1 and (scale is None or not any_decayed(decays)):
         return decays[0]
     pairs = zip(tree_leaves(params), decays, strict=True)
-    vector = torch.cat(
-        [torch.as_tensor(decay, dtype=like.dtype).expand(real_count(leaf)) for leaf, decay in pairs]
-    )
+    vector = torch.cat([scalar_like(decay, like).expand(real_count(leaf)) for leaf, decay in pairs])
     return vector if scale is None else vector * scale.square()
 
 

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ddnewton.quadratic.gauss_newton import GaussNewton
+from ddnewton.scalars import scalar_like
 from ddnewton.transforms import any_known, is_batched
 
 CHOLESKY_CONDITION = 1e6
@@ -53,7 +54,7 @@ def damped_step(
     is in coordinates: of the columns, or, on the other side, of the parameters.
     """
     weights = matrix.weights
-    delta = torch.as_tensor(delta, dtype=weights.dtype, device=weights.device)
+    delta = scalar_like(delta, weights)
     if any(map(is_batched, (weights, matrix.entries, gradient_weights, delta))):
         return None
     # None for a damping too small for a factorization, and a gradient beyond the range of G.

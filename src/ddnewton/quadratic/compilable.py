@@ -6,13 +6,13 @@ batches that somebody else reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from ddnewton.criteria.monte_carlo import generators_of
+from ddnewton.criteria.monte_carlo import MonteCarlo
 from ddnewton.errors import sentence
 from ddnewton.inputs.batches import Batches
 from ddnewton.linearize.structured.traced_model import Prepared
@@ -21,19 +21,25 @@ from ddnewton.resampling import Bootstrap
 P = ParamSpec("P")
 R = TypeVar("R")
 
-RULE = "torch.compile makes a graph of prepared models without random numbers"
+GRAPH_RULE = "torch.compile makes a graph of prepared models without random numbers"
+
+DRAWS_REMEDY = "Call it uncompiled, or pass empirical_fisher(criterion)."
 
 
 def compilable(function: Callable[P, R]) -> Callable[P, R]:
-    """Leave a call of a public function alone where `torch.compile` meets an `obstacle` in it."""
+    """Call a function without recording derivatives, and compiled but where there is an obstacle.
+
+    Where `torch.compile` meets an `obstacle` among the arguments, it leaves the call alone.
+    """
+    unrecorded: Callable[P, R] = torch.no_grad()(function)
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
-            found = obstacle(*args, **kwargs)
-            if found:
-                return left_alone(function, found)(*args, **kwargs)
-        return function(*args, **kwargs)
+            reason = obstacle(*args, **kwargs)
+            if reason:
+                return left_alone(unrecorded, reason)(*args, **kwargs)
+        return unrecorded(*args, **kwargs)
 
     return call
 
@@ -65,21 +71,23 @@ def obstacle(
     ways = set(gram.values()) if isinstance(gram, Mapping) else {gram}
     if "free" in ways or options.get("process_group") is not None:
         return ""
-    if not all(isinstance(function, Prepared) for function in _parts(model_fn)):
-        return sentence(RULE, "another model_fn", "Pass prepare(model_fn, params, X).")
-    if "dense" in ways:
-        return sentence(RULE, 'gram="dense"', 'Leave gram at "auto".')
-    if any(isinstance(batch, Batches) for batch in _parts(X)):
-        return sentence(RULE, "Batches as X", "Compile the model that they are passed to.")
-    if generators_of(criterion):
-        remedy = "Leave the step uncompiled, or pass empirical_fisher or the loss itself."
-        return sentence(RULE, "monte_carlo as criterion", remedy)
     rules = [damping, *(group.damping for group in options.get("groups") or ())]
-    if any(isinstance(rule, Bootstrap) for rule in rules):
-        return sentence(RULE, "bootstrap as damping", "Pass a number, or signal_to_noise().")
-    return ""
+    prepared = all(isinstance(function, Prepared) for function in _parts(model_fn))
+    pairs = (
+        (not prepared, "another model_fn", "Pass prepare(model_fn, params, X)."),
+        ("dense" in ways, 'gram="dense"', 'Leave gram at "auto".'),
+        (_any(Batches, _parts(X)), "Batches as X", "Call it uncompiled."),
+        (_any(MonteCarlo, _parts(criterion)), "monte_carlo as criterion", DRAWS_REMEDY),
+        (_any(Bootstrap, rules), "bootstrap as damping", "Pass a number, or signal_to_noise()."),
+    )
+    return next((sentence(GRAPH_RULE, got, remedy) for met, got, remedy in pairs if met), "")
+
+
+def _any(kind: type, values: Sequence[Any]) -> bool:
+    """Return whether a value is of a kind."""
+    return any(isinstance(value, kind) for value in values)
 
 
 def _parts(argument: Any) -> list[Any]:
-    """Return what is passed for every term."""
+    """Return the parts of an argument for every term."""
     return list(argument.values()) if isinstance(argument, Mapping) else [argument]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddnewton.quadratic.kept import Directions
 from ddnewton.quadratic.spectrum import COLUMN_ROUNDINGS, Spectrum
+from ddnewton.scalars import scalar_like
 from ddnewton.transforms import any_possible
 
 
@@ -38,7 +39,7 @@ def vanishing(
     slope does not. Zero where δ is lost in the rounding of curvatures, as in the pseudo-inverse.
     """
     part = outside_live(spectrum, torch.where(curved, gradient_weights, 0))
-    delta = torch.as_tensor(delta, dtype=part.dtype, device=part.device)
+    delta = scalar_like(delta, part)
     return torch.where(delta > spectrum.rounding, part / delta, 0)
 
 

@@ -177,7 +177,8 @@ def expanded(
         of_samples(expansion, objective.samples.directions).h
         for expansion, objective in zip(expansions, objectives, strict=True)
     ]
-    check_matrices_fit(linearizations[0].leaves, blocks, curvatures)
+    if not torch.compiler.is_compiling():  # which knows nothing of the system
+        check_matrices_fit(linearizations[0].leaves, blocks, curvatures)
     # The columns, those of the curvature of all terms before the gradient's own.
     terms = []
     for parts in zip(linearizations, objectives, expansions, strict=True):

@@ -25,6 +25,7 @@ from ddnewton.quadratic.info import NewtonInfo, record_of
 from ddnewton.quadratic.kept import BlockDirections
 from ddnewton.quadratic.proximal import Centre, along_directions, centred_gradient_weights
 from ddnewton.quadratic.quadratic_model import QuadraticModel
+from ddnewton.scalars import scalar_like
 from ddnewton.types import DampingRule
 
 
@@ -136,7 +137,7 @@ def solve(
     # What the kept directions leave of the gradient.
     if complement is not None:
         remainder = outside(spectrum, model.gradient_weights, kept)
-        delta = torch.as_tensor(complement, dtype=remainder.dtype, device=remainder.device)
+        delta = scalar_like(complement, remainder)
         coordinates = coordinates - torch.where(delta > 0, remainder / delta, 0)
     elif block.select is None and not callable(block.damping) and not model.has_curvature_samples:
         padding = (0, len(model.gradient_weights) - len(model.curvature_weights))
