@@ -82,7 +82,7 @@ def parameter_count(params: PyTree) -> int:
 
 
 def take(X: PyTree, samples: slice | Tensor) -> PyTree:
-    """Return the batch of some of the samples of a batch, whose indices may be on another device."""
+    """Return the batch of some of the samples of a batch; their indices may be elsewhere."""
     leaves, structure = tree_flatten(X)
     for i, leaf in enumerate(leaves):  # of a slice in a closure, torch.compile fixes the ends
         rows = samples.to(leaf.device) if isinstance(samples, Tensor) else samples

@@ -16,14 +16,17 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from ddnewton import (
+    Batches,
     Group,
     above,
+    directional_newton,
     energy,
     monte_carlo,
     newton_step,
     newton_step_and_info,
     prepare,
     top_k,
+    trust_region,
 )
 from ddnewton.criteria import clipped, empirical_fisher, fisher, majorized, weighted
 from ddnewton.damping import bootstrap, signal_to_noise
@@ -97,6 +100,8 @@ ALONE = {
     "gram": 'gram="dense"',
     "monte_carlo": "monte_carlo as criterion",
     "bootstrap": "bootstrap as damping",
+    "batches": "Batches as X",
+    "trust_region": "a search for a step of some length",
 }
 """What is left uncompiled, and how the reason names it."""
 
@@ -152,7 +157,8 @@ def one_graph(name, lowered):
         close(compiled(PARAMS, X, y), step(PARAMS, X, y))
     assert len(graphs) == 1, len(graphs)
     # Indices that are no tensors yet are the only constants.
-    assert not (lowered and forbidden(graphs[0], lists=3 if "sub" in name else 0))
+    waiting = forbidden(graphs[0], lists=3 if "sub" in name else 0) if lowered else []
+    assert not waiting, waiting
 
 
 def close(one, other):
@@ -174,8 +180,14 @@ def left_alone(name):
     X, y = batch(name, 6)
     model_fn = call if name == "model_fn" else PREPARED
     gram = "dense" if name == "gram" else "auto"
+    if name == "batches":
+        X, y = Batches([(X[:3], y[:3]), (X[3:], y[3:])]), None
+    optimizer = directional_newton(PREPARED, ce, trust_region())
+    state = optimizer.init(PARAMS)
 
     def step(params, X, y, generator):
+        if name == "trust_region":
+            return optimizer.update(params, state, X, y)[0]
         damping = bootstrap([0.1, 1.0], generator, 10) if name == "bootstrap" else 0.5
         criterion = monte_carlo(ce, 2, generator) if name == "monte_carlo" else ce
         return newton_step(model_fn, params, X, y, criterion, damping, gram=gram)
