@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -74,6 +75,21 @@ def test_what_cannot_run_is_an_entry(tmp_path):
     written, table = bench(tmp_path, *arguments)
     assert {r["status"] for r in written["records"]} == {"not run: the time was up"}
     assert "not run: the time was up" in table
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler"
+)
+def test_compiled_steps():
+    ended = command("compiled_steps", "--turns", 1, "--problem", "reference")
+    assert ended.returncode == 0, ended.stderr
+    rows = [line.split("|")[1:5] for line in ended.stdout.splitlines() if line.startswith("| ref")]
+    assert {name.strip() for _, name, *_ in rows} == {
+        *("ddnewton, prepared", "ddnewton, compiled", "vmap(jacrev)"),
+        "ddnewton, compiled, without guards on globals",
+        *(name for name, module in (("ViViT", "vivit"), ("netket", "netket")) if find_spec(module)),
+    }
+    assert all(float(ms) > 0 for *_, ms, _ in rows)
 
 
 def test_small_fits():

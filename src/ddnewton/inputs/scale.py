@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.inputs.checks import check_positive
+from ddnewton.scalars import scalar_like
 from ddnewton.transforms import any_known
 from ddnewton.trees import leaf_paths, real_count, tree_flatten
 from ddnewton.types import PyTree
@@ -59,7 +60,8 @@ def _of_leaf(numbers: object, leaf: Tensor, path: str) -> Float[Tensor, " _"]:
         rule = f"{where} must be a number or a tensor"
         raise BadType(sentence(rule, type(numbers).__name__, SCALE_REMEDY))
     # As many numbers as the leaf has.
-    tensor = torch.as_tensor(numbers, dtype=torch.float64, device=leaf.device)
+    number_or_tensor = numbers if isinstance(numbers, Tensor) else float(numbers)
+    tensor = scalar_like(number_or_tensor, leaf, torch.float64)
     try:
         tensor = tensor.expand(leaf.shape)
     except RuntimeError as error:

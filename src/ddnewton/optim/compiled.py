@@ -31,6 +31,7 @@ def is_chosen(settings: Settings, state: State) -> bool | Bool[Tensor, ""]:
     return choice is not None and state.updates % choice.every == 0
 
 
-def is_all(info: UpdateInfo) -> Bool[Tensor, ""]:
-    """Return whether the first trial is all of an update: taken, and nothing to be warned of."""
-    return info.accepted & (info.step_norm > 0) & ~(info.flat_share > FLAT_SHARE_WARNED)
+def is_all(info: UpdateInfo, ended: Bool[Tensor, ""]) -> Bool[Tensor, ""]:
+    """Return whether the first trial is all of an update that ended: nothing to be warned of."""
+    still = info.accepted & (info.step_norm == 0)
+    return ended & ~still & ~(info.flat_share > FLAT_SHARE_WARNED)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ddnewton.distributed.agreement import agreeing, team_of
@@ -76,8 +76,8 @@ class Update:
         if reason or self.group.processes is not None:
             return left_alone(update, reason)(self, params, state, X, y)
         if not is_chosen(self.settings, state):
-            updated = update(self, params, state, X, y)
-            if is_all(updated[2]):
+            updated, ended = first_trial(self, params, state, X, y)
+            if is_all(updated[2], ended):
                 return updated
         return left_alone(update, FIRST_TRIAL)(self, params, state, X, y)
 
@@ -98,6 +98,21 @@ def update(
     """Return parameters, state and record after a step, as the public ``update`` does."""
     batch = lambda: (X, y)  # noqa: E731
     return observed_update(plan, params, state, batch, observe=lambda local, step: None)[0]
+
+
+@public
+@torch.no_grad()
+def first_trial(
+    plan: Update, params: PyTree, state: State, X: PyTree, y: PyTree
+) -> tuple[tuple[PyTree, State, UpdateInfo], Bool[Tensor, ""]]:
+    """Return what `update` does where it ends with its first trial, and whether it does.
+
+    While torch compiles, no search goes on.
+    """
+    batch = lambda: (X, y)  # noqa: E731
+    return observed_update(
+        plan, params, state, batch, observe=lambda local, step: step.taken | step.settled
+    )
 
 
 def _arguments(
