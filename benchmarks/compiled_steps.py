@@ -146,8 +146,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     count = TURN * options.turns
-    print(f"Medians of {count} calls, CPU time on one thread; torch {torch.__version__}
-")
+    print(f"Medians of {count} calls, CPU time on one thread; torch {torch.__version__}\n")
     print("| problem | | ms | first call, s |\n|---|---|---|---|")
     for problem in options.problem:
         torch.compiler.reset()
