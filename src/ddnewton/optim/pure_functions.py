@@ -105,7 +105,7 @@ def update(
 def first_trial(
     plan: Update, params: PyTree, state: State, X: PyTree, y: PyTree
 ) -> tuple[tuple[PyTree, State, UpdateInfo], Bool[Tensor, ""]]:
-    """Return what `update` does where it ends with its first trial, and whether it does.
+    """Return an update that ends with its first trial, and whether it does end there.
 
     While torch compiles, no search goes on.
     """
