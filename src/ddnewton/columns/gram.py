@@ -100,13 +100,22 @@ def sums_of(
 
 def _visited_alike(jacobians: Sequence[Jacobian]) -> list[list[int]]:
     """Return the numbers of Jacobians in groups of the same chunks of samples and factors."""
-    groups: dict[tuple[object, ...], list[int]] = {}
+    groups: list[list[int]] = []
     for number, jacobian in enumerate(jacobians):
-        pieces = tuple(map(tuple, jacobian.pieces))
-        chunks = tuple((chunk.start, chunk.stop) for chunk in jacobian.chunks)
-        key = number if jacobian.of_ranks else None, id(jacobian.order), pieces, chunks
-        groups.setdefault(key, []).append(number)
-    return list(groups.values())
+        for group in groups:
+            if _are_alike(jacobian, jacobians[group[0]]):
+                group.append(number)
+                break
+        else:
+            groups.append([number])
+    return groups
+
+
+def _are_alike(left: Jacobian, right: Jacobian) -> bool:
+    """Return whether two Jacobians have the same chunks of samples, and of factors."""
+    same_pieces = list(map(list, left.pieces)) == list(map(list, right.pieces))
+    here = left.of_ranks is None and right.of_ranks is None
+    return here and left.order is right.order and same_pieces and left.chunks == right.chunks
 
 
 def rmatmat(
