@@ -86,10 +86,13 @@ def sums_of(
     cut = cuts_to(first, blocks)
     sums: list[list[Tensor]] = [[] for _ in blocks]
     for chunk in first.chunks:
-        factors = [cut(jacobian.visit(chunk)) for jacobian in jacobians]
+        factors = []  # by loops: torch.compile makes constants of a slice's ends in a closure
+        for jacobian in jacobians:
+            factors.append(cut(jacobian.visit(chunk)))  # noqa: PERF401
         for b, of_block in enumerate(zip(*factors, strict=True)):
-            pairs = zip(jacobians, weights, strict=True)
-            w = [of_chunk(jacobian, own[b], chunk) for jacobian, own in pairs]
+            w = []
+            for jacobian, own in zip(jacobians, weights, strict=True):
+                w.append(of_chunk(jacobian, own[b], chunk))
             same = zip(*of_block, strict=True)
             parts = [part for entries in same for part in sums_of_columns(entries, w)]
             sums[b].append(torch.cat([w[0].new_zeros(len(w[0]), 0), *parts], 1))
@@ -100,6 +103,8 @@ def sums_of(
 
 def _visited_alike(jacobians: Sequence[Jacobian]) -> list[list[int]]:
     """Return the numbers of Jacobians in groups of the same chunks of samples and factors."""
+    if torch.compiler.is_compiling():  # which takes symbols of numbers of samples for constants
+        return [[number] for number in range(len(jacobians))]
     groups: list[list[int]] = []
     for number, jacobian in enumerate(jacobians):
         for group in groups:

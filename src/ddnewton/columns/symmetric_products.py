@@ -20,11 +20,9 @@ def product(left: Float[Tensor, "i d"], right: Float[Tensor, "j d"]) -> Float[Te
     count, length = left.shape
     if left is not right or length < LONG_ROWS or count < LONG_ROWS // 8:
         return left @ right.T
-    starts = range(0, count, -(-count // SYMMETRIC_STRIPS))
-    ends = [*starts[1:], count]
     strips = [
-        F.pad(left[start:end] @ left[start:].T, (start, 0))
-        for start, end in zip(starts, ends, strict=True)
+        F.pad(left[rows] @ left[rows.start :].T, (rows.start, 0))
+        for rows in chunks(count, -(-count // SYMMETRIC_STRIPS))
     ]
     return torch.cat(strips)
 
