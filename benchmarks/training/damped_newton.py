@@ -77,4 +77,5 @@ DAMPED_NEWTON: dict[str, Start] = {
     "noise-aware": partial(newton, damping=held_out(rule=signal_to_noise())),
     "held-out γ and λ": halves,
     "Monte-Carlo": partial(newton, columns=1, damping=held_out(), complement="damping"),
+    "Monte-Carlo, constant": partial(newton, columns=1, momentum=0.9, complement="damping"),
 }

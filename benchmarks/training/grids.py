@@ -62,6 +62,7 @@ MINI: dict[str, Grid] = {
     "noise-aware": HELD_OUT,
     "held-out γ and λ": over(damping=(0.1, 1.0, 10.0), learning_rate=(1.0, 0.3)),
     "Monte-Carlo": HELD_OUT,
+    "Monte-Carlo, constant": over(damping=(0.03, 0.1, 0.3), learning_rate=(0.3, 0.2)),
 }
 
 LATE: dict[str, Grid] = {

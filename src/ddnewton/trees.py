@@ -150,7 +150,8 @@ def as_batch(x: PyTree) -> PyTree:
 
 def as_real(tree: PyTree) -> PyTree:
     """Return a tree with every complex tensor as pairs of reals, along a new last axis."""
-    return tree_map(_as_real_leaf, tree)
+    has_pairs = any(isinstance(x, Tensor) and x.is_complex() for x in tree_leaves(tree))
+    return tree_map(_as_real_leaf, tree) if has_pairs else tree
 
 
 def _as_real_leaf(leaf: Any) -> Any:

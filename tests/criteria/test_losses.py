@@ -16,6 +16,7 @@ from torch.func import vmap
 
 from ddnewton import criteria, newton_step
 from ddnewton.criteria import as_loss, expand_batch
+from ddnewton.criteria.loss import sample_values
 from ddnewton.linearize.basis import combined, stored, written_out
 from tests.methods import DTYPES, FLOAT64, REDUCTIONS, TORCH_LOSSES
 from tests.reference import as_double, autograd_derivatives, dense, error, solve
@@ -200,6 +201,7 @@ def test_gradients_alone_are_those_of_the_expansion(name, shape):
     loss = as_loss(partial(CASES[name].function, **options))
     value, basis, z, _, _ = loss.expand(f, y)
     check_close(loss.gradient(f, y), (value, combined(basis, z)))
+    check_close(sample_values(loss, f, y), value)
 
 
 MODULES = {loss.function: loss.module for loss in TORCH_LOSSES.values()}
