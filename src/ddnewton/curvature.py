@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ddnewton.criteria import Criteria
 from ddnewton.distributed.agreement import Processes
-from ddnewton.errors import public
 from ddnewton.inputs.groups import Group, grouped
 from ddnewton.inputs.terms import TermIndices
 from ddnewton.quadratic.arguments import arguments_of, leaves_of
@@ -25,10 +24,9 @@ from ddnewton.quadratic.matrices import whole_gram_matrices
 from ddnewton.quadratic.matrix_free.leading_directions import free_derivatives, free_eigenpairs
 from ddnewton.quadratic.matrix_free.ways import either_way, on_all_ranks, refuse_free
 from ddnewton.trees import unflatten
-from ddnewton.types import AnyModelFn, GramWays, PyTree, Select
+from ddnewton.types import AnyModelFn, GramWays, Precision, PyTree, Select
 
 
-@public
 @compilable
 def ggn_eigvalsh(
     model_fn: AnyModelFn,
@@ -41,6 +39,7 @@ def ggn_eigvalsh(
     subsampling_ggn: TermIndices | None = None,
     gram: GramWays = "auto",
     chunk_size: int | None = None,
+    precision: Precision = "auto",
     process_group: Processes = None,
 ) -> Float[Tensor, " i"] | Any:
     r"""Return the eigenvalues of the generalized Gauss-Newton matrix, ascending.
@@ -71,6 +70,7 @@ def ggn_eigvalsh(
         subsampling_ggn=subsampling_ggn,
         gram=gram,
         chunk_size=chunk_size,
+        precision=precision,
         process_group=process_group,
         gradient=False,
     )
@@ -78,7 +78,6 @@ def ggn_eigvalsh(
     return grouped(on_all_ranks(arguments, all_eigenvalues, all_eigenvalues.__name__), groups)
 
 
-@public
 @compilable
 def ggn_eigh(
     model_fn: AnyModelFn,
@@ -93,6 +92,7 @@ def ggn_eigh(
     gram: GramWays = "auto",
     tol: float = 1e-2,
     chunk_size: int | None = None,
+    precision: Precision = "auto",
     process_group: Processes = None,
 ) -> tuple[Float[Tensor, " k"], PyTree] | Any:
     r"""Return eigenvalues of the generalized Gauss-Newton matrix, and their eigenvectors.
@@ -129,6 +129,7 @@ def ggn_eigh(
         gram=gram,
         tol=tol,
         chunk_size=chunk_size,
+        precision=precision,
         process_group=process_group,
         gradient=False,
     )
@@ -139,7 +140,6 @@ def ggn_eigh(
     return grouped(list(zip(evals, evecs, strict=True)), groups)
 
 
-@public
 @compilable
 def directional_derivatives(
     model_fn: AnyModelFn,
@@ -156,6 +156,7 @@ def directional_derivatives(
     gram: GramWays = "auto",
     tol: float = 1e-2,
     chunk_size: int | None = None,
+    precision: Precision = "auto",
     process_group: Processes = None,
 ) -> Derivatives | Any:
     r"""Return slopes and curvatures of every sample's loss along eigenvectors of the GGN.
@@ -164,16 +165,14 @@ def directional_derivatives(
         \lambda_{nk} = e_k^\top J_n^\top \nabla^2 \ell_n J_n e_k
 
     Their means over the samples, of all terms, are the slope of the loss along e_k and, over those
-    that G is made of, the eigenvalue. No gradient and no eigenvector is formed. Arguments and
-    errors as for `ddnewton.newton_step`.
+    that G is made of, the eigenvalue. Arguments and errors as for `ddnewton.newton_step`.
 
     Returns
     -------
     Derivatives
-        A pair: ``gammas`` [N, K], a row for every sample of ``subsampling_grad``, and ``lambdas``
-        [N, K], a row for every sample of ``subsampling_curvature``, or else of
-        ``subsampling_ggn``. The sign of a direction, and so of its column of γ, is arbitrary, but
-        that of `ggn_eigh` for the same arguments. With ``groups`` a tuple of such pairs.
+        ``gammas`` [N, K], a row for every sample of ``subsampling_grad``, and ``lambdas`` [N, K],
+        of ``subsampling_curvature``, or else of ``subsampling_ggn``. The sign of a direction, and
+        so of its γ, is arbitrary, but that of `ggn_eigh`. With ``groups`` a tuple of such pairs.
 
     Examples
     --------
@@ -197,6 +196,7 @@ def directional_derivatives(
         gram=gram,
         tol=tol,
         chunk_size=chunk_size,
+        precision=precision,
         process_group=process_group,
     )
     pairs, dtype = either_way(arguments, derivatives_along, free_derivatives)
@@ -204,7 +204,6 @@ def directional_derivatives(
     return grouped(pairs, groups)
 
 
-@public
 @compilable
 def gram_matrix(
     model_fn: AnyModelFn,
@@ -217,6 +216,7 @@ def gram_matrix(
     subsampling_ggn: TermIndices | None = None,
     gram: GramWays = "auto",
     chunk_size: int | None = None,
+    precision: Precision = "auto",
     process_group: Processes = None,
 ) -> Float[Tensor, "i i"] | Any:
     r"""Return the Gram matrix VᵀV, which has the nonzero eigenvalues of the GGN VVᵀ.
@@ -250,11 +250,11 @@ def gram_matrix(
         subsampling_ggn=subsampling_ggn,
         gram=gram,
         chunk_size=chunk_size,
+        precision=precision,
         process_group=process_group,
         gradient=False,
         takes_batches=False,
     )
     refuse_free(arguments, "the Gram matrix", "ggn_eigh has its leading part, by select=top_k(k).")
-    return grouped(
-        on_all_ranks(arguments, whole_gram_matrices, whole_gram_matrices.__name__), groups
-    )
+    name = whole_gram_matrices.__name__
+    return grouped(on_all_ranks(arguments, whole_gram_matrices, name), groups)

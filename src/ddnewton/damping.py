@@ -176,7 +176,7 @@ def _ascending_dampings(grid: Sequence[float] | Tensor) -> Float[Tensor, " g"]:
     rule, got = "bootstrap: grid must be a sequence of numbers ≥ 0, at least one", repr(grid)
     remedy = "Pass some dampings, such as torch.logspace(-3, 2, 20)."
     try:
-        deltas = torch.as_tensor(grid, dtype=torch.float64)
+        deltas = torch.as_tensor(grid, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise BadType(sentence(rule, got, remedy)) from error
     if deltas.ndim != 1 or deltas.numel() == 0 or any_known(~(deltas >= 0)):

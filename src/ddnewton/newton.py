@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ddnewton.criteria import Criteria
 from ddnewton.distributed.agreement import Processes
-from ddnewton.errors import public
 from ddnewton.inputs.groups import Group, grouped
 from ddnewton.inputs.scale import Scale
 from ddnewton.inputs.terms import TermIndices
@@ -36,10 +35,9 @@ from ddnewton.quadratic.quadratic_model import gradients, in_params_units, to_pa
 from ddnewton.quadratic.solution import info_of, solve, without_eigenpairs
 from ddnewton.quadratic.summed_model import model_and_matrices
 from ddnewton.trees import unflatten
-from ddnewton.types import AnyModelFn, DampingRule, GramWays, PyTree, Select
+from ddnewton.types import AnyModelFn, DampingRule, GramWays, Precision, PyTree, Select
 
 
-@public
 @compilable
 def newton_step(
     model_fn: AnyModelFn,
@@ -58,6 +56,7 @@ def newton_step(
     gram: GramWays = "auto",
     tol: float = 1e-2,
     chunk_size: int | None = None,
+    precision: Precision = "auto",
     scale: Scale = None,
     process_group: Processes = None,
 ) -> PyTree:
@@ -117,6 +116,12 @@ def newton_step(
         eigenpairs are up to 1e-4 tol λ_max. `NewtonInfo` tells.
     chunk_size
         How many samples' temporaries may exist at once; None fills some 256 MiB.
+    precision
+        "float64": the model is evaluated in float64 from end to end, or refused where that is
+        another function. "model": in its own dtype, never in float64; sums over parameters are
+        exact, and `NewtonInfo.rounding` says what is lost. "auto": in float64 where that costs
+        little or a small damping asks for it; where it costs more on a GPU whose float64 is slow,
+        as "model". Float32 is never rounded to TF32 meanwhile, whatever torch's switches say.
     scale
         The units of the parameters (SciPy's ``x_scale``): with s / scale in place of s, directions
         are eigenvectors, damping acts, and the rank tolerance counts. A positive number; a pytree
@@ -150,14 +155,6 @@ def newton_step(
     >>> step = newton_step(line, zero, x, 3 * x + 1, torch.nn.MSELoss(), damping=0.0)
     >>> {name: round(value.item(), 5) for name, value in step.items()}
     {'slope': 3.0, 'offset': 1.0}
-
-    The same line by its values at two points and its slope at a third:
-
-    >>> terms = {"values": line, "slope": lambda p, x: p["slope"] + 0 * x}
-    >>> X, y = {"values": x[:2], "slope": x[2:]}, {"values": 3 * x[:2] + 1, "slope": 3 + 0 * x[2:]}
-    >>> step = newton_step(terms, zero, X, y, torch.nn.MSELoss(), damping=0.0)
-    >>> {name: round(value.item(), 5) for name, value in step.items()}
-    {'slope': 3.0, 'offset': 1.0}
     """
     arguments = arguments_of(
         *(model_fn, params, X, y, criterion),
@@ -171,6 +168,7 @@ def newton_step(
         gram=gram,
         tol=tol,
         chunk_size=chunk_size,
+        precision=precision,
         scale=scale,
         process_group=process_group,
     )
@@ -190,7 +188,6 @@ def _steps(arguments: Arguments) -> list[Float[Tensor, " _"]]:
         return in_params_units(model, to_parameters(model, matrices, coordinates))
 
 
-@public
 @compilable
 def newton_step_and_info(
     model_fn: AnyModelFn,
@@ -209,6 +206,7 @@ def newton_step_and_info(
     gram: GramWays = "auto",
     tol: float = 1e-2,
     chunk_size: int | None = None,
+    precision: Precision = "auto",
     scale: Scale = None,
     process_group: Processes = None,
 ) -> tuple[PyTree, NewtonInfo | Any]:
@@ -238,6 +236,7 @@ def newton_step_and_info(
         gram=gram,
         tol=tol,
         chunk_size=chunk_size,
+        precision=precision,
         scale=scale,
         process_group=process_group,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
@@ -76,8 +77,10 @@ def concatenated(parts: Sequence[Tensor], axis: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
 
 
-def any_known(mask: Tensor) -> bool:
+def any_known(mask: Tensor | bool) -> bool:
     """Return whether an entry is true, of any member under ``vmap``; False while compiling."""
+    if not isinstance(mask, Tensor):
+        return bool(mask)
     return not torch.compiler.is_compiling() and answer(unwrapped(mask))
 
 
@@ -86,7 +89,7 @@ def any_not_finite(*tensors: Tensor) -> bool:
 
     A sum that is finite is one of finite numbers, and takes a single pass.
     """
-    total = torch.as_tensor(sum(tensor.sum() for tensor in tensors))
+    total = reduce(torch.add, (tensor.sum() for tensor in tensors))
     return any_known(total * 0 != 0) and any(any_known(~x.isfinite()) for x in tensors)
 
 

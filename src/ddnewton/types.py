@@ -29,5 +29,8 @@ GramWay: TypeAlias = Literal["auto", "structured", "dense", "free"]
 """How the Gram matrix is formed: from the layers, from dense columns, the better of both, or not at
 all, where products with it do."""
 
+Precision: TypeAlias = Literal["auto", "float64", "model"]
+"""What models are evaluated in: float64 where it matters, float64 always, or their own dtype."""
+
 GramWays: TypeAlias = GramWay | Mapping[Any, GramWay]
 """One way, or a dict of them for the terms of a loss."""

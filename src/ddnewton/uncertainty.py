@@ -19,17 +19,17 @@ from ddnewton.criteria import Criteria
 from ddnewton.criteria.noise import about_noise, of_likelihood
 from ddnewton.distributed.agreement import Processes, agreeing, team_of
 from ddnewton.distributed.fingerprints import options_told
-from ddnewton.errors import BadType, public, sentence
+from ddnewton.edge import computing
+from ddnewton.errors import BadType, sentence
 from ddnewton.inputs.term_names import about_term
 from ddnewton.quadratic.arguments import arguments_of
 from ddnewton.quadratic.covariance_root import Uncertainty, uncertainty_of
 from ddnewton.quadratic.matrix_free.ways import on_all_ranks, refuse_free
 from ddnewton.trees import named_leaves, tree_flatten, tree_unflatten, unflattened
-from ddnewton.types import AnyModelFn, GramWays, PyTree
+from ddnewton.types import AnyModelFn, GramWays, Precision, PyTree
 
 
-@public
-@torch.no_grad()
+@computing
 def covariance(
     model_fn: AnyModelFn,
     params: PyTree,
@@ -40,6 +40,7 @@ def covariance(
     absolute_sigma: bool = False,
     gram: GramWays = "auto",
     chunk_size: int | None = None,
+    precision: Precision = "auto",
     process_group: Processes = None,
 ) -> PyTree:
     r"""Return the covariance of fitted parameters.
@@ -72,7 +73,7 @@ def covariance(
         As for `scipy.optimize.curve_fit`: whether the weights of squared errors are 1/σ² of the
         noise itself, ``mse(weight=1 / sigma**2)``, so that s² is 1 and not estimated. The weights
         of likelihoods always are what they say.
-    gram, chunk_size, process_group
+    gram, chunk_size, precision, process_group
         As for `ddnewton.newton_step`; gram not "free".
 
     Returns
@@ -109,6 +110,7 @@ def covariance(
         absolute_sigma=absolute_sigma,
         gram=gram,
         chunk_size=chunk_size,
+        precision=precision,
         process_group=process_group,
     )
     matrix = uncertainty.root @ uncertainty.root.mT
@@ -127,8 +129,7 @@ def covariance(
     return tree_unflatten(nested, spec)
 
 
-@public
-@torch.no_grad()
+@computing
 def standard_errors(
     model_fn: AnyModelFn,
     params: PyTree,
@@ -139,6 +140,7 @@ def standard_errors(
     absolute_sigma: bool = False,
     gram: GramWays = "auto",
     chunk_size: int | None = None,
+    precision: Precision = "auto",
     process_group: Processes = None,
 ) -> PyTree:
     r"""Return the standard errors of fitted parameters, the roots of `covariance`'s diagonal.
@@ -166,6 +168,7 @@ def standard_errors(
         absolute_sigma=absolute_sigma,
         gram=gram,
         chunk_size=chunk_size,
+        precision=precision,
         process_group=process_group,
     )
     errors = torch.linalg.vector_norm(uncertainty.root, dim=1)
@@ -182,14 +185,15 @@ def _uncertainty(
     absolute_sigma: bool,
     gram: GramWays,
     chunk_size: int | None,
+    precision: Precision,
     process_group: Processes,
 ) -> Uncertainty:
     """Return the root of the covariance of fitted parameters."""
     team = team_of(process_group, params)
     with agreeing(team, lambda: options_told({"absolute_sigma": absolute_sigma})):
         _check_arguments(params, absolute_sigma)
-        ways: Any = {"gram": gram, "chunk_size": chunk_size, "process_group": team}
-        ways |= {"gradient": False, "takes_batches": False}
+        ways: Any = {"gram": gram, "chunk_size": chunk_size, "precision": precision}
+        ways |= {"process_group": team, "gradient": False, "takes_batches": False}
         with about_noise():
             arguments = arguments_of(model_fn, params, X, y, _likelihoods(criterion), **ways)
             refuse_free(arguments, "a covariance", 'Leave gram at "auto".')

@@ -28,7 +28,7 @@ from ddnewton import (
 )
 from ddnewton.criteria import hessian_products
 from ddnewton.inputs import memory
-from ddnewton.linearize import free_linearization
+from ddnewton.linearize import precision
 from ddnewton.quadratic import gauss_newton
 from ddnewton.quadratic.arguments import arguments_of
 from ddnewton.quadratic.matrix_free.free_model import free_model, operator_of
@@ -318,7 +318,7 @@ def bent_squares():
 
 def refined(rank, given, options, X, y, alone=False):
     """A step of a model that is not taken in float64 from the start."""
-    with mock.patch.object(free_linearization, "CHEAP_FLOPS", 0):
+    with mock.patch.object(precision, "CHEAP_FLOPS", 0):
         return told(rank, given, options, X, y, alone)
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ddnewton.linearize import free_linearization, jacobian_products
+from ddnewton.linearize import jacobian_products, kept_graphs
 from ddnewton.linearize.free_linearization import linearized_freely
 
 
@@ -20,9 +20,9 @@ def samples_at_once(net, X, chunk_size=None):
 def test_parameters_are_not_counted_for_every_sample(monkeypatch):
     # The copies of the parameters, 40 kB, are in the graph of one sample as in that of all.
     net = nn.Sequential(nn.Linear(3, 100), nn.Tanh(), nn.Linear(100, 100), nn.Tanh())
-    monkeypatch.setattr(free_linearization, "KEPT_BYTES", 10**6)
+    monkeypatch.setattr(kept_graphs, "KEPT_BYTES", 10**6)
     assert samples_at_once(net, torch.randn(100, 3)) == 100
-    monkeypatch.setattr(free_linearization, "CHUNK_BYTES", 10**5)
+    monkeypatch.setattr(kept_graphs, "CHUNK_BYTES", 10**5)
     assert 1 < samples_at_once(net, torch.randn(2000, 3)) < 200
     assert samples_at_once(net, torch.randn(2000, 3), chunk_size=7) == 7
     assert [samples_at_once(net, torch.randn(n, 3)) for n in (1, 2, 3)] == [1, 2, 3]

@@ -80,7 +80,7 @@ def test_a_length_that_comes_once_is_not_traced(traces):
 
 
 def test_larger_problems_are_traced_in_the_first_update(traces, monkeypatch):
-    monkeypatch.setattr("ddnewton.linearize.linearization.TINY_FLOPS", 0)
+    monkeypatch.setattr("ddnewton.linearize.structured.costs.TINY_FLOPS", 0)
     optimizer = DirectionalNewton(recurrence(), nn.MSELoss())
     optimizer.step(*data(3))
     assert traces == [(3, 2)]

@@ -20,7 +20,6 @@ from ddnewton import (
     top_k,
 )
 from ddnewton.damping import signal_to_noise
-from ddnewton.linearize import free_linearization
 from ddnewton.quadratic.matrix_free import leading_directions, steps
 from tests.methods import FLOAT32, FLOAT64, SMALL_AND_LARGE, seeded, truth
 from tests.models import PROBLEMS, problem
@@ -133,7 +132,7 @@ def test_eigenpairs_that_have_not_converged_are_told_and_returned(monkeypatch):
 
 
 def test_eigenpairs_of_products_with_too_few_digits_are_told(monkeypatch):
-    monkeypatch.setattr(free_linearization, "CHEAP_FLOPS", 0)
+    monkeypatch.setattr("ddnewton.linearize.precision.CHEAP_FLOPS", 0)
     arguments = {"select": top_k(3), "gram": "free", "tol": 1e-4}
     with pytest.warns(UserWarning, match=r"asks for 1\.0e-08\. That is the rounding of products"):
         evals, _ = ggn_eigh(*deep(dtype=FLOAT32), **arguments)

@@ -9,7 +9,7 @@ the whole leaf in one order, and else as dense columns in the order of the param
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -169,7 +169,7 @@ def _dense(
     # From places among all entries to those among the leaf's, one past the last for none.
     size = sum(place.size for place in places)
     local = torch.full_like(order, size)
-    starts = [0, *torch.tensor([place.size for place in places]).cumsum(0).tolist()]
+    starts = accumulate((place.size for place in places), initial=0)
     for place, (start, _) in zip(places, pairwise(starts), strict=True):
         inside = (order >= place.start) & (order < place.start + place.size)
         local = torch.where(inside, order - place.start + start, local)

@@ -59,6 +59,7 @@ def inner_products(factor: Factor, vectors: Float[Tensor, "k _"]) -> Float[Tenso
     This is the transpose of `weighted_sums`: a vector holds the pieces that it returns, one after
     the other.
     """
+    # Of a stack part by part; of dense columns some parameters at a time; of others some vectors.
     if isinstance(factor, Stack):
         n = len(factor.parts[0].b)
         by_part = [inner_products(part, vectors).unflatten(0, (n, -1)) for part in factor.parts]
@@ -66,7 +67,10 @@ def inner_products(factor: Factor, vectors: Float[Tensor, "k _"]) -> Float[Tenso
     if not isinstance(factor, Outer):
         width = entries_at_once(factor)
         parts = zip(factor.split(width, 1), vectors.split(width, 1), strict=True)
-        return torch.as_tensor(sum(part.double() @ vector.double().T for part, vector in parts))
+        total: Tensor = reduce(
+            torch.add, (part.double() @ vector.double().T for part, vector in parts)
+        )
+        return total
     groups = vectors.split(_vectors_at_once(factor))
     return torch.cat([_inner_products_outer(factor, group) for group in groups], 1)
 

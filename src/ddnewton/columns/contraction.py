@@ -20,6 +20,7 @@ from jaxtyping import Float
 from opt_einsum import contract_path
 from torch import Tensor
 
+from ddnewton.columns.exact_products import is_sliced, matrix_product
 from ddnewton.columns.factors import (
     Factor,
     Outer,
@@ -91,8 +92,11 @@ def flops(outer: Outer) -> float:
 
 
 def _columns_are_cheaper(left: Outer, right: Outer) -> bool:
-    """Return whether forming the columns is cheaper than contracting positions first."""
-    if torch.compiler.is_compiling():  # opt_einsum cannot be compiled
+    """Return whether forming the columns is cheaper than contracting positions first.
+
+    Products of slices are for columns alone; and opt_einsum cannot be compiled.
+    """
+    if torch.compiler.is_compiling() or is_sliced(left.b):
         return True
     longer = IRREGULAR_FLOP_ON_GPUS if left.b.is_cuda else IRREGULAR_FLOP
     return _flops(left, right, COLUMNS_FIRST) <= longer * _flops(left, right, POSITIONS_FIRST)
@@ -117,7 +121,7 @@ def _of_single_positions(left: Outer, right: Outer) -> Float[Tensor, "n m n2 m2"
     n, m, _, o, _ = left.b.shape
     n2, m2 = right.b.shape[:2]
     symmetric = left is right and o >= LONG_ROWS
-    a_products = left.a[:, 0, 0] @ right.a[:, 0, 0].T
+    a_products = matrix_product(left.a[:, 0, 0], right.a[:, 0, 0])
     # b as rows n·m where they are long, and their products take less to be put in order.
     if o > n * m:
         b, b_right = (x.b.flatten(0, 1).flatten(1) for x in (left, right))
@@ -135,7 +139,7 @@ def _of_single_positions(left: Outer, right: Outer) -> Float[Tensor, "n m n2 m2"
 def _columns_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
     """Form the columns, some groups or outputs at a time, and multiply them."""
     n, m, g, o, _ = left.b.shape
-    total: Tensor | float = 0.0
+    total = left.b.new_zeros((), dtype=torch.float64)
     # So many outputs, those of several groups or a part of one, that they are an intermediate.
     p = sum(left.widths)
     size = max(1, intermediate_bytes(left.b) // (n * m * p * left.b.element_size()))
@@ -146,7 +150,7 @@ def _columns_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
             rows = _columns_of_outputs(left, groups, outputs)
             rows_right = rows if left is right else _columns_of_outputs(right, groups, outputs)
             total = total + product(rows, rows_right).double()
-    return completed(torch.as_tensor(total), left is right)
+    return completed(total, left is right)
 
 
 def _columns_of_outputs(outer: Outer, groups: slice, outputs: slice) -> Float[Tensor, "nm gop"]:
@@ -168,7 +172,7 @@ def _positions_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
     size = max(1, at_most // (4 * m * o * position_bytes * group_count))
     left_size = at_most // (position_bytes * right_positions * group_count)
     left_size = max(1, min(LEFT_SAMPLES_AT_ONCE, left_size))
-    total: Tensor | float = 0.0
+    total = left.b.new_zeros((), dtype=torch.float64)
     for groups in chunks(g, group_count):
         b_left = left.b[:, :, groups].flatten(2)  # [n m got]
         b_right = right.b[:, :, groups].transpose(1, 2).flatten(2, 3)  # [n g mo t]
@@ -185,7 +189,7 @@ def _positions_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
                 ]
                 rows.append(F.pad(torch.cat(parts, 1), (first * m, 0)))
         total = total + torch.cat(rows).double()
-    return completed(torch.as_tensor(total), left is right)
+    return completed(total, left is right)
 
 
 def _in_groups_of_one_position(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
@@ -232,9 +236,9 @@ def _of_dense(
     left: Float[Tensor, "nm d"], right: Float[Tensor, "nm2 d"]
 ) -> Float[Tensor, "nm nm2"]:
     """Return the inner products of dense columns, summed over some parameters at a time."""
-    total: Tensor | float = 0.0
+    total = left.new_zeros((), dtype=torch.float64)
     width = min(entries_at_once(left), entries_at_once(right))
     for a, b in zip(left.split(width, 1), right.split(width, 1), strict=True):
-        wide = a.double()
-        total = total + product(wide, wide if left is right else b.double())
-    return completed(torch.as_tensor(total), left is right)
+        wide = a if is_sliced(a) else a.double()
+        total = total + product(wide, wide if left is right else b.to(wide.dtype))
+    return completed(total, left is right)

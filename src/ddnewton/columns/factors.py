@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from ddnewton.columns.asked_of_ranks import ColumnsOfRanks
+from ddnewton.devices import has_fast_float64
 
 INTERMEDIATE_BYTES, INTERMEDIATE_BYTES_ON_GPUS = 2**25, 2**29
 """How large an intermediate may be: a few of them at once stay in a processor's cache, while a GPU
@@ -95,6 +96,20 @@ def entry_count(factor: Factor) -> int:
     if not isinstance(factor, Outer):
         return factor.shape[1]
     return math.prod(factor.b.shape[2:4]) * sum(factor.widths)
+
+
+def for_exact_sums(factor: Factor) -> Factor:
+    """Return columns for products that are summed in float64: in it, where it is fast."""
+    if not has_fast_float64(device_of(factor)):  # where products of narrow ones are exact
+        return factor
+    if isinstance(factor, Stack):
+        parts = map(for_exact_sums, factor.parts)
+        return Stack(tuple(part for part in parts if isinstance(part, Outer)))
+    if not isinstance(factor, Outer):
+        return factor.double()
+    return factor._replace(
+        a=factor.a.double() if factor.a.is_floating_point() else factor.a, b=factor.b.double()
+    )
 
 
 def device_of(factor: Factor) -> torch.device:

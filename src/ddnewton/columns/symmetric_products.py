@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from ddnewton.columns.exact_products import matrix_product
 from ddnewton.transforms import is_batched
 from ddnewton.trees import chunks
 
@@ -19,9 +20,9 @@ def product(left: Float[Tensor, "i d"], right: Float[Tensor, "j d"]) -> Float[Te
     """Return left rightᵀ; of one tensor with itself perhaps the upper triangle: see `completed`."""
     count, length = left.shape
     if left is not right or length < LONG_ROWS or count < LONG_ROWS // 8:
-        return left @ right.T
+        return matrix_product(left, right)
     strips = [
-        F.pad(left[rows] @ left[rows.start :].T, (rows.start, 0))
+        F.pad(matrix_product(left[rows], left[rows.start :]), (rows.start, 0))
         for rows in chunks(count, -(-count // SYMMETRIC_STRIPS))
     ]
     return torch.cat(strips)

@@ -57,7 +57,8 @@ def root_of_batch(
     if root.times is not None:
         return root
     # Curvature counts as zero within the rounding of the gradient, or of that at the origin.
-    size = torch.as_tensor(scale).to(probe).maximum(root.gradient.abs().amax())
+    size = torch.as_tensor(scale, dtype=probe.dtype, device=probe.device)
+    size = size.maximum(root.gradient.abs().amax())
     least = HESSIAN_ROUNDINGS * eps * probe.shape[1] * size
     return _if_convex(root, loss, (outputs, y), _largest(probe, image), least)
 

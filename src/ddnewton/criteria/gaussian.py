@@ -80,7 +80,8 @@ def _mean_and_points(
 
     # The same Hessian C at other targets, and one with an inverse.
     C, size = hessians(y), y.abs().amax() + 1
-    elsewhere = hessians(y + size * (torch.arange(n * k).to(y).sin().reshape(y.shape) + 2))
+    spread = torch.arange(n * k, dtype=y.dtype, device=y.device).sin().reshape(y.shape)
+    elsewhere = hessians(y + size * (spread + 2))
     if any_known((C - elsewhere).abs() > LIKELIHOOD_AGREEMENT * C.abs().amax()):
         raise BadValue(
             sentence(LIKELIHOOD_RULE, "a function that is not quadratic in y", LIKELIHOOD_REMEDY)

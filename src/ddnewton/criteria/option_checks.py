@@ -69,7 +69,7 @@ def check_denominator(denominator: float | Tensor) -> None:
     """Require a mean that does not divide by zero."""
     if torch.compiler.is_compiling():  # a number of its own would be one for this N alone
         return
-    if any_known(torch.as_tensor(denominator) == 0):
+    if any_known(denominator == 0):
         rule = "a weighted mean needs a target of positive weight"
         got = "targets that are all ignored or of weight 0"
         raise NoTargets(sentence(rule, got, 'Skip the batch, or use reduction="sum".'))

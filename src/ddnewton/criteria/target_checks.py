@@ -50,7 +50,7 @@ def check_variances(outputs: Tensor, var: object) -> None:
         rule = "var must be a number or a tensor"
         raise BadType(sentence(rule, type(var).__name__, "Pass the variance of every target."))
     # Nothing but these shapes is broadcast.
-    variances = torch.as_tensor(var)
+    variances = torch.as_tensor(var, device=outputs.device)
     if isinstance(var, Tensor) and not _is_variance_shape(var.shape, outputs.shape):
         rule = "var must have the outputs' shape, with 1 on one axis or without the last at most"
         got = f"outputs: {list(outputs.shape)}, var: {list(var.shape)}"

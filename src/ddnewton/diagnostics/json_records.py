@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
@@ -101,6 +102,5 @@ def _restored(fields: Mapping[str, Any]) -> Summary:
     fields = {"flat_share": None, **fields}  # which older runs lack
     values = {name: from_json(fields[name]) for name in Summary._fields}
     dtypes = {name: torch.int64 if name in COUNT_FIELDS else torch.float64 for name in values}
-    return Summary(
-        **{name: torch.tensor(value, dtype=dtypes[name]) for name, value in values.items()}
-    )
+    on_host = partial(torch.tensor, device="cpu")
+    return Summary(**{name: on_host(value, dtype=dtypes[name]) for name, value in values.items()})

@@ -178,5 +178,5 @@ def _arrived(wire: Wire, announced: PyTree, tensors: Sequence[Tensor]) -> PyTree
 def _tensor_of(announced: Announced, octets: bytes) -> Tensor:
     """Return a tensor whose bytes were told."""
     if not octets:
-        return torch.empty(announced.shape, dtype=announced.dtype)
+        return torch.empty(announced.shape, dtype=announced.dtype, device="cpu")
     return torch.frombuffer(bytearray(octets), dtype=announced.dtype).reshape(announced.shape)

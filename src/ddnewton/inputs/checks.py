@@ -15,9 +15,6 @@ from ddnewton.transforms import any_known, any_not_finite, unwrapped
 from ddnewton.trees import named_leaves, tree_leaves
 from ddnewton.types import PyTree
 
-GRAM_OPTIONS = ("auto", "structured", "dense", "free")
-"""The values of the option ``gram``."""
-
 TERMS_REMEDY = (
     "Residuals of several kinds, each with its own points, are terms of the loss: pass model_fn, X "
     'and y as dicts, such as model_fn={"inside": residual, "edge": trace}.'
@@ -35,10 +32,31 @@ def check_params(params: PyTree) -> None:
         raise BadValue(sentence(rule, got, "Check how the parameters were made."))
     # Every leaf is differentiated, so a counter or a mask has no place here.
     if all(isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) for x in leaves):
+        _check_one_device(params)
         return
     for path, leaf in named_leaves(params):
         if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
             raise BadType(_no_parameter(f"params{path}", leaf))
+
+
+def _check_one_device(params: PyTree) -> None:
+    """Require parameters on one device, as their columns are multiplied with each other."""
+    devices: dict[torch.device, str] = {}
+    for path, leaf in named_leaves(params):
+        devices.setdefault(leaf.device, f"params{path}")
+    if len(devices) > 1:
+        got = ", ".join(f"{name} on {device}" for device, name in devices.items())
+        remedy = "Move them with .to(device); X and y may be anywhere."
+        raise BadValue(sentence("params must be on one device", got, remedy))
+
+
+def check_place(outputs: object, params: PyTree) -> None:
+    """Require outputs, where these are a tensor, on the device of the parameters."""
+    device = tree_leaves(params)[0].device
+    if isinstance(outputs, Tensor) and outputs.device != device:
+        rule = "model_fn must return outputs on the device of params"
+        got = f"outputs on {outputs.device}, params on {device}"
+        raise BadValue(sentence(rule, got, "Move what model_fn refers to with .to(device)."))
 
 
 def _no_parameter(name: str, leaf: object) -> str:
@@ -170,35 +188,6 @@ def check_functions(model_fn: object, select: object) -> None:
             remedy = "Pass lambda p, x: torch.func.functional_call(module, p, (x,))."
             raise BadType(sentence(rule, got, remedy))
     check_select("select", select)
-
-
-def check_options(
-    damping: object, complement: object, gram: object, chunk_size: object, tol: object
-) -> None:
-    """Require sensible values of the options, as far as the data do not matter."""
-    # Damping and complement are dampings ≥ 0; gram is one of some words; a chunk has samples.
-    check_damping("damping", damping)
-    if complement is not None:
-        check_positive("complement", complement)
-    ways = list(gram.values()) if isinstance(gram, Mapping) else [gram]
-    if "free" in ways and set(ways) != {"free"}:
-        rule = 'gram must be "free" for all terms or for none'
-        raise BadValue(sentence(rule, ways, 'Pass gram="free" alone.'))
-    for way in ways:
-        if way not in GRAM_OPTIONS:
-            rule = f"gram must be one of {', '.join(map(repr, GRAM_OPTIONS))}"
-            raise BadValue(sentence(rule, repr(way), 'Leave it at "auto".'))
-    if chunk_size is not None:
-        remedy = "Pass a number of samples."
-        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-            rule, got = "chunk_size must be an integer or None", type(chunk_size).__name__
-            raise BadType(sentence(rule, got, remedy))
-        if chunk_size < 1:
-            raise BadValue(sentence("chunk_size must be at least 1", chunk_size, remedy))
-    # A share of the decrease.
-    check_positive("tol", tol)
-    if any_known(tol >= 1) if isinstance(tol, Tensor) else float(tol) >= 1:  # type: ignore[arg-type]
-        raise BadValue(sentence("tol must be below 1", tol, "Pass a share, such as 1e-2."))
 
 
 def check_select(name: str, select: object) -> None:

@@ -77,7 +77,7 @@ def check_same_on_ranks(params: PyTree, told: Mapping[str, object]) -> None:
     """Require all ranks of some parameters to have been given the same, told by its names."""
     leaf = next(filter(is_dtensor, tree_leaves(params)))
     numbers = [int(sha256(str(text).encode()).hexdigest()[:15], 16) for text in told.values()]
-    rows = rows_of_ranks(torch.tensor(numbers), leaf)
+    rows = rows_of_ranks(torch.tensor(numbers, device="cpu"), leaf)
     for name, column in zip(told, rows.unbind(1), strict=True):
         if bool((column != column[0]).any()):
             rule = f"{name} must be the same on all ranks where params are DTensors"

@@ -73,12 +73,16 @@ def samples_at_once(
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Return the memory of a device in bytes: what is free on a GPU, all of it elsewhere."""
+    """Return the memory of a device in bytes: what is free on a GPU, all of it elsewhere.
+
+    Free is also what torch keeps of memory that tensors have had, and gives to the next ones.
+    """
     if torch.compiler.is_compiling():  # which knows nothing of the system
         return UNKNOWN_BYTES
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + kept
     limits = [limit for limit, _ in _limits()]
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -82,7 +82,8 @@ def orthonormalized(
         if not vector.norm() > max(shortest, EIGENVALUE_ROUNDING * float(column.norm())):
             # The space is exhausted, or there was nothing to begin with.
             generator = torch.Generator().manual_seed(seed)
-            drawn = torch.randn(len(vector), dtype=vector.dtype, generator=generator)
+            on_host = torch.empty(len(vector), dtype=vector.dtype, device="cpu")
+            drawn = on_host.normal_(generator=generator)
             vector, seed = beside(V, columns, drawn.to(vector.device)), seed + 1
         vector = beside(V, columns, vector / vector.norm())
         columns = torch.cat((columns, (vector / vector.norm())[:, None]), 1)

@@ -86,8 +86,8 @@ class Krylov:
 
     def tridiagonal(self) -> Float[Tensor, "m m"]:
         """Return T."""
-        off = torch.tensor(self.further[:-1], dtype=torch.float64)
-        matrix = torch.diag(torch.tensor(self.diagonal, dtype=torch.float64))
+        off = torch.tensor(self.further[:-1], dtype=torch.float64, device="cpu")
+        matrix = torch.diag(torch.tensor(self.diagonal, dtype=torch.float64, device="cpu"))
         return matrix + torch.diag(off, 1) + torch.diag(off, -1)
 
     def coefficients(self, deltas: Float[Tensor, " k"]) -> Float[Tensor, "k m"]:

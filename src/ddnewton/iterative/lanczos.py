@@ -99,8 +99,8 @@ def leading_eigenpairs(
 def start_block(side: int, device: torch.device) -> Float[Tensor, "side b"]:
     """Return random vectors to start from, the same ones every time: two, for pairs of a value."""
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(side, min(START_VECTORS, side), dtype=torch.float64, generator=generator)
-    return start.to(device)
+    start = torch.empty(side, min(START_VECTORS, side), dtype=torch.float64, device="cpu")
+    return start.normal_(generator=generator).to(device)
 
 
 def of_whole_space(
@@ -130,7 +130,7 @@ def restarted(
     (tol, limit, capacity), (side, b) = limits, start.shape
     # Columns that lie one behind the other: a block of them is one piece of memory.
     vectors = start.new_zeros(capacity, side).mT
-    basis = Basis(vectors, torch.zeros(capacity, capacity, dtype=start.dtype), 0, 0)
+    basis = Basis(vectors, torch.zeros(capacity, capacity, dtype=start.dtype, device="cpu"), 0, 0)
     block, basis = orthonormalized(basis, start, 0.0)
     products, passed, dropped = 0, False, 0.0
     tested: Tensor | None = None

@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ddnewton.inputs.checks import check_outputs
-from ddnewton.inputs.memory import CHUNK_BYTES
 from ddnewton.linearize.calls import refusal
-from ddnewton.linearize.first_products import MEASURED_SAMPLES, check_products
+from ddnewton.linearize.first_products import check_products
 from ddnewton.linearize.independence import evaluate
-from ddnewton.linearize.jacobian_products import Products, graph_bytes, products_of
+from ddnewton.linearize.jacobian_products import Products, products_of
+from ddnewton.linearize.kept_graphs import OfSamples, of_leaves, samples_of_graphs
 from ddnewton.linearize.model import Model, forgotten
-from ddnewton.linearize.precision import CHEAP_FLOPS, widened
+from ddnewton.linearize.precision import (
+    check_float64,
+    float64_on_demand,
+    float64_throughout,
+    widened,
+)
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.linearize.structured.visit import run
 from ddnewton.linearize.widening import widen_leaf
@@ -31,20 +36,11 @@ from ddnewton.trees import (
     sample_count,
     take,
     tree_flatten,
+    tree_leaves,
     tree_map,
     tree_unflatten,
 )
-from ddnewton.types import ModelFn, PyTree
-
-OfSamples: TypeAlias = Callable[[Sequence[Tensor], Int[Tensor, " n"] | slice], Tensor]
-"""The outputs of some samples, as a function of leaves and indices."""
-
-KEPT_BYTES = 2**29
-"""Up to how many bytes the graphs of all samples are kept between products; where they are more,
-those of a chunk are made anew for every product."""
-
-GRAPHS = 3
-"""How many times the results of a model the graphs take: its own, and that of its pullback."""
+from ddnewton.types import ModelFn, Precision, PyTree
 
 
 class FreeLinearization(NamedTuple):
@@ -73,23 +69,22 @@ class FreeLinearization(NamedTuple):
         """Return the products of some samples with their Jacobian along some leaves."""
         if self.of_ranks is not None:
             return self.of_ranks(wanted, samples)
-        return products_of(partial(_of_leaves, self.function, samples), self.leaves, wanted)
+        return products_of(partial(of_leaves, self.function, samples), self.leaves, wanted)
 
     def graphs_fit(self, count: int) -> bool:
         """Return whether the graphs of so many samples may be kept."""
         return self.keeps_graphs and count <= self.samples_at_once
 
 
-def _of_leaves(
-    function: OfSamples, samples: Int[Tensor, " n"] | slice, leaves: Sequence[Tensor]
-) -> Tensor:
-    """Call a function of leaves and samples with the samples first, to be bound."""
-    return function(leaves, samples)
-
-
 @contextmanager
 def linearized_freely(
-    model_fn: ModelFn, params: PyTree, X: PyTree, chunk_size: int | None, whole: int | None = None
+    model_fn: ModelFn,
+    params: PyTree,
+    X: PyTree,
+    chunk_size: int | None,
+    whole: int | None = None,
+    *,
+    precision: Precision = "auto",
 ) -> Iterator[FreeLinearization]:
     """Linearize a model by products, prepared or not.
 
@@ -99,24 +94,31 @@ def linearized_freely(
     whole = sample_count(X) if whole is None else whole
     if isinstance(model_fn, Prepared):
         with without_autocast(params):
-            yield _of_prepared(model_fn, params, X, chunk_size, whole=whole)
+            yield _of_prepared(model_fn, params, X, chunk_size, whole, precision)
         return
     model = evaluate(model_fn, params, X, chunk_size)
     try:
-        yield _of_model(model, chunk_size, whole)._replace(refused=partial(refusal, model))
+        yield _of_model(model, chunk_size, whole, precision)._replace(
+            refused=partial(refusal, model)
+        )
     except RuntimeError as error:
         raise refusal(model, error) from error
 
 
-def _of_model(model: Model, chunk_size: int | None, whole: int) -> FreeLinearization:
+def _of_model(
+    model: Model, chunk_size: int | None, whole: int, precision: Precision
+) -> FreeLinearization:
     """Linearize a model that has been evaluated, in float64 where that costs little."""
-    cheap = whole * model.outputs[0].numel() * parameter_count(model.params) <= CHEAP_FLOPS
-    wide = widened(model, lambda X: batches(X, chunk_size)) if cheap else model
+    device, flops = model.outputs.device, _cost(whole * model.outputs[0].numel(), model.params)
+    at_once = float64_throughout(precision, device, lambda: flops)
+    widen = partial(widened, model, lambda X: batches(X, chunk_size), precision)
+    wide = widen() if at_once else model
 
     def in_float64() -> FreeLinearization:
-        return _at(widened(model, lambda X: batches(X, chunk_size)), model, chunk_size)
+        return _at(widen(), model, chunk_size)
 
-    further = None if wide is not model or wide.outputs.dtype == torch.float64 else in_float64
+    is_widest = wide is not model or wide.outputs.dtype == torch.float64
+    further = None if is_widest or not float64_on_demand(precision, device) else in_float64
     return _at(wide, model, chunk_size)._replace(in_float64=further)
 
 
@@ -132,7 +134,7 @@ def _at(model: Model, narrow: Model, chunk_size: int | None) -> FreeLinearizatio
         leaves=leaves,
         in_float64=None,
         complex_outputs=narrow.complex_outputs,
-        samples_at_once=_samples_at_once(function, leaves, len(model.outputs), chunk_size),
+        samples_at_once=samples_of_graphs(function, leaves, len(model.outputs), chunk_size),
         eps=_rounding(model.outputs, leaves, model.rounding),
         at_batch=forgotten,
     )
@@ -163,7 +165,7 @@ def _anew(
     chunk_size: int | None,
 ) -> FreeLinearization:
     """Return a linearization at another batch, with the outputs there."""
-    size = _samples_at_once(function, like.leaves, n, chunk_size)
+    size = samples_of_graphs(function, like.leaves, n, chunk_size)
     outputs = torch.cat([function(like.leaves, chunk).detach() for chunk in chunks(n, size)])
     check_outputs(outputs, n)
     return like._replace(
@@ -180,72 +182,63 @@ def _of_prepared(
     params: PyTree,
     X: PyTree,
     chunk_size: int | None,
-    *,
-    wide: bool | None = None,
-    whole: int = 0,
+    whole: int,
+    precision: Precision,
 ) -> FreeLinearization:
-    """Linearize a prepared model, in float64 where that costs little, or where it is said."""
-    leaves, samples = prepared.leaves(params, X)
-
-    def by_program(wide: bool) -> FreeLinearization:
-        # The program runs on all leaves at once, so that samples are taken before.
-        program = prepared.narrow
-        own_leaves, own_samples = leaves, samples
-        if wide:
-            assert prepared.wide is not None
-            program = prepared.wide
-            own_leaves, own_samples = ([*map(widen_leaf, part)] for part in (leaves, samples))
-
-        def function(leaves: Sequence[Tensor], indices: Int[Tensor, " n"] | slice) -> Tensor:
-            return run(program, leaves, prepared.at(own_samples, indices))
-
-        n = len(own_samples[0])
-        size = _samples_at_once(function, own_leaves, n, chunk_size)
-        with torch.no_grad():
-            outputs = torch.cat([function(own_leaves, chunk) for chunk in chunks(n, size)])
-        check_outputs(outputs, n)
-        return FreeLinearization(
-            outputs=outputs.to(prepared.dtype),
-            precise=outputs,
-            function=function,
-            leaves=own_leaves,
-            in_float64=None,
-            complex_outputs=prepared.complex_outputs,
-            samples_at_once=size,
-            eps=_rounding(outputs, own_leaves, program.rounding),
-            at_batch=partial(_of_prepared, prepared, params, chunk_size=chunk_size, wide=wide),
-        )
-
-    if wide is not None:
-        return by_program(wide)
+    """Linearize a prepared model, in float64 where that costs little, or on demand."""
+    linearized_in = partial(_by_program, prepared, params, X, chunk_size)
+    # In its own dtype, where that is float64 or the only one.
     if prepared.wide is None:
-        return by_program(wide=False)
-    count = whole * prepared.width
-    if prepared.narrow.rounding or count * sum(leaf.numel() for leaf in leaves) <= CHEAP_FLOPS:
-        return by_program(wide=True)
-    return by_program(wide=False)._replace(in_float64=partial(by_program, wide=True))
+        check_float64(precision, prepared.narrowest, prepared.narrow.rounding)
+        return linearized_in(wide=False)
+    # In float64 at once, or in its own dtype with float64 on demand.
+    device, flops = tree_leaves(params)[0].device, _cost(whole * prepared.width, params)
+    on_demand = float64_on_demand(precision, device)
+    rounds = on_demand and prepared.narrow.rounding > 0
+    if rounds or float64_throughout(precision, device, lambda: flops):
+        return linearized_in(wide=True)
+    further = partial(linearized_in, wide=True) if on_demand else None
+    return linearized_in(wide=False)._replace(in_float64=further)
+
+
+def _by_program(
+    prepared: Prepared, params: PyTree, X: PyTree, chunk_size: int | None, *, wide: bool
+) -> FreeLinearization:
+    """Linearize a prepared model by one of its two programs."""
+    leaves, samples = prepared.leaves(params, X)
+    program = prepared.narrow
+    if wide:
+        assert prepared.wide is not None
+        program = prepared.wide
+        leaves, samples = ([*map(widen_leaf, part)] for part in (leaves, samples))
+
+    # The program runs on all leaves at once, so that samples are taken before.
+    def function(leaves: Sequence[Tensor], indices: Int[Tensor, " n"] | slice) -> Tensor:
+        return run(program, leaves, prepared.at(samples, indices))
+
+    n = len(samples[0])
+    size = samples_of_graphs(function, leaves, n, chunk_size)
+    with torch.no_grad():
+        outputs = torch.cat([function(leaves, chunk) for chunk in chunks(n, size)])
+    check_outputs(outputs, n)
+    return FreeLinearization(
+        outputs=outputs.to(prepared.dtype),
+        precise=outputs,
+        function=function,
+        leaves=leaves,
+        in_float64=None,
+        complex_outputs=prepared.complex_outputs,
+        samples_at_once=size,
+        eps=_rounding(outputs, leaves, program.rounding),
+        at_batch=partial(_by_program, prepared, params, chunk_size=chunk_size, wide=wide),
+    )
+
+
+def _cost(outputs: int, params: PyTree) -> float:
+    """Return about how many flops products with a matrix of so many outputs take."""
+    return float(outputs * parameter_count(params))
 
 
 def _rounding(outputs: Tensor, leaves: Sequence[Tensor], inside: float) -> float:
     """Return the rounding of a product: that of the narrowest dtype on the way."""
     return max(inside, *(torch.finfo(tensor.dtype).eps for tensor in (outputs, *leaves)))
-
-
-def _samples_at_once(
-    function: OfSamples, leaves: Sequence[Tensor], n: int, chunk_size: int | None
-) -> int:
-    """Return for how many samples graphs are made at once: all, where they are kept."""
-    if chunk_size is not None:
-        return min(n, chunk_size)
-
-    # Mostly a graph of few samples shows that. It has copies of the parameters, which are as large
-    # for any number of them, so that otherwise what counts is how much a sample adds.
-    def bytes_of(count: int) -> int:
-        return GRAPHS * graph_bytes(partial(_of_leaves, function, slice(0, count)), leaves)
-
-    first = max(1, min(n // 2, MEASURED_SAMPLES))
-    first_bytes = bytes_of(first)
-    if n * first_bytes <= first * KEPT_BYTES:
-        return n
-    size = max(0, bytes_of(2 * first) - first_bytes if n > 1 else first_bytes) // first + 1
-    return n if n * size <= KEPT_BYTES else max(1, min(n, CHUNK_BYTES // size))

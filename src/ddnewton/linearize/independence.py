@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ddnewton.errors import BadValue, sentence
-from ddnewton.inputs.checks import TERMS_REMEDY, check_outputs
+from ddnewton.inputs.checks import TERMS_REMEDY, check_outputs, check_place
 from ddnewton.inputs.memory import CHUNK_BYTES
 from ddnewton.linearize.calls import called, with_dense_samples
 from ddnewton.linearize.model import Model
@@ -178,6 +178,7 @@ def evaluate(
             # Complex outputs count as pairs of reals.
             if isinstance(part, Tensor) and part.is_complex() and part.ndim:
                 part, is_complex = torch.view_as_real(part.resolve_conj()), True
+            check_place(part, params)
             check_outputs(part, sample_count(batch))
             outputs.append(part.detach())
             # The first samples show how many more may be run at a time.
@@ -219,7 +220,7 @@ def check_independent(
     the floor: the scale of the terms that may have cancelled in it. eps is that of its dtype, or
     what the model rounds to inside.
     """
-    error, eps = (of_batch - of_samples).abs(), max(_rounding(of_batch), rounding)
+    error, eps = (of_batch - of_samples).abs(), max(torch.finfo(of_batch.dtype).eps, rounding)
     near = error <= math.sqrt(eps) * scale + CANCELLATION_ROUNDINGS * eps * floor
     if any_known(~near):
         apart = float(unwrapped(error).amax())
@@ -229,10 +230,3 @@ def check_independent(
             f"compute nothing across axis 0. {TERMS_REMEDY}"
         )
         raise SamplesMix(sentence(INDEPENDENCE_RULE, got, remedy))
-
-
-def _rounding(tensor: Tensor) -> float:
-    """Return the relative error of one operation on numbers of this dtype and device."""
-    # CUDA may compute float32 convolutions in TF32, with 10 bits.
-    coarse = tensor.is_cuda and tensor.dtype == torch.float32
-    return 2.0**-10 if coarse else torch.finfo(tensor.dtype).eps

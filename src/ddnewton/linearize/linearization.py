@@ -15,16 +15,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ddnewton.columns.factors import Factor, Jacobian, written_out
+from ddnewton.columns.factors import Factor, Jacobian, for_exact_sums, written_out
 from ddnewton.columns.kept_factors import keeping
 from ddnewton.inputs.checks import check_outputs
 from ddnewton.linearize.basis import Basis, basis_at
 from ddnewton.linearize.independence import evaluate
 from ddnewton.linearize.jacobians import jacobian
 from ddnewton.linearize.model import Model
-from ddnewton.linearize.precision import float64_throughout, widened
+from ddnewton.linearize.precision import (
+    check_float64,
+    float64_columns,
+    float64_on_demand,
+    float64_throughout,
+    widened,
+)
 from ddnewton.linearize.sample_columns import tangents_pay
-from ddnewton.linearize.structured.costs import samples_of_chunk, step_flops
+from ddnewton.linearize.structured.costs import dense_flops, is_tiny, samples_of_chunk, step_flops
 from ddnewton.linearize.structured.prepare import layers_of
 from ddnewton.linearize.structured.program import Program
 from ddnewton.linearize.structured.traced_model import Prepared
@@ -40,10 +46,7 @@ from ddnewton.trees import (
     tree_flatten,
     tree_unflatten,
 )
-from ddnewton.types import ModelFn, PyTree
-
-TINY_FLOPS = 1e9
-"""Up to how many flops products of dense columns take less time than finding the layers."""
+from ddnewton.types import ModelFn, Precision, PyTree
 
 
 class Linearization(NamedTuple):
@@ -74,6 +77,8 @@ def linearized(
     gram: str,
     chunk_size: int | None,
     whole: int | None = None,
+    *,
+    precision: Precision = "auto",
 ) -> Iterator[Linearization]:
     """Linearize a model by its layers or by its Jacobians.
 
@@ -81,44 +86,49 @@ def linearized(
     along these. Where X is a part of a batch, the ``whole`` number of samples decides.
     """
     whole = sample_count(X) if whole is None else whole
-    if isinstance(model_fn, Prepared) and not _goes_dense(model_fn, params, whole, gram):
-        with without_autocast(
-            params
-        ):  # its casts are in the graph, and products of columns need none
-            yield _by_layers(model_fn, params, X, chunk_size, whole)
+    if isinstance(model_fn, Prepared) and not _goes_dense(model_fn, params, whole, gram, precision):
+        # Its casts are in the graph, and products of columns need none.
+        with without_autocast(params):
+            yield _by_layers(model_fn, params, X, chunk_size, whole, precision)
         return
-    yield _linearized(evaluate(model_fn, params, X, chunk_size), gram, chunk_size, whole)
+    model = evaluate(model_fn, params, X, chunk_size)
+    yield _linearized(model, gram, chunk_size, whole, precision)
 
 
-def _goes_dense(prepared: Prepared, params: PyTree, n: int, gram: str) -> bool:
-    """Return whether a prepared model is linearized by dense columns after all."""
+def _goes_dense(
+    prepared: Prepared, params: PyTree, n: int, gram: str, precision: Precision
+) -> bool:
+    """Return whether a prepared model is linearized by dense columns after all.
+
+    It has its version in float64 by layers alone.
+    """
+    if precision == "float64" and prepared.wide is not None:
+        return False
     if gram != "auto" or torch.compiler.is_compiling():
         return gram == "dense"
     return tangents_pay(n, prepared.width, parameter_count(params))
 
 
-def _linearized(model: Model, gram: str, chunk_size: int | None, whole: int) -> Linearization:
+def _linearized(
+    model: Model, gram: str, chunk_size: int | None, whole: int, precision: Precision
+) -> Linearization:
     """Linearize a model by its layers if asked to, or if that is faster and possible."""
-    tiny = is_tiny(whole * model.outputs[0].numel(), parameter_count(model.params))
-    prepared = layers_of(model, gram, tiny=tiny)
-    if prepared is None:
-        return _by_jacobians(model, chunk_size)
-    return _by_layers(prepared, model.params, model.X, chunk_size, whole)
+    count, d = whole * model.outputs[0].numel(), parameter_count(model.params)
+    prepared = layers_of(model, gram, tiny=is_tiny(count, d))
+    # Casts in a graph stay, those of a function may be left out.
+    kept_narrow = precision == "float64" and prepared is not None and prepared.is_narrow
+    if prepared is None or (kept_narrow and gram == "auto"):
+        return _by_jacobians(model, chunk_size, dense_flops(count, d), precision)
+    return _by_layers(prepared, model.params, model.X, chunk_size, whole, precision)
 
 
-def is_tiny(count: int, d: int) -> bool:
-    """Return whether products of a dense column for every output take less time than a trace."""
-    return dense_flops(count, d) <= TINY_FLOPS
-
-
-def dense_flops(count: int, d: int) -> float:
-    """Return the flops of products of a dense column for every output."""
-    return 2.0 * count * d * min(count, d)
-
-
-def _by_jacobians(model: Model, chunk_size: int | None) -> Linearization:
+def _by_jacobians(
+    model: Model, chunk_size: int | None, flops: float, precision: Precision
+) -> Linearization:
     """Linearize a model by dense columns, in float64 where it can be evaluated so."""
-    wide = widened(model, lambda X: batches(X, model.at_once))
+    wide = model
+    if float64_columns(precision, model.outputs.device, flops):
+        wide = widened(model, lambda X: batches(X, model.at_once), precision)
     models = [model] if wide is model else [wide, model]
     leaves, spec = tree_flatten(wide.params)
     return Linearization(
@@ -135,13 +145,19 @@ def _by_jacobians(model: Model, chunk_size: int | None) -> Linearization:
 
 
 def _by_layers(
-    prepared: Prepared, params: PyTree, X: PyTree, chunk_size: int | None, whole: int
+    prepared: Prepared,
+    params: PyTree,
+    X: PyTree,
+    chunk_size: int | None,
+    whole: int,
+    precision: Precision,
 ) -> Linearization:
     """Linearize a model by its layers, in float64 where that costs little, or on demand."""
     # In its own dtype, where that is float64 or the only one.
     leaves, samples = prepared.leaves(params, X)
     narrow, wide = prepared.narrow, prepared.wide
     if wide is None:
+        check_float64(precision, prepared.narrowest, narrow.rounding)
         return _by_program(prepared, narrow, leaves, samples, chunk_size, whole)
 
     def in_float64() -> Linearization:
@@ -150,11 +166,14 @@ def _by_layers(
 
     # In float64 at once, or in its own dtype with float64 on demand. Casts below its own dtype
     # round more than small curvatures can bear.
-    cost = partial(step_flops, narrow, whole, prepared.width)
-    if narrow.rounding or float64_throughout(cost):
+    cost, device = partial(step_flops, narrow, whole, prepared.width), leaves[0].device
+    on_demand = float64_on_demand(precision, device)
+    if (on_demand and narrow.rounding) or float64_throughout(precision, device, cost):
         return in_float64()
-    in_own_dtype = _by_program(prepared, narrow, leaves, samples, chunk_size, whole)
-    return in_own_dtype._replace(in_float64=in_float64)
+    in_own_dtype = _by_program(
+        prepared, narrow, leaves, samples, chunk_size, whole, exact_sums=not on_demand
+    )
+    return in_own_dtype._replace(in_float64=in_float64 if on_demand else None)
 
 
 def _by_program(
@@ -164,8 +183,13 @@ def _by_program(
     samples: Sequence[Tensor],
     chunk_size: int | None,
     whole: int,
+    *,
+    exact_sums: bool = False,
 ) -> Linearization:
-    """Linearize a model by a program; where all samples are one chunk it is run only once."""
+    """Linearize a model by a program; where all samples are one chunk it is run only once.
+
+    With ``exact_sums`` products of its columns are in float64, whatever these are in.
+    """
     n, d = samples[0].shape[0], sum(leaf.numel() for leaf in leaves)
 
     def size_of(n: int, m: int) -> int:
@@ -184,18 +208,24 @@ def _by_program(
     check_outputs(outputs, n)
     eps = max(program.rounding, *(torch.finfo(x.dtype).eps for x in (outputs, *leaves)))
 
+    sums = 0.0 if exact_sums or outputs.dtype == torch.float64 else torch.finfo(outputs.dtype).eps
+
+    def exactly(factors: Sequence[Factor]) -> Sequence[Factor]:
+        return [*map(for_exact_sums, factors)] if exact_sums else factors
+
     def jacobian(basis: Basis, indices: Int[Tensor, " n"] | None) -> Jacobian:
         parts = chunks(basis.shape[0], size_of(basis.shape[0], basis.shape[2]))
         factors: Sequence[Factor] = []
 
         def of_chunk(chunk: slice) -> Sequence[Factor]:
             visited = visit_of(chunk if indices is None else indices[chunk])
-            return visited.pullback(basis_at(basis, chunk))
+            return exactly(visited.pullback(basis_at(basis, chunk)))
 
         # The factors of a single chunk are kept; those of several as far as they are not too large,
         # where products of all with all visit them again and again.
         if len(parts) == 1:
-            factors = first[0].pullback(basis) if first and indices is None else of_chunk(parts[0])
+            kept = bool(first) and indices is None
+            factors = exactly(first[0].pullback(basis)) if kept else of_chunk(parts[0])
         else:
             first.clear()
         columns = Jacobian(
@@ -208,7 +238,7 @@ def _by_program(
             order=program.order,
             device=basis.device,
             eps=eps,
-            sums=0.0 if outputs.dtype == torch.float64 else torch.finfo(outputs.dtype).eps,
+            sums=sums,
         )
         if factors:
             return written_out(columns, factors, whole)

@@ -19,6 +19,13 @@ inputs or outputs are narrower:
 - The loss is in float64 always, at outputs from float64 where the model has them, unless it does
   not take float64 (`loss_in_float64`); of a callable the constants inside too (`in_dtype_of`).
 
+So it is with ``precision="auto"`` where float64 is fast. Where it is slow, on most GPUs, what is
+not cheap stays in its own dtype whatever the damping, and so does everything with "model". Then
+columns are wrong by eps, and of these the products are exact, so that no more is lost: mostly 1e-6
+of a step for any damping, but up to eps √(λ_max / (λ_k + δ_k)) of it along e_k, 1e-3 where singular
+values differ by 1e4. `NewtonInfo.rounding` is that eps. At its kink a ReLU may be on another side
+than in float64, or in another call. With "float64" the model is in float64, or refused by name.
+
 How a function is widened is in widening.py.
 """
 
@@ -32,12 +39,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddnewton.errors import BadType, BadValue
+from ddnewton.devices import has_fast_float64
+from ddnewton.errors import BadType, BadValue, sentence
 from ddnewton.linearize.model import Model, pullback_of
 from ddnewton.linearize.widening import Widen, in_float64, widen_leaf
 from ddnewton.transforms import any_known, unwrapped
 from ddnewton.trees import parameter_count, sample_count, tree_leaves, tree_map
-from ddnewton.types import Criterion, PyTree
+from ddnewton.types import Criterion, Precision, PyTree
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +67,42 @@ KEPT_ENTRIES = 2**22
 CHANGED = "its outputs or derivatives change"
 
 
-def float64_throughout(flops: Callable[[], float]) -> bool:
+def float64_throughout(
+    precision: Precision, device: torch.device, flops: Callable[[], float]
+) -> bool:
     """Return whether a model by its layers is in float64 from end to end, given a step's flops.
 
-    What is compiled is: it could not come back for more digits.
+    What is compiled is, where float64 is fast: it could not come back for more digits.
     """
-    return torch.compiler.is_compiling() or flops() <= CHEAP_FLOPS
+    if precision != "auto":
+        return precision == "float64"
+    if torch.compiler.is_compiling():
+        return has_fast_float64(device)
+    return flops() <= CHEAP_FLOPS
+
+
+def float64_on_demand(precision: Precision, device: torch.device) -> bool:
+    """Return whether a model that stays in its own dtype is evaluated in float64 where it has to.
+
+    Otherwise its columns are those of its own dtype, and all sums of their products are exact.
+    """
+    return precision == "auto" and has_fast_float64(device)
+
+
+def float64_columns(precision: Precision, device: torch.device, flops: float) -> bool:
+    """Return whether a model by dense columns is in float64, given the flops of their products."""
+    return float64_on_demand(precision, device) or float64_throughout(
+        precision, device, lambda: flops
+    )
+
+
+def check_float64(precision: Precision, dtype: torch.dtype, rounding: float) -> None:
+    """Refuse a model that is not in float64 from end to end where it has been asked for."""
+    if precision == "float64" and (dtype != torch.float64 or rounding):
+        rule = 'precision="float64" needs a model that is the same function in float64'
+        what = "a model that casts to fewer digits inside" if rounding else f"a model in {dtype}"
+        got = f"{what}, of which no float64 version is found: {CHANGED}, or a kernel has none"
+        raise BadValue(sentence(rule, got, 'Pass "auto", or let model_fn cast to float64 itself.'))
 
 
 def resolved_in_float32(smallest: float | Tensor, largest: Float[Tensor, ""]) -> bool:
@@ -72,7 +110,7 @@ def resolved_in_float32(smallest: float | Tensor, largest: Float[Tensor, ""]) ->
 
     What is compiled cannot tell, and counts as resolved.
     """
-    return not any_known(~torch.as_tensor(smallest * FLOAT32_RESOLUTION >= largest))
+    return not any_known(largest > smallest * FLOAT32_RESOLUTION)
 
 
 def loss_in_float64(function: Callable[[Tensor], T], precise: Tensor, outputs: Tensor) -> T:
@@ -127,10 +165,15 @@ def if_same_function(
     return None
 
 
-def widened(model: Model, batches: Callable[[PyTree], Sequence[PyTree]]) -> Model:
-    """Return the model in float64 where it is the same function, else the model as it is."""
+def widened(
+    model: Model, batches: Callable[[PyTree], Sequence[PyTree]], precision: Precision = "auto"
+) -> Model:
+    """Return the model in float64 where it is the same function, else the model as it is.
+
+    Where ``precision`` is "float64" so are casts inside a model of float64, or it is refused.
+    """
     dtype = narrowest(tree_leaves((model.outputs, model.params, model.X)))
-    if dtype == torch.float64:
+    if dtype == torch.float64 and not (precision == "float64" and model.rounding):
         return model
     mode = Widen(dtype)
     function = in_float64(model.function, mode)
@@ -156,13 +199,21 @@ def widened(model: Model, batches: Callable[[PyTree], Sequence[PyTree]]) -> Mode
         return expected if bool(unwrapped(expected).isfinite().all()) else None
 
     wide = if_same_function(evaluate, model.outputs, pullback, dtype)
-    return model if wide is None else wide
+    if wide is None:
+        check_float64(precision, dtype, model.rounding)
+        return model
+    return wide
 
 
 def narrowest(tensors: Sequence[Tensor]) -> torch.dtype:
+    """Return the floating-point dtype with the fewest digits among those of tensors."""
+    return fewest_digits([tensor.dtype for tensor in tensors])
+
+
+def fewest_digits(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     """Return the floating-point dtype with the fewest digits."""
-    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    floats = {dtype for dtype in dtypes if dtype.is_floating_point}
+    return max(floats, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def pulled_back(model: Model, X: PyTree) -> Float[Tensor, " d"]:

@@ -7,14 +7,14 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ddnewton.criteria import Criteria
 from ddnewton.distributed.agreement import Processes, agreeing, team_of
 from ddnewton.distributed.fingerprints import options_told
-from ddnewton.errors import on_behalf, public
+from ddnewton.edge import computing
+from ddnewton.errors import on_behalf
 from ddnewton.inputs.checks import check_params
 from ddnewton.inputs.dtensor_arguments import any_dtensor, ways_of, whole_tree
 from ddnewton.inputs.groups import Group, blocks_of
@@ -31,11 +31,10 @@ from ddnewton.optim.progress import progress_of
 from ddnewton.optim.settings import Complement, WeightDecay, check_bounded, decays_of
 from ddnewton.optim.state import State, check_state, first_state
 from ddnewton.optim.stopping import Limits, check_limits
-from ddnewton.types import AnyModelFn, DampingRule, GramWays, PyTree, Select
+from ddnewton.types import AnyModelFn, DampingRule, GramWays, Precision, PyTree, Select
 
 
-@public
-@torch.no_grad()
+@computing
 def fit(
     model_fn: AnyModelFn,
     params: PyTree,
@@ -67,6 +66,7 @@ def fit(
     gram: GramWays = "auto",
     tol: float = 1e-2,
     chunk_size: int | None = None,
+    precision: Precision = "auto",
     process_group: Processes = None,
 ) -> Fit:
     r"""Fit parameters: update them until the loss is at its minimum.
@@ -100,12 +100,11 @@ def fit(
     ftol, xtol, gtol
         The fit has converged when a step lowers the loss by less than ``ftol`` of it, is shorter
         than ``xtol`` of the parameters, in units of the scale, or starts where the gradient is zero
-        to ``gtol``; None leaves a test out. The first two are those of
-        `scipy.optimize.least_squares`, the last is MINPACK's, the largest cosine between the
-        residuals and the column of a parameter, which has no units. All of them ask also that a
-        step without damping has no more to gain, so that one that is short because it is damped is
-        no end. Whatever they are, a fit ends where what is left to gain is lost in the rounding of
-        the loss. As they are, they ask for all digits; the 1e-8 of SciPy ends sooner.
+        to ``gtol``; None leaves a test out. The first two are `scipy.optimize.least_squares`'s, the
+        last is MINPACK's, the largest cosine between the residuals and the column of a parameter.
+        All of them ask also that a step without damping has no more to gain. Whatever they are, a
+        fit ends where what is left to gain is lost in the rounding of the loss. As they are, they
+        ask for all digits; the 1e-8 of SciPy ends sooner.
     max_updates, max_seconds
         How many updates, and how long on the clock, at most. An update that has begun is ended.
     callback
@@ -118,12 +117,13 @@ def fit(
         those that it would have made itself, to the bit.
     learning_rate, momentum, weight_decay, trust_radius, complement
         As for `ddnewton.directional_newton`. Bounds do not go with momentum.
-    select, groups, subsampling_grad, subsampling_ggn, subsampling_curvature, gram, tol, chunk_size
+    select, groups, subsampling_grad, subsampling_ggn, subsampling_curvature, gram, tol, chunk_size,
+    precision
         As for `ddnewton.newton_step`.
     process_group
         As for `ddnewton.newton_step`: X and y, or what they return, are this rank's samples, and
-        the `Fit` is the same on all. ``callback`` is called on every rank, and ends the fit on all
-        of them; the first one shows the progress and has the clock. Ctrl-C is not caught.
+        the `Fit` is the same on all. ``callback`` is called on all, and ends the fit on all; the
+        first one shows the progress and has the clock. Ctrl-C is not caught.
 
     Returns
     -------
@@ -131,8 +131,8 @@ def fit(
         ``params``, ``loss``, the number of ``updates``, the ``reason`` why it ended, ``info``,
         ``state`` and ``history``. The parameters are the best so far, whatever ended the fit: those
         of the lowest loss (the penalty of a weight decay included), or, where the points change, of
-        the last update. That holds for Ctrl-C
-        too (the second one goes through), and where an update finds nan or inf.
+        the last update. That holds for Ctrl-C too (the second one goes through), and where an
+        update finds nan or inf.
 
     Raises
     ------
@@ -236,6 +236,7 @@ def fit(
             gram=gram,
             tol=tol,
             chunk_size=chunk_size,
+            precision=precision,
             process_group=process_group,
         ).update
         settings = plan.settings

@@ -67,7 +67,7 @@ def history_of(info: UpdateInfo, cosine: Float[Tensor, ""], seconds: float) -> H
         cosines=cosine,
         attempts=info.attempts,
         accepted=info.accepted,
-        seconds=torch.tensor(seconds, dtype=torch.float64),
+        seconds=torch.tensor(seconds, dtype=torch.float64, device="cpu"),
     )
     history: History = tree_map(lambda entry: entry.detach().cpu()[None], entries)
     return history

@@ -11,7 +11,7 @@ from ddnewton.distributed.team import Team
 from ddnewton.errors import warn
 from ddnewton.inputs.term_names import Name, about_term, one_or_several
 from ddnewton.inputs.terms import TermArguments, terms_of
-from ddnewton.linearize.linearization import dense_flops
+from ddnewton.linearize.structured.costs import dense_flops
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.optim.agreed_layers import Layers, Traced, agreed_layers
 from ddnewton.optim.modules import output_count, with_layers

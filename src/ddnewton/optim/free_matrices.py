@@ -61,5 +61,5 @@ def _trace(operator: Operator) -> Float[Tensor, ""]:
         unit = torch.eye(operator.d, dtype=torch.float64, device=operator.device)
         return operator.curvatures(unit).sum()
     generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (PROBES, operator.d), generator=generator).double() * 2 - 1
-    return operator.curvatures(signs.to(operator.device)).mean()
+    drawn = torch.randint(0, 2, (PROBES, operator.d), generator=generator, device="cpu")
+    return operator.curvatures(drawn.double().to(operator.device) * 2 - 1).mean()

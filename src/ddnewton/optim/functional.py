@@ -11,9 +11,10 @@ from torch import Tensor
 from ddnewton.criteria import Criteria
 from ddnewton.distributed.agreement import Processes
 from ddnewton.errors import public
-from ddnewton.inputs.checks import check_functions, check_options
+from ddnewton.inputs.checks import check_functions
 from ddnewton.inputs.groups import Group
 from ddnewton.inputs.scale import Scale
+from ddnewton.inputs.step_options import check_options
 from ddnewton.inputs.terms import TermIndices
 from ddnewton.optim.adaptation import (
     Adaptation,
@@ -33,7 +34,7 @@ from ddnewton.optim.settings import (
 )
 from ddnewton.quadratic.arguments import arguments_of
 from ddnewton.quadratic.matrix_free.ways import check_free_scale, is_automatic
-from ddnewton.types import AnyModelFn, DampingRule, GramWays, Select
+from ddnewton.types import AnyModelFn, DampingRule, GramWays, Precision, Select
 
 
 class FunctionalOptimizer(NamedTuple):
@@ -63,6 +64,7 @@ def directional_newton(
     gram: GramWays = "auto",
     tol: float = 1e-2,
     chunk_size: int | None = None,
+    precision: Precision = "auto",
     process_group: Processes = None,
 ) -> FunctionalOptimizer:
     r"""Return an optimizer of damped Newton steps, as a pair of pure functions.
@@ -116,7 +118,8 @@ def directional_newton(
         `levenberg_marquardt`, but where there is ``weight_decay`` with a rule, a ``select``, a
         number as ``complement`` or ``subsampling_curvature``, and None for the others. In
         `UpdateInfo`, norms are those of s / scale and of its gradient.
-    select, groups, subsampling_grad, subsampling_ggn, subsampling_curvature, gram, tol, chunk_size
+    select, groups, subsampling_grad, subsampling_ggn, subsampling_curvature, gram, tol, chunk_size,
+    precision
         As for `ddnewton.newton_step`. What a group or a rule damps by comes on top of what adapts.
         Where a criterion gives samples no losses of their own, as Σwℓ / Σw does not, that of a
         sub-sample, or of one held out, is the batch's, with all other outputs left as they are.
@@ -175,7 +178,7 @@ def directional_newton(
     check_settings(settings)
     check_functions(model_fn, select)
     number = None if complement == "damping" else complement
-    check_options(adaptation.rule, number, gram, chunk_size, tol)
+    check_options(adaptation.rule, number, gram, chunk_size, tol, precision)
     check_free_scale(by_columns=free and isinstance(settings.scale, str))
     arguments = partial(
         arguments_of,
@@ -189,6 +192,7 @@ def directional_newton(
         gram=gram,
         tol=tol,
         chunk_size=chunk_size,
+        precision=precision,
         scale=settings.scale,
         takes_batches=False,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -99,7 +100,7 @@ def point_at(
     terms: Sequence[TrialTerm] = local.model.terms
     of_terms = zip(terms, samples, strict=True)
     trials = [trial_of(term, moved, indices) for term, indices in of_terms]
-    loss = torch.as_tensor(sum(trial.loss for trial in trials))
+    loss = reduce(torch.add, (trial.loss for trial in trials))
     if isinstance(decay, Tensor) or decay != 0:
         loss = loss + _penalty(decay, in_model_units(moved, local.scale))
     return TrialPoint(loss, [trial.outputs for trial in trials])
@@ -190,7 +191,7 @@ def length_of(params: PyTree, scale: Float[Tensor, " d"] | None) -> Float[Tensor
 
 def loss_before(model: QuadraticModel | FreeModel, proximal: Proximal | None) -> Float[Tensor, ""]:
     """Return the loss of the samples of the gradient, with its penalty, before a step."""
-    loss = torch.as_tensor(sum(term.losses_of_gradient.mean() for term in model.terms))
+    loss: Tensor = reduce(torch.add, (term.losses_of_gradient.mean() for term in model.terms))
     if proximal is None or not len(proximal.params):
         return loss
     return loss + _penalty(proximal.decay, proximal.params[0])

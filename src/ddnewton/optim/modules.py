@@ -12,8 +12,8 @@ from ddnewton.inputs.checks import check_batch
 from ddnewton.inputs.module_function import ModuleFunction
 from ddnewton.inputs.term_names import Name, about_term, check_keys, of_term, one_or_several
 from ddnewton.linearize.independence import evaluate
-from ddnewton.linearize.linearization import dense_flops, is_tiny
 from ddnewton.linearize.module_state import equal, writes
+from ddnewton.linearize.structured.costs import dense_flops, is_tiny
 from ddnewton.linearize.structured.prepare import Untraceable, no_layers, prepare
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.process import ONE_THREAD

@@ -69,7 +69,7 @@ def _stands_still(local: LocalModel, step: Step) -> bool:
     if isinstance(local.model, FreeModel):
         return False
     still = step.taken & (step.outcome.length == 0)
-    moving = (torch.as_tensor(step.rate) > 0).any()
+    moving = (step.rate > 0).any()
     steep = (steep_weights(local.model) != 0).any()
     noise = local.noise * local.curvature.trace
     return any_known(still & moving & steep & (local.gradient_norm.square() > noise))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -121,7 +122,5 @@ def group_rates(
     if len(set(rates.values())) == 1:
         shared: float | Tensor = next(iter(rates.values()))
         return shared
-    entries = [
-        torch.full((real_count(p),), float(rates[id(p)]), dtype=torch.float64) for p in params
-    ]
-    return torch.cat(entries).to(device)
+    whole = partial(torch.full, dtype=torch.float64, device=device)
+    return torch.cat([whole((real_count(p),), float(rates[id(p)])) for p in params])

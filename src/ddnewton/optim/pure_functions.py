@@ -14,7 +14,7 @@ from torch import Tensor
 from ddnewton.distributed.agreement import agreeing, team_of
 from ddnewton.distributed.fingerprints import options_told
 from ddnewton.distributed.team import Team
-from ddnewton.errors import public
+from ddnewton.edge import computing
 from ddnewton.inputs.checks import check_params
 from ddnewton.inputs.dtensor_arguments import placed_tree, whole_tree
 from ddnewton.inputs.held_out_samples import first_samples
@@ -82,16 +82,14 @@ class Update:
         return left_alone(update, FIRST_TRIAL)(self, params, state, X, y)
 
 
-@public
-@torch.no_grad()
+@computing
 def init(first: FirstState, params: PyTree) -> State:
     """Return the state before the first update, as the public ``init`` does."""
     check_params(params)
     return first_state(params, momentum=first.momentum, sizes=first.sizes)
 
 
-@public
-@torch.no_grad()
+@computing
 def update(
     plan: Update, params: PyTree, state: State, X: PyTree, y: PyTree
 ) -> tuple[PyTree, State, UpdateInfo]:
@@ -100,8 +98,7 @@ def update(
     return observed_update(plan, params, state, batch, observe=lambda local, step: None)[0]
 
 
-@public
-@torch.no_grad()
+@computing
 def first_trial(
     plan: Update, params: PyTree, state: State, X: PyTree, y: PyTree
 ) -> tuple[tuple[PyTree, State, UpdateInfo], Bool[Tensor, ""]]:

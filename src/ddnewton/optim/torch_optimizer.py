@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddnewton.criteria import Criteria
 from ddnewton.distributed.agreement import Processes, agreeing, team_of
+from ddnewton.edge import computing_in_place
 from ddnewton.errors import BadValue, sentence
 from ddnewton.inputs.checks import check_nonnegative
 from ddnewton.inputs.dtensor_arguments import ways_of
@@ -44,7 +44,7 @@ from ddnewton.optim.stored_state import (
     to_stored,
 )
 from ddnewton.quadratic.matrix_free.ways import is_automatic
-from ddnewton.types import AnyModelFn, DampingRule, GramWays, PyTree, Select
+from ddnewton.types import AnyModelFn, DampingRule, GramWays, Precision, PyTree, Select
 
 
 class DirectionalNewton(Optimizer):
@@ -57,31 +57,29 @@ class DirectionalNewton(Optimizer):
             loss = optimizer.step(X, y)
 
     A step needs the batch instead of gradients. There is no ``backward``, and nothing reads or
-    writes ``.grad``. ``step(closure)`` takes a function that returns the batch. Parameter groups
-    are blocks of the Gauss-Newton matrix, with ``"lr"``, ``"weight_decay"``, ``"damping"`` and
-    ``"select"`` of their own. Buffers, and parameters that are in no group or require no gradient,
-    are used as they are at every step; layers that mix samples have to be in eval mode. The layers
-    are found in the first step, and again when the shape of a sample changes, or anything in the
-    module but the trained parameters.
+    writes ``.grad``. Parameter groups are blocks of the Gauss-Newton matrix, with ``"lr"``,
+    ``"weight_decay"``, ``"damping"`` and ``"select"`` of their own. Buffers, and parameters that
+    are in no group or require no gradient, are used as they are at every step; layers that mix
+    samples have to be in eval mode. The layers are found in the first step, and again when the
+    shape of a sample changes, or anything in the module but the trained parameters.
 
     Parameters
     ----------
     module
         The module to train, called with ``X``; wrappers are taken off as by `ddnewton.as_function`.
-    criterion, damping, momentum, trust_radius, scale, select, complement, gram, tol, chunk_size
+    criterion, damping, momentum, trust_radius, scale, select, complement, gram, tol, chunk_size,
+    precision
         As for `ddnewton.directional_newton`.
     params
-        Parameters of the module, or groups of them as in `torch.optim`; None is one group of all
-        that require gradients.
+        Parameters of the module, or groups as in `torch.optim`; None: all that require gradients.
     weight_decay
-        As for `ddnewton.directional_newton`: a number, which parameter groups may replace by their
-        own, or a dict with one for the name of every trained parameter.
+        A number, which parameter groups may replace by their own, or a dict with one for the name
+        of every trained parameter.
     lr
-        Learning rate, for schedulers to change. None is 1, times the learning rate of the damping,
-        such as the falling one of `ddnewton.held_out`.
+        Learning rate, for schedulers to change. None is 1, times that of the damping.
     forward
-        ``forward(module, X) -> outputs``, where the outputs are not ``module(X)``. For a loss of
-        several terms, a dict of such functions; X, y and criterion are dicts of the same keys.
+        ``forward(module, X) -> outputs``, where the outputs are not ``module(X)``; or, of a loss of
+        several terms, a dict of such; X, y and criterion are dicts of the same keys.
     process_group
         As for `ddnewton.newton_step`, of X and y of ``step``. Copies share it, a pickle refuses it.
 
@@ -127,6 +125,7 @@ class DirectionalNewton(Optimizer):
         gram: GramWays = "auto",
         tol: float = 1e-2,
         chunk_size: int | None = None,
+        precision: Precision = "auto",
         process_group: Processes = None,
     ) -> None:
         # Check the arguments that only this class has.
@@ -147,6 +146,7 @@ class DirectionalNewton(Optimizer):
             "gram": gram,
             "tol": tol,
             "chunk_size": chunk_size,
+            "precision": precision,
         }
         self._group = GroupReference(process_group)
         self._group_options: list[dict[str, Any]] = []
@@ -174,7 +174,7 @@ class DirectionalNewton(Optimizer):
             raise BadValue(sentence(rule, "others", "Pass some of module.parameters()."))
         self._group_options.append(options)
 
-    @torch.no_grad()
+    @computing_in_place
     def step(  # type: ignore[override]
         self,
         X: PyTree = None,

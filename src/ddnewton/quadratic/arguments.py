@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,7 +18,7 @@ from ddnewton.distributed.fingerprints import options_told, params_told
 from ddnewton.distributed.service import Leader
 from ddnewton.distributed.team import Team
 from ddnewton.errors import BadValue, sentence
-from ddnewton.inputs.checks import check_functions, check_options, check_params
+from ddnewton.inputs.checks import check_functions, check_params
 from ddnewton.inputs.dtensor_arguments import (
     any_dtensor,
     check_places,
@@ -31,6 +31,7 @@ from ddnewton.inputs.groups import Block, Group, blocks_of
 from ddnewton.inputs.module_function import check_not_fully_sharded
 from ddnewton.inputs.samples import Samples
 from ddnewton.inputs.scale import Scale, scale_of
+from ddnewton.inputs.step_options import check_options
 from ddnewton.inputs.term_names import about_term, one_or_several
 from ddnewton.inputs.terms import TermArguments, TermIndices, terms_of
 from ddnewton.linearize.references import modules_of
@@ -38,7 +39,9 @@ from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.quadratic.term import Objective
 from ddnewton.transforms import check_not_transformed
 from ddnewton.trees import device_to_go_to, moved_to, moving, on_pairs
-from ddnewton.types import AnyModelFn, DampingRule, GramWays, ModelFn, PyTree, Select
+from ddnewton.types import AnyModelFn, DampingRule, GramWays, ModelFn, Precision, PyTree, Select
+
+T = TypeVar("T")
 
 
 class Scaling(NamedTuple):
@@ -62,6 +65,7 @@ class Arguments(NamedTuple):
     scaling: Scaling
     complement: float | None
     chunk_size: int | None
+    precision: Precision
     tol: float
     has_dtensors: bool = False  # in the model, as parameters, which are whole here
     team: Team | None = None  # the ranks that hold the samples, None for this process alone
@@ -95,6 +99,7 @@ def arguments_of(
     gram: GramWays = "auto",
     tol: float = 1e-2,
     chunk_size: int | None = None,
+    precision: Precision = "auto",
     scale: Scale = None,
     process_group: Processes | Team = None,
     gradient: bool = True,
@@ -119,6 +124,7 @@ def arguments_of(
         "complement": complement,
         "gram": gram,
         "tol": tol,
+        "precision": precision,
         "scale": scale,
         **subsampling,
     }
@@ -131,7 +137,7 @@ def arguments_of(
     with agreeing(team, lambda: params_told(params) | options_told(options)):
         # Everything that the values of params and X do not matter for.
         check_functions(model_fn, select)
-        check_options(damping, complement, gram, chunk_size, tol)
+        check_options(damping, complement, gram, chunk_size, tol, precision)
         check_params(params)
         ways = ways_of(gram, passed) if has_dtensors else gram
         terms = terms_of(
@@ -147,15 +153,16 @@ def arguments_of(
             told = params_told(params) | options_told(options | given | {"scale": scale})
             check_same_on_ranks(passed, told)
         check_places(terms)
-        terms = [_where_params_are(term, params) for term in terms]
+        terms = [_with_targets_moved(term, params) for term in terms]
         return Arguments(
             params=params,
             terms=terms,
             objectives=[_objective(term, passed, gradient) for term in terms],
-            blocks=blocks_of(groups, params, select, damping),
+            blocks=_where_params_are(blocks_of(groups, params, select, damping), params),
             scaling=Scaling(isinstance(scale, str), scale_of(scale, params)),
-            complement=complement,
+            complement=_moved(complement, params),
             chunk_size=chunk_size,
+            precision=precision,
             tol=tol,
             has_dtensors=has_dtensors,
             team=team,
@@ -185,7 +192,20 @@ def _objective(term: TermArguments, params: PyTree, gradient: bool) -> Objective
     return Objective(term.name, name_of(term.criterion), loss, term.y, term.samples, gradient)
 
 
-def _where_params_are(term: TermArguments, params: PyTree) -> TermArguments:
+def _where_params_are(blocks: Sequence[Block], params: PyTree) -> list[Block]:
+    """Return blocks with dampings on the device of the parameters, where they are tensors."""
+    return [block._replace(damping=_moved(block.damping, params)) for block in blocks]
+
+
+def _moved(number: T, params: PyTree) -> T:
+    """Return a number on the device of the parameters, where it is a tensor."""
+    if not isinstance(number, Tensor):
+        return number
+    moved: T = moved_to(number, device_to_go_to(number, params))
+    return moved
+
+
+def _with_targets_moved(term: TermArguments, params: PyTree) -> TermArguments:
     """Return a term with targets and indices where the parameters are, as its outputs will be.
 
     Inputs stay where they are, to be moved a chunk of samples at a time.

@@ -13,7 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from ddnewton.criteria.monte_carlo import MonteCarlo
-from ddnewton.errors import sentence
+from ddnewton.edge import computing_in_place
+from ddnewton.errors import public, sentence
 from ddnewton.inputs.batches import Batches
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.resampling import Bootstrap
@@ -27,19 +28,20 @@ DRAWS_REMEDY = "Call it uncompiled, or pass empirical_fisher(criterion)."
 
 
 def compilable(function: Callable[P, R]) -> Callable[P, R]:
-    """Call a function without recording derivatives, and compiled but where there is an obstacle.
+    """Make a function public that computes, and may be compiled but where there is an obstacle.
 
     Where `torch.compile` meets an `obstacle` among the arguments, it leaves the call alone.
     """
-    unrecorded: Callable[P, R] = torch.no_grad()(function)
+    computed = computing_in_place(function)
 
+    @public
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             reason = obstacle(*args, **kwargs)
             if reason:
-                return left_alone(unrecorded, reason)(*args, **kwargs)
-        return unrecorded(*args, **kwargs)
+                return left_alone(computed, reason)(*args, **kwargs)
+        return computed(*args, **kwargs)
 
     return call
 

@@ -134,7 +134,8 @@ def _linearized(arguments: Arguments, number: int) -> Iterator[Linearization]:
         yield gathered(arguments.leader, number, term, tree_leaves(params))
         return
     function = function_of(term, arguments.params)
-    with linearized(function, params, term.X, term.gram, arguments.chunk_size) as linearization:
+    parts = function, params, term.X, term.gram, arguments.chunk_size
+    with linearized(*parts, precision=arguments.precision) as linearization:
         yield linearization
 
 

@@ -122,6 +122,7 @@ def solve(
         arguments = [tensor.to(model.dtype, copy=True) for tensor in arguments]
     dampings = as_rule(block.damping)(*arguments)
     check_dampings(dampings, kept.evals.shape[0])
+    dampings = dampings.to(kept.evals.device)
     # The means over the samples, from the centre where there is one.
     gamma, curvature = derivatives.gammas.mean(0), derivatives.lambdas.mean(0)
     decayed = torch.zeros_like(gamma)  # how far weight decay moves directions that a rule skips
@@ -181,6 +182,7 @@ def info_of(
         lost=torch.zeros_like(square),
         products=torch.zeros_like(directions.spectrum.rank),
         residuals=kept.evals[:0],
+        rounding=torch.full_like(square, max(jacobian.eps for jacobian in model.jacobians)),
     )
 
 

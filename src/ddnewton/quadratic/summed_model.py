@@ -23,7 +23,8 @@ from ddnewton.inputs.batches import Pair, about_batch
 from ddnewton.inputs.checks import check_derivatives
 from ddnewton.inputs.term_names import about_term
 from ddnewton.linearize.independence import evaluate
-from ddnewton.linearize.linearization import is_tiny, linearized
+from ddnewton.linearize.linearization import linearized
+from ddnewton.linearize.structured.costs import is_tiny
 from ddnewton.linearize.structured.prepare import layers_of
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.quadratic.arguments import Arguments, function_of
@@ -191,7 +192,7 @@ def _batch_model(
         way = Way(function_of(term, params), term.gram, None)
     # The loss there, and its columns.
     parts = way.function, as_real(params), term.X, way.gram, size
-    with linearized(*parts) as linearization:
+    with linearized(*parts, precision=arguments.precision) as linearization:
         of_complex = linearization.complex_outputs
         loss = source.loss_of(arguments, number, complex_outputs=of_complex)
         objective = source.objective._replace(loss=divided_by(loss, total), y=term.y)

@@ -10,6 +10,7 @@ samples are columns of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -239,7 +240,7 @@ def _gradient_weights(
 
 def loss_of(terms: Sequence[HasLosses]) -> Float[Tensor, ""]:
     """Return the loss of all terms."""
-    return torch.as_tensor(sum(term.losses.mean() for term in terms))
+    return reduce(torch.add, (term.losses.mean() for term in terms))
 
 
 def names_of(terms: Sequence[HasLosses]) -> str:

@@ -66,9 +66,9 @@ def trial_of(term: TrialTerm, leaves: Sequence[Tensor], samples: Int[Tensor, " s
     if batch_loss is None:
         at_parts = zip(moved, parts, strict=True)
         values = [losses(loss, part, take(y, indices)) for part, indices in at_parts]
-        return Trial(torch.as_tensor(scale * torch.cat(values)).mean(), changed)
+        return Trial((scale * torch.cat(values)).mean(), changed)
     if samples is None:
-        return Trial(torch.as_tensor(scale * batch_loss(changed)), changed)
+        return Trial(scale * batch_loss(changed), changed)
     before = term.losses.mean()
     after = scale * batch_loss(linearization.precise.index_copy(0, samples, changed))
     return Trial(before + outputs.shape[0] / len(samples) * (after - before), changed)

@@ -82,8 +82,9 @@ def _pushed(
     directions = [torch.cat(parts) for parts in zip(*trees, strict=True)]
 
     def push(samples: Int[Tensor, " n"], *direction: Tensor) -> Tensor:
+        tangent: Tensor
         _, tangent, *_ = jvp(lambda *p: linearization.function(p, samples), leaves, direction)
-        return torch.as_tensor(tangent)
+        return tangent
 
     # Push as many of them at once as fit together, through a chunk of samples at a time.
     n, c, _ = unseen.basis.shape

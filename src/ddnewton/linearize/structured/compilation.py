@@ -185,7 +185,7 @@ def _order(
 
     The place of a parameter that is not used is one past the last.
     """
-    starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
+    starts = list(accumulate(sizes, initial=0))
     parameters = [index.reshape(-1) for layer in layers for index in layer.indices]
     parameters += [starts[i] + entries for i, entries in later]
     return order_of(torch.cat([*parameters, torch.arange(0, device=device)]), starts[-1])

@@ -12,6 +12,9 @@ from ddnewton.columns.factors import Outer
 from ddnewton.inputs.memory import samples_at_once
 from ddnewton.linearize.structured.program import Program
 
+TINY_FLOPS = 1e9
+"""Up to how many flops products of dense columns take less time than finding the layers."""
+
 
 def step_flops(program: Program, n: int, m: int) -> float:
     """Return an estimate of the flops of a step."""
@@ -51,3 +54,13 @@ def samples_of_chunk(program: Program, leaves: Sequence[Tensor], n: int, m: int)
     sample_bytes = leaves[0].element_size() * (2 * m * entries + inputs + 2 * program.results) + 1
     side = min(n * m, sum(leaf.numel() for leaf in leaves))
     return samples_at_once(n, sample_bytes, side, leaves[0].device, revisited=n * m <= side)
+
+
+def is_tiny(count: int, d: int) -> bool:
+    """Return whether products of a dense column for every output take less time than a trace."""
+    return dense_flops(count, d) <= TINY_FLOPS
+
+
+def dense_flops(count: int, d: int) -> float:
+    """Return the flops of products of a dense column for every output."""
+    return 2.0 * count * d * min(count, d)

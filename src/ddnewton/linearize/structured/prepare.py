@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ddnewton.columns.column_sums import weighted_sums
 from ddnewton.columns.factors import in_order
-from ddnewton.errors import BadValue, public, sentence, warn
+from ddnewton.edge import computing
+from ddnewton.errors import BadValue, sentence, warn
 from ddnewton.inputs.checks import (
     Independent,
     check_batch,
@@ -70,8 +71,7 @@ def no_layers(reason: Untraceable) -> str:
 def prepare(model_fn: ModelFn, params: PyTree, X: PyTree) -> Prepared: ...
 @overload
 def prepare(model_fn: Mapping[Any, ModelFn], params: PyTree, X: PyTree) -> dict[Any, Prepared]: ...
-@public
-@torch.no_grad()
+@computing
 def prepare(model_fn: AnyModelFn, params: PyTree, X: PyTree) -> Prepared | dict[Any, Prepared]:
     """Find the layers of a model once, for any number of steps.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ddnewton.errors import BadType, BadValue, sentence
-from ddnewton.linearize.precision import narrowest
+from ddnewton.linearize.precision import fewest_digits, narrowest
 from ddnewton.linearize.structured.compilation import (
     compile_program,
     simplified_program,
@@ -64,6 +64,18 @@ class Prepared:
     width: int  # how many outputs a sample has
     dtype: torch.dtype  # of the outputs
     complex_outputs: bool  # which are pairs of reals in the trace
+
+    @property
+    def narrowest(self) -> torch.dtype:
+        """The dtype with the fewest digits among parameters, samples and outputs."""
+        dtypes = [dtype for part in (self.params, self.X) for _, _, dtype, _ in part.leaves]
+        return fewest_digits([*dtypes, self.dtype])
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether there are fewer digits than those of float64 in it, and no version in float64."""
+        narrow = self.narrow.rounding > 0 or self.narrowest != torch.float64
+        return self.wide is None and narrow
 
     def __call__(self, params: PyTree, X: PyTree) -> Inexact[Tensor, "n ..."]:
         """Return the model's outputs."""

@@ -227,7 +227,7 @@ def positions(layouts: Sequence[tuple[Node, Tensor]]) -> int:
 def layout(use: Use) -> tuple[Node, Tensor]:
     """Return the site of a use, and b as the places of its entries there."""
     shape = use.node.meta[SHAPE]
-    places = torch.arange(shape.numel()).reshape(1, 1, *shape)
+    places = torch.arange(shape.numel(), device="cpu").reshape(1, 1, *shape)
     if use.node.meta[DTYPE].is_complex:
         places = torch.complex(places.double(), -1 - places.double())
     return use.node, use.read_b(places)

@@ -41,7 +41,7 @@ def dampings_along(along: Along, block: Block) -> Float[Tensor, " k"]:
     parts = [along.kept.evals, along.evecs, *along.derivatives]
     dampings = as_rule(block.damping)(*(part.to(along.dtype, copy=True) for part in parts))
     check_dampings(dampings, len(along.kept.evals))
-    return dampings
+    return dampings.to(along.kept.evals.device)
 
 
 def left_out(along: Along, gradient: Float[Tensor, " d"]) -> Float[Tensor, " d"]:

@@ -94,6 +94,11 @@ class FreeModel(NamedTuple):
         """A number that gᵀG⁺g does not exceed, for a gradient in the range of G, else infinity."""
         return sum(term.square for term in self.terms)
 
+    @property
+    def rounding(self) -> float:
+        """The rounding of a product with a Jacobian."""
+        return max(term.linearization.eps for term in self.terms)
+
     def in_float64(self) -> FreeModel | None:
         """Return the same model in float64, None where it is so already or cannot be."""
         if all(term.linearization.in_float64 is None for term in self.terms):
@@ -119,8 +124,9 @@ def free_model(arguments: Arguments) -> Iterator[FreeModel]:
                     terms.append(rank_term(arguments.leader, arguments, number))
                     continue
                 function, objective = function_of(term, params), arguments.objectives[number]
+                parts = function, as_real(params), term.X, arguments.chunk_size
                 linearization = stack.enter_context(
-                    linearized_freely(function, as_real(params), term.X, arguments.chunk_size)
+                    linearized_freely(*parts, precision=arguments.precision)
                 )
                 if arguments.has_dtensors:
                     check_adjoint(linearization)

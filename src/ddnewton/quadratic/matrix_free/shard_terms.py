@@ -65,7 +65,8 @@ class ShardTerms(ColumnShard):
 
         def make() -> FreeLinearization:
             parts = function_of(arguments, params), as_real(params), arguments.X, size, whole
-            return self._stack.enter_context(linearized_freely(*parts))
+            entered = linearized_freely(*parts, precision=self._arguments.precision)
+            return self._stack.enter_context(entered)
 
         return self._entered(term, make if len(shard) else None)
 

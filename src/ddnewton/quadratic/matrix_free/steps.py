@@ -202,7 +202,8 @@ def _step_along_directions(
     vector = coefficients @ kept.vectors
     if complement is not None:
         outside = left_out(along, gradient)
-        vector = vector - outside / torch.as_tensor(complement, dtype=vector.dtype)
+        delta = torch.as_tensor(complement, dtype=vector.dtype, device=vector.device)
+        vector = vector - outside / delta
     return FreeStep(
         vector=vector,
         evals=kept.evals,
@@ -242,6 +243,7 @@ def _info(model: FreeModel, step: FreeStep) -> NewtonInfo:
         lost=torch.full_like(step.vector.sum(), step.lost),
         products=torch.full_like(number, step.products),
         residuals=step.residuals,
+        rounding=torch.full_like(step.vector.sum(), model.rounding),
     )
 
 

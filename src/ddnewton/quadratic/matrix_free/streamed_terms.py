@@ -87,7 +87,8 @@ def _at_batch(
                 contexts.enter_context(without_autocast(params))
             linearization = at[0](term.X)
         else:
-            first = linearized_freely(function, as_real(params), term.X, arguments.chunk_size)
+            parts = function, as_real(params), term.X, arguments.chunk_size
+            first = linearized_freely(*parts, precision=arguments.precision)
             linearization = contexts.enter_context(first)
             if arguments.has_dtensors:
                 check_adjoint(linearization)

@@ -118,7 +118,7 @@ def rows_on(shard: range, samples: Int[Tensor, " n"] | None) -> Rows:
 def numbers_on(shard: range, samples: Int[Tensor, " n"] | None) -> Int[Tensor, " n"]:
     """Return the numbers in a shard of its samples among all that are asked for."""
     if samples is None:
-        return torch.arange(len(shard))
+        return torch.arange(len(shard), device="cpu")
     numbers: Tensor = samples[rows_on(shard, samples)] - shard.start
     return numbers
 

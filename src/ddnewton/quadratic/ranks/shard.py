@@ -82,7 +82,8 @@ class Shard:
             with about_term(term.name):
                 function, size = function_of(term, params), self._arguments.chunk_size
                 parts = function, as_real(params), term.X, term.gram, size, whole
-                return self._stack.enter_context(linearized(*parts))
+                entered = linearized(*parts, precision=self._arguments.precision)
+                return self._stack.enter_context(entered)
 
         return self._added(number, make if len(self._samples(number)) else None)
 
