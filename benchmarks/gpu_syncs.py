@@ -41,11 +41,11 @@ def functions_of(case: Case) -> dict[str, Callable[..., Any]]:
     prepared = prepare(model_fn, params, X)
     drawn = monte_carlo(criterion, 1, torch.Generator().manual_seed(0))
     optimizer = directional_newton(prepared, criterion, levenberg_marquardt())
-    state, damping = optimizer.init(params), case.damping
+    state, damping, select = optimizer.init(params), case.damping, top_k(DIRECTIONS)
     return {
         "step, one δ": lambda p, X, y: newton_step(prepared, p, X, y, criterion, damping),
         "step, top 10": lambda p, X, y: newton_step(
-            prepared, p, X, y, criterion, damping, select=top_k(DIRECTIONS)
+            prepared, p, X, y, criterion, damping, select=select
         ),
         "Monte-Carlo step": lambda p, X, y: newton_step(
             prepared, p, X, y, drawn, damping, complement=damping

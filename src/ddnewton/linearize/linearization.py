@@ -224,7 +224,7 @@ def _by_program(
         # The factors of a single chunk are kept; those of several as far as they are not too large,
         # where products of all with all visit them again and again.
         if len(parts) == 1:
-            kept = bool(first) and indices is None
+            kept = len(first) > 0 and indices is None
             factors = exactly(first[0].pullback(basis)) if kept else of_chunk(parts[0])
         else:
             first.clear()
