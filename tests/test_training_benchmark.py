@@ -6,7 +6,7 @@ import math
 import os
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,15 @@ from torch.func import functional_call, grad, hessian, vmap
 
 from benchmarks import nets
 from benchmarks.problem import Problem
-from benchmarks.training import data, installed_packages, pdes, results, train, training_tables
+from benchmarks.training import (
+    aims,
+    data,
+    installed_packages,
+    pdes,
+    results,
+    train,
+    training_tables,
+)
 from benchmarks.training.competitors import COMPETITORS, gauss_newton_cg
 from benchmarks.training.grids import GRIDS, SHIPPED, SIZE
 from benchmarks.training.instances import Instance, batches
@@ -26,6 +34,7 @@ from benchmarks.training.learning_curve import (
     follow,
     on_schedule,
     score,
+    sized,
     stops,
     times,
 )
@@ -40,6 +49,7 @@ METHODS_TRIED = (
     "trust region, as shipped",
     "constant",
     "held-out, as shipped",
+    "Monte-Carlo steps",
     "SSBroyden",
     "ENGD",
     "SPRING",
@@ -80,7 +90,7 @@ def test_quick_runs_then_has_nothing_left_to_do(tmp_path):
     table = (tmp_path / "training.md").read_text(encoding="utf-8")
     assert all(f"## {name}, 2 seeds" in table for name in TASKS_TRIED)
     assert all(f"| {method} |" in table for method in METHODS_TRIED)
-    assert all(f"- ({letter})" in table for letter in "bcdef")
+    assert all(f"- ({letter})" in table for letter in "bcdefg")
     groups = ("pde", "drawn", "images", "late")
     assert all((tmp_path / f"{group}.png").stat().st_size for group in groups)
     assert "error after 20 s 10 times smaller on 2 equations" in table
@@ -291,6 +301,42 @@ def test_a_run_is_measured_at_every_budget_and_its_clock_counts_updates_alone():
             break
     assert all(min(abs(t - budget) for t in measured) <= 0.051 for budget in task.budgets)
     assert abs(measured[-1] - 30) <= 0.051
+
+
+def test_settings_may_ask_for_batches_of_another_size():
+    y = torch.arange(10)
+    problem = small_instance(torch.nn.MSELoss(), y).problem._replace(X=y[:, None])
+    instance, settings = sized(Instance(problem, 2, dict), {"batch": 5, "lr": 0.1})
+    assert settings == {"lr": 0.1}
+    assert len(next(batches(instance, 0))[1]) == 5
+    assert sized(instance, {"lr": 0.1})[0].batch == 5
+
+
+def reaching(method: str, seconds: float, accuracy: float) -> dict[str, list[dict]]:
+    end = {"seconds": 20.0, "steps": 100, "test_accuracy": accuracy}
+    run = {"status": "ok", "seconds": 20.0, "curve": [end], "reached": {"test": (10, seconds)}}
+    return {method: [run]}
+
+
+@pytest.mark.parametrize(("seconds", "accuracy", "word"), [(4.9, 0.9, "yes"), (5.1, 0.89, "no")])
+def test_aims_of_seconds_and_accuracy_are_in_units_of_adam(seconds, accuracy, word):
+    methods = reaching("Adam", 1.0, 0.9) | reaching("Monte-Carlo steps", seconds, accuracy)
+    (line,) = aims.in_seconds("fashion-mlp", methods, 5.0)
+    assert f"**{word}**; Monte-Carlo steps {seconds} s, Adam 1 s, {seconds} times" in line
+    (line,) = aims.at_the_end("fashion-2c2d", methods)
+    assert f"**{word}**; Monte-Carlo steps {100 * accuracy:.1f} %, Adam 90.0 %" in line
+
+
+def test_monte_carlo_steps_lower_the_loss_with_a_falling_rate():
+    torch.manual_seed(0)
+    y = torch.randint(3, (60,))
+    instance = small_instance(torch.nn.CrossEntropyLoss(), y)._replace(batch=30)
+    start = METHODS["Monte-Carlo steps"]
+    update = start(instance, damping=0.1, learning_rate=0.5, momentum=0.5)
+    curve = [instance.measure(instance.problem.params)["train"]]
+    for X, target in islice(batches(instance, 0), 30):
+        curve.append(instance.measure(update(X, target, 0.0)[0])["train"])
+    assert curve[-1] < curve[0] - 0.05
 
 
 def test_what_diverges_or_raises_counts_as_failed():

@@ -120,6 +120,32 @@ def digits(methods: Methods) -> Iterator[str]:
         )
 
 
+def in_seconds(name: str, methods: Methods, most: float) -> Iterator[str]:
+    """Judge the seconds to the level: our fastest method's in so many times Adam's."""
+    if pair := both(methods, lambda runs: to_level(runs, 1).median):
+        seconds, method = pair[0]
+        adam = to_level(methods["Adam"], 1).median if "Adam" in methods else math.inf
+        level = f"{100 * TASKS[name].level:g} %"
+        yield (
+            f"- (g) {name}, {level} in {most:g} times Adam's seconds: "
+            f"{verdict(seconds <= most * adam < math.inf)}; {method} {shown(seconds, 2)} s, Adam "
+            f"{shown(adam, 2)} s, {shown(seconds / adam, 2)} times"
+        )
+
+
+def at_the_end(name: str, methods: Methods) -> Iterator[str]:
+    """Judge the accuracy when the time is over: our best method's is Adam's at least."""
+    if "Adam" in methods and any(method not in COMPETITORS for method in methods):
+        error, method = best(
+            methods, True, lambda runs: -at(runs, "test_accuracy", math.inf).median
+        )
+        adam = at(methods["Adam"], "test_accuracy", math.inf).median
+        yield (
+            f"- (g) {name}, as accurate as Adam at the end: {verdict(-error >= adam)}; {method} "
+            f"{-100 * error:.1f} %, Adam {100 * adam:.1f} %"
+        )
+
+
 def shipped(name: str, methods: Methods) -> Iterator[str]:
     """Judge the shipped defaults on mini-batches: no divergence, no more steps than Adam."""
     if SHIPPED not in methods or "Adam" not in methods:
@@ -150,6 +176,9 @@ def late(name: str, methods: Methods) -> Iterator[str]:
             )
 
 
+SECONDS = {"digits": 3.0, "fashion-mlp": 5.0}
+"""In how many times Adam's seconds mini-batches are to reach the level of their task."""
+
 BOUNDS = {"diffusivity": 1e-4, "poisson-10d": 1e-3}
 """Errors to reach: the unknown constant to four digits; Poisson's equation after 400 updates."""
 
@@ -169,6 +198,8 @@ def answers(tasks: dict[str, Methods]) -> list[str]:
         elif TASKS[name].level is not None:
             lines += digits(methods) if name == "digits" else []
             lines += shipped(name, methods)
+            lines += in_seconds(name, methods, SECONDS[name]) if name in SECONDS else []
+            lines += at_the_end(name, methods) if name not in SECONDS else []
     compared = {
         name: methods
         for name, methods in tasks.items()

@@ -19,6 +19,7 @@ from ddnewton import (
     held_out,
     levenberg_marquardt,
     monte_carlo,
+    newton_step,
     prepare,
     spring,
     trust_region,
@@ -46,6 +47,33 @@ def newton(instance: Instance, *, columns: int | None = None, **options: Any) ->
 def started(instance: Instance, *, adaptation: Callable[..., Any], start: float) -> Update:
     """Start with an adaptation whose first damping is ``start`` times the size of the curvature."""
     return newton(instance, damping=adaptation(start))
+
+
+def sampled_steps(
+    instance: Instance, *, damping: float, learning_rate: float, momentum: float
+) -> Update:
+    """Start Monte-Carlo steps of one column a sample and one δ, with momentum: no search, no info.
+
+    A velocity takes up every step, and the parameters move along it, at a rate that falls as
+    1/√(1 + t/20) with the updates, as that of `held_out` does.
+    """
+    model_fn, start, X, _, loss = instance.problem
+    criterion = monte_carlo(loss, 1, torch.Generator().manual_seed(0))
+    prepared = prepare(model_fn, start, X[: instance.batch])
+    params, updates = start, 0
+    velocity = {name: torch.zeros_like(p) for name, p in params.items()}
+
+    @torch.no_grad()
+    def update(X: Tensor, y: Tensor, progress: float) -> tuple[Params, int]:
+        nonlocal params, velocity, updates
+        step = newton_step(prepared, params, X, y, criterion, damping, complement=damping)
+        rate = learning_rate / (1 + updates / 20) ** 0.5
+        velocity = {name: momentum * v + step[name] for name, v in velocity.items()}
+        params = {name: p + rate * velocity[name] for name, p in params.items()}
+        updates += 1
+        return params, 1
+
+    return update
 
 
 def halves(instance: Instance, *, damping: float, learning_rate: float) -> Update:
@@ -76,6 +104,6 @@ DAMPED_NEWTON: dict[str, Start] = {
     "held-out, complement": partial(newton, damping=held_out(), complement="damping"),
     "noise-aware": partial(newton, damping=held_out(rule=signal_to_noise())),
     "held-out γ and λ": halves,
-    "Monte-Carlo": partial(newton, columns=1, damping=held_out(), complement="damping"),
     "Monte-Carlo, constant": partial(newton, columns=1, momentum=0.9, complement="damping"),
+    "Monte-Carlo steps": sampled_steps,
 }

@@ -185,6 +185,16 @@ def follow(job: Job, instance: Instance, start: Start) -> Record:
     }
 
 
+def sized(instance: Instance, config: Config) -> tuple[Instance, Config]:
+    """Return the instance with the size of batches that settings ask for, and all other settings.
+
+    Without one, batches are as large as the task's.
+    """
+    settings = dict(config)
+    batch = settings.pop("batch", instance.batch)
+    return instance._replace(batch=batch), settings
+
+
 _warm: set[tuple[str, str]] = set()
 
 
@@ -193,14 +203,14 @@ def warm_up(job: Job) -> None:
     if (job.task, job.method) in _warm:
         return
     _warm.add((job.task, job.method))
-    instance = instance_of(job.task, WARM_SEED)
+    instance, settings = sized(instance_of(job.task, WARM_SEED), job.config)
     problem = instance.problem
     if instance.draw is None:  # points that are drawn are as many in every step
         X, y = (part[: len(part) * 3 // 4] for part in (problem.X, problem.y))
         batch = None if instance.batch is None else instance.batch // 2
         instance = instance._replace(problem=problem._replace(X=X, y=y), batch=batch)
     try:
-        update = METHODS[job.method](instance, **job.config)
+        update = METHODS[job.method](instance, **settings)
         for _, (X, y) in zip(range(WARM_UP), batches(instance, 0), strict=False):
             update(X, y, 0.5)
     except (Finished, RuntimeError, ValueError, ArithmeticError):
@@ -212,7 +222,8 @@ def run(job: Job) -> Record:
     torch.set_num_threads(1)
     began = perf_counter()
     warm_up(job)
-    curve = follow(job, instance_of(job.task, job.seed), METHODS[job.method])
+    instance, settings = sized(instance_of(job.task, job.seed), job.config)
+    curve = follow(job._replace(config=settings), instance, METHODS[job.method])
     spent = {"elapsed": perf_counter() - began}
     if job.task.startswith("fashion") or job.task.endswith("fashion"):
         spent["data"] = "digits, enlarged" if fashion_folder() is None else "Fashion-MNIST"
