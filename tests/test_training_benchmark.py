@@ -306,10 +306,10 @@ def test_a_run_is_measured_at_every_budget_and_its_clock_counts_updates_alone():
 def test_settings_may_ask_for_batches_of_another_size():
     y = torch.arange(10)
     problem = small_instance(torch.nn.MSELoss(), y).problem._replace(X=y[:, None])
-    instance, settings = sized(Instance(problem, 2, dict), {"batch": 5, "lr": 0.1})
+    instance, settings = sized(Instance(problem, 2, dict), {"batches": 3, "lr": 0.1})
     assert settings == {"lr": 0.1}
-    assert len(next(batches(instance, 0))[1]) == 5
-    assert sized(instance, {"lr": 0.1})[0].batch == 5
+    assert len(next(batches(instance, 0))[1]) == 6
+    assert sized(instance, {"lr": 0.1})[0].batch == 6
 
 
 def reaching(method: str, seconds: float, accuracy: float) -> dict[str, list[dict]]:

@@ -186,13 +186,13 @@ def follow(job: Job, instance: Instance, start: Start) -> Record:
 
 
 def sized(instance: Instance, config: Config) -> tuple[Instance, Config]:
-    """Return the instance with the size of batches that settings ask for, and all other settings.
+    """Return the instance with batches as large as settings ask for, and all other settings.
 
-    Without one, batches are as large as the task's.
+    ``batches`` is how many of the task's there are in one; without it, one.
     """
     settings = dict(config)
-    batch = settings.pop("batch", instance.batch)
-    return instance._replace(batch=batch), settings
+    count = settings.pop("batches", 1)
+    return instance._replace(batch=instance.batch and count * instance.batch), settings
 
 
 _warm: set[tuple[str, str]] = set()
