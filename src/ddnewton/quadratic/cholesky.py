@@ -6,7 +6,7 @@ on the smaller of its two sides,
     (A diag(w) Aᵀ + δI)⁻¹ A = A √w (√w AᵀA √w + δI)⁻¹ / √w,
 
 by Cholesky's factorization, a tenth of the cost of eigenpairs. It needs a damping well above the
-rounding of the matrix. A sample with a slope and no curvature leaves the range of G: there only
+rounding of the matrix; a compiled step, which cannot look, is nan where there is no factor. A sample with a slope and no curvature leaves the range of G: there only
 eigenpairs can tell what of g is inside, while all of g, damped everywhere, is
 
     (A₁ diag(w) A₁ᵀ + δI)⁻¹ g = (g − A₁ √w (√w A₁ᵀA₁ √w + δI)⁻¹ √w A₁ᵀ g) / δ,    A₁ = A's first i.
@@ -15,6 +15,7 @@ eigenpairs can tell what of g is inside, while all of g, damped everywhere, is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -53,9 +54,12 @@ def damped_step(
     That is for the gradient on the range of G, or ``everywhere``. Like a spectrum's directions it
     is in coordinates: of the columns, or, on the other side, of the parameters.
     """
-    weights = matrix.weights
+    weights, compiling = matrix.weights, torch.compiler.is_compiling()
+    if compiling and isinstance(delta, Real) and delta <= 0:
+        return None
     delta = scalar_like(delta, weights)
-    if any(map(is_batched, (weights, matrix.entries, gradient_weights, delta))):
+    batched = any(map(is_batched, (weights, matrix.entries, gradient_weights, delta)))
+    if batched and not compiling:
         return None
     # None for a damping too small for a factorization, and a gradient beyond the range of G.
     if any_known(~((matrix.trace() <= condition * delta) & delta.isfinite())):
@@ -64,11 +68,13 @@ def damped_step(
     if right is None:
         return None
     # K + δI or G + δI = L Lᵀ, and two triangular solves.
-    in_place = _is_large(matrix) or _is_shared(matrix)
+    in_place = not compiling and (_is_large(matrix) or _is_shared(matrix))
     solved = _in_place if in_place else _of_copy
     solution, failed = solved(matrix, right, delta)
     if any_known((failed != 0) | ~solution.isfinite().all()):
         return None
+    if compiling:
+        solution = torch.where(failed == 0, solution, torch.nan)
     return as_coordinates(matrix, gradient_weights, solution, delta)
 
 
