@@ -27,11 +27,9 @@ from ddnewton import (
 from ddnewton.damping import signal_to_noise
 
 
-def newton(instance: Instance, *, columns: int | None = None, **options: Any) -> Update:
-    """Start `directional_newton` with its options; with ``columns``, by Monte-Carlo factors."""
+def newton(instance: Instance, **options: Any) -> Update:
+    """Start `directional_newton` with its options."""
     model_fn, params, X, _, criterion = instance.problem
-    if columns is not None:
-        criterion = monte_carlo(criterion, columns, torch.Generator().manual_seed(0))
     prepared = prepare(model_fn, params, X[: instance.batch])
     optimizer = directional_newton(prepared, criterion, **options)
     state = optimizer.init(params)
@@ -104,6 +102,5 @@ DAMPED_NEWTON: dict[str, Start] = {
     "held-out, complement": partial(newton, damping=held_out(), complement="damping"),
     "noise-aware": partial(newton, damping=held_out(rule=signal_to_noise())),
     "held-out γ and λ": halves,
-    "Monte-Carlo, constant": partial(newton, columns=1, momentum=0.9, complement="damping"),
     "Monte-Carlo steps": sampled_steps,
 }

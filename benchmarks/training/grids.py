@@ -61,7 +61,6 @@ MINI: dict[str, Grid] = {
     "held-out, complement": HELD_OUT,
     "noise-aware": HELD_OUT,
     "held-out γ and λ": over(damping=(0.1, 1.0, 10.0), learning_rate=(1.0, 0.3)),
-    "Monte-Carlo, constant": over(damping=(0.03, 0.1, 0.3), learning_rate=(0.3, 0.2)),
     "Monte-Carlo steps": over(
         batches=(3,), damping=(0.05, 0.3, 3.0), learning_rate=(0.6, 0.3), momentum=(0.6,)
     ),

@@ -23,6 +23,7 @@ prepared = prepare(model_fn, params, X)
 number, tensor = 0.1, torch.tensor(0.1, dtype=dtype)
 for delta, options in (
     (number, {}),
+    (tensor * 1e-8, {}),
     (tensor, {"select": top_k(3)}),
     (number, {"select": top_k(3), "complement": 0.5}),
 ):

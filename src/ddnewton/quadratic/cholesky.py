@@ -6,8 +6,9 @@ on the smaller of its two sides,
     (A diag(w) Aᵀ + δI)⁻¹ A = A √w (√w AᵀA √w + δI)⁻¹ / √w,
 
 by Cholesky's factorization, a tenth of the cost of eigenpairs. It needs a damping well above the
-rounding of the matrix; a compiled step, which cannot look, is nan where there is no factor. A sample with a slope and no curvature leaves the range of G: there only
-eigenpairs can tell what of g is inside, while all of g, damped everywhere, is
+rounding of the matrix; a compiled step, which cannot look, is nan where there is no factor. A
+sample with a slope and no curvature leaves the range of G: there only eigenpairs can tell what of g
+is inside, while all of g, damped everywhere, is
 
     (A₁ diag(w) A₁ᵀ + δI)⁻¹ g = (g − A₁ √w (√w A₁ᵀA₁ √w + δI)⁻¹ √w A₁ᵀ g) / δ,    A₁ = A's first i.
 """
