@@ -19,6 +19,15 @@ from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 
+# By their own names: frames that name torch would be compiled by `torch.compile`, which cannot.
+from torch import get_float32_matmul_precision, set_float32_matmul_precision
+from torch._C import (
+    _get_cudnn_allow_tf32,
+    _get_fp32_precision_getter,
+    _set_cudnn_allow_tf32,
+    _set_fp32_precision_setter,
+)
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -108,11 +117,11 @@ def _switches() -> Switches:
     """Return the switches as they are, those of the kernels left without their defaults."""
     # The older names raise where only newer ones have been used since torch was imported.
     try:
-        convolutions = torch._C._get_cudnn_allow_tf32()
+        convolutions = _get_cudnn_allow_tf32()
     except RuntimeError:
         convolutions = _read(KERNELS)[CONVOLUTIONS] != "tf32"
     try:
-        matmul = torch.get_float32_matmul_precision()
+        matmul = get_float32_matmul_precision()
     except RuntimeError:
         matmul = "highest"
     # A switch that says nothing reads as its default: take that away, and then look.
@@ -126,18 +135,18 @@ def _switches() -> Switches:
 def _switch(switches: Switches) -> None:
     """Set all switches."""
     # By the older names first, which write to the newer ones too.
-    torch._C._set_cudnn_allow_tf32(switches.convolutions_in_tf32)
-    torch.set_float32_matmul_precision(switches.matmul)
+    _set_cudnn_allow_tf32(switches.convolutions_in_tf32)
+    set_float32_matmul_precision(switches.matmul)
     _write(KERNELS, switches.kernels)
     _write(DEFAULTS, switches.defaults)
 
 
 def _read(names: Iterable[tuple[str, str]]) -> list[str]:
     """Return switches by their newer names."""
-    return [torch._C._get_fp32_precision_getter(*name) for name in names]
+    return [_get_fp32_precision_getter(*name) for name in names]
 
 
 def _write(names: Iterable[tuple[str, str]], values: Sequence[str]) -> None:
     """Set switches by their newer names."""
     for name, value in zip(names, values, strict=True):
-        torch._C._set_fp32_precision_setter(*name, value)
+        _set_fp32_precision_setter(*name, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import TypeVar
 
 import torch
@@ -102,7 +103,7 @@ def checked_expansion(
     every = (expansion.value, stored(expansion.basis), *expansion[2:])
     parts = [part for part in every if part.numel()]
     # Both checks by one look, which mostly is all.
-    total = torch.as_tensor(sum(part.sum() for part in parts))
+    total = reduce(torch.add, (part.sum() for part in parts))
     if any_known((total * 0 != 0) | (expansion.h < 0).any()):
         check_finite(*parts)
         _check_convex(loss, outputs, y, expansion.h)

@@ -52,10 +52,10 @@ def _check_one_device(params: PyTree) -> None:
 
 def check_place(outputs: object, params: PyTree) -> None:
     """Require outputs, where these are a tensor, on the device of the parameters."""
-    device = tree_leaves(params)[0].device
-    if isinstance(outputs, Tensor) and outputs.device != device:
+    leaves = tree_leaves(params)
+    if isinstance(outputs, Tensor) and leaves and outputs.device != leaves[0].device:
         rule = "model_fn must return outputs on the device of params"
-        got = f"outputs on {outputs.device}, params on {device}"
+        got = f"outputs on {outputs.device}, params on {leaves[0].device}"
         raise BadValue(sentence(rule, got, "Move what model_fn refers to with .to(device)."))
 
 

@@ -118,8 +118,8 @@ def _started(
 ) -> tuple[Float[Tensor, "m side"], Float[Tensor, "m m"]]:
     """Return room for the basis, as rows, and for T; the first row is the same every time."""
     side = len(matrix)
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(side, dtype=matrix.dtype, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    start = torch.randn(side, dtype=matrix.dtype, generator=generator, device="cpu")
     vectors = matrix.new_empty(largest + 1, side)
     vectors[0] = (start / start.norm()).to(matrix.device)
     return vectors, matrix.new_zeros(largest + 1, largest + 1)
