@@ -28,7 +28,6 @@ from torch.func import functional_call
 
 from benchmarks import nets, peers, recipes
 from benchmarks.problem import Problem
-from benchmarks.recipes import Case
 from ddnewton import directional_newton, levenberg_marquardt, newton_step, prepare, top_k
 
 Call = Callable[[], object]
@@ -86,8 +85,8 @@ def reference() -> dict[str, Call]:
         for name, compiled in ((EAGER, None), (COMPILED, {}), (UNGUARDED, FEWER_GUARDS))
     }
     for name, (module, peer) in PEERS.items():
-        if find_spec(module):
-            rows[name] = peers.PEERS[peer].make(Case(*case), "top10")
+        if find_spec(module):  # on nets of their own: ViViT's hooks stay in its net
+            rows[name] = peers.PEERS[peer].make(recipes.build("reference"), "top10")
     return rows
 
 
