@@ -92,12 +92,9 @@ def take(X: PyTree, samples: slice | Tensor) -> PyTree:
 
 def device_to_go_to(X: PyTree, params: PyTree) -> torch.device | None:
     """Return where samples have to go that are on no device of the parameters, None if on one."""
-    leaves = tree_leaves(params)
-    home = leaves[0].device
-    if all(leaf.device == home for leaf in tree_leaves(X)):
-        return None
-    devices = {leaf.device for leaf in leaves}
-    return None if all(leaf.device in devices for leaf in tree_leaves(X)) else home
+    devices = [leaf.device for leaf in tree_leaves(params)]
+    samples = [leaf.device for leaf in tree_leaves(X) if isinstance(leaf, Tensor)]
+    return None if not devices or all(device in devices for device in samples) else devices[0]
 
 
 def moved_to(X: PyTree, device: torch.device | None) -> PyTree:

@@ -17,7 +17,15 @@ from ddnewton.linearize.structured.costs import dense_flops, is_tiny
 from ddnewton.linearize.structured.prepare import Untraceable, no_layers, prepare
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.process import ONE_THREAD
-from ddnewton.trees import TreeSpec, parameter_count, sample_count, take, tree_flatten
+from ddnewton.trees import (
+    TreeSpec,
+    device_to_go_to,
+    moving,
+    parameter_count,
+    sample_count,
+    take,
+    tree_flatten,
+)
 from ddnewton.types import GramWays, ModelFn, PyTree
 
 COMPARED_BY_VALUE = (
@@ -139,8 +147,9 @@ def _updates_to_trace(
 
 
 def output_count(model_fn: ModelFn, params: PyTree, X: PyTree, n: int) -> int:
-    """Return the number of outputs of n samples, given some of them."""
-    outputs = evaluate(model_fn, params, take(X, slice(0, 1)), None).outputs
+    """Return the number of outputs of n samples, given some of them, perhaps on the host."""
+    here = moving(model_fn, device_to_go_to(X, params))
+    outputs = evaluate(here, params, take(X, slice(0, 1)), None).outputs
     return outputs.numel() * n
 
 
