@@ -244,16 +244,14 @@ def gpu(folder: Path, *arguments: object) -> tuple[dict, str]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_gpu_quick(tmp_path):
-    # On a CPU there are no graphs of kernels: that peer would be the compiled one again.
-    peers = [peer for peer in GPU_PEERS if peer != "ddnewton-graphs"]
-    asked = ("--only", "tests", "steps", "--peer", *peers, "--tests", A_TEST)
+    asked = ("--only", "tests", "steps", "--peer", *GPU_PEERS, "--tests", A_TEST)
     written, table = gpu(tmp_path / "new", *asked)
     assert [tests["words"] for tests in written["tests"]] == ["2 passed, 0 failed, 0 skipped"]
     entries = {(r["problem"], r["precision"], r["quantity"], r["peer"]) for r in written["steps"]}
     assert entries == {
         (problem, precision, quantity, peer)
         for problem in ("tiny-mlp", "tiny-conv")
-        for peer in peers
+        for peer in GPU_PEERS
         for precision in (("float32",) if peer in SINGLE else ("float64", "float32"))
         for quantity in (("all",) if peer == "curvlinops" else ("top10", "all"))
     }
@@ -276,7 +274,7 @@ def test_gpu_quick(tmp_path):
             assert record["difference"] < (1e-12 if exact else 1e-5)
     assert written["machine"]["torch"] == torch.__version__
     assert table.count("### ") == 2
-    assert all(f"| {peer} |" in table for peer in peers)
+    assert all(f"| {peer} |" in table for peer in GPU_PEERS)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
