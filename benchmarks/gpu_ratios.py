@@ -11,21 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from benchmarks import nets
 from benchmarks.gpu_process import Job, Measurement, seconds_of
+from benchmarks.gradient_steps import DAMPING, GRADIENT_STEP, NETS, SAMPLES
 from ddnewton import directional_newton, held_out, monte_carlo, newton_step, prepare
 
-SAMPLES = 128
-DAMPING = 0.1
-GRADIENT_STEP = "gradient step, Adam"
 ROUNDS, QUICK_ROUNDS = 30, 1
-
-NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "digits": (lambda: nets.mlp(64, 32, 10, activation=nn.Tanh), (64,)),
-    "mlp": (lambda: nets.mlp(784, 512, 256, 10), (784,)),
-    "2c2d": (nets.net_2c2d, (1, 28, 28)),
-    "3c3d": (nets.net_3c3d, (3, 32, 32)),
-}
 
 
 def functions_of(

@@ -91,8 +91,8 @@ def sums_of(
             factors.append(cut(jacobian.visit(chunk)))  # noqa: PERF401
         for b, of_block in enumerate(zip(*factors, strict=True)):
             w = []
-            for jacobian, own in zip(jacobians, weights, strict=True):
-                w.append(of_chunk(jacobian, own[b], chunk))
+            for jacobian, of_jacobian in zip(jacobians, weights, strict=True):
+                w.append(of_chunk(jacobian, of_jacobian[b], chunk))
             same = zip(*of_block, strict=True)
             parts = [part for entries in same for part in sums_of_columns(entries, w)]
             sums[b].append(torch.cat([w[0].new_zeros(len(w[0]), 0), *parts], 1))

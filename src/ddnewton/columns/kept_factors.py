@@ -20,7 +20,9 @@ def keeping(jacobian: Jacobian) -> Jacobian:
 
     def visit(chunk: slice) -> Sequence[Factor]:
         key = chunk.start, chunk.stop
-        factors = kept[key] if key in kept else jacobian.visit(chunk)
+        if key in kept:
+            return kept[key]
+        factors = jacobian.visit(chunk)
         if sum(map(_bytes, (*kept.values(), factors))) <= KEPT_FACTOR_BYTES:
             kept[key] = factors
         return factors

@@ -54,7 +54,8 @@ def uniform_from(seed: int, device: torch.device, rows: RowsOfBatch | None = Non
                 (whole, *axes), generator=generator, dtype=torch.float64, device="cpu"
             )
         drawn = numbers[first : first + n].clamp(min=LEAST_UNIFORM)
-        # From pinned memory, so that nothing waits for the copy.
-        return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn
+        # From pinned memory to a GPU, so that nothing waits for the copy.
+        on_gpu = device.type == "cuda"
+        return (drawn.pin_memory() if on_gpu else drawn).to(device, non_blocking=on_gpu)
 
     return uniform

@@ -92,8 +92,8 @@ def _step_of_block(
         trials.directions[number] = along_of(trials.model, operator, block)
     centre, params = _centre(trials, block, momentum), _decayed_params(trials, block)
     pull, gradient = Pull(centre, params, _decay(trials)), trials.matrices[number].gradient
-    along = trials.directions[number]
-    return step_along(along, block, gradient, pull, delta, trials.complement)
+    directions = trials.directions[number]
+    return step_along(directions, block, gradient, pull, delta, trials.complement)
 
 
 def _linear_step(

@@ -120,5 +120,5 @@ def gradients_of(
     if not own_columns:
         return gradients(model, matrices)
     weights = model.gradient_weights[None, len(model.curvature_weights) :]
-    own = model.jacobians[len(model.terms) :]
-    return [sums[0] for sums in matmat(own, model.leaves, [weights] * len(matrices))]
+    further = model.jacobians[len(model.terms) :]
+    return [sums[0] for sums in matmat(further, model.leaves, [weights] * len(matrices))]

@@ -60,8 +60,11 @@ def trial_vectors(
     trials: TrialSteps | FreeTrials, deltas: Sequence[Tensor]
 ) -> Iterator[Float[Tensor, " d"]]:
     """Yield the steps for some dampings without momentum, many from one visit of the model."""
-    alone = isinstance(trials, FreeTrials) or is_leafwise(trials.proximal_blocks)
-    if isinstance(trials, FreeTrials) or alone or _asked(trials, deltas[0], 0.0).centres:
+    if (
+        isinstance(trials, FreeTrials)
+        or is_leafwise(trials.proximal_blocks)
+        or _asked(trials, deltas[0], 0.0).centres
+    ):
         yield from (trial_step(trials, delta, 0.0).vector for delta in deltas)
         return
     # As many as fit into the memory for them.

@@ -138,12 +138,12 @@ def _term_there(
         assert term is not None
         return term
 
-    known = _merged(parts)
+    merged = _merged(parts)
     return FreeTerm(
         objective=objective._replace(y=None, mean_loss=mean_loss),
         linearization=linearization,
-        root=DistantRoot(known, forgotten),
-        known=known,
+        root=DistantRoot(merged, forgotten),
+        known=merged,
         on_ranks=OnRanks(number, place.shards),
         anew=anew,
     )

@@ -65,7 +65,7 @@ class FreeStep(NamedTuple):
 def free_steps(arguments: Arguments) -> list[Float[Tensor, " _"]]:
     """Return the steps of all blocks, in the units of the parameters."""
     with free_model(arguments) as model:
-        return [vector for vector, _ in _steps(model, along=False)]
+        return [vector for vector, _ in _steps(model, recorded=False)]
 
 
 def free_steps_and_infos(
@@ -73,20 +73,20 @@ def free_steps_and_infos(
 ) -> tuple[list[Float[Tensor, " _"]], list[NewtonInfo]]:
     """Return the steps of all blocks, in the units of the parameters, and their records."""
     with free_model(arguments) as model:
-        steps = _steps(model, along=True)
+        steps = _steps(model, recorded=True)
         return [vector for vector, _ in steps], [_info(model, step) for _, step in steps]
 
 
-def _steps(model: FreeModel, *, along: bool) -> list[tuple[Float[Tensor, " _"], FreeStep]]:
+def _steps(model: FreeModel, *, recorded: bool) -> list[tuple[Float[Tensor, " _"], FreeStep]]:
     """Return the steps of all blocks, in the units of the parameters and as they are made.
 
-    Derivatives ``along`` a step that solves a linear system are for its record alone.
+    Derivatives along a step that solves a linear system are for one that is ``recorded`` alone.
     """
     steps = []
     for block in model.blocks:
         operator = operator_of(model, block.leaves)
         step = _step(model, operator, block)
-        step = _with_derivatives(operator, step) if along else step
+        step = _with_derivatives(operator, step) if recorded else step
         steps.append((_in_params_units(operator, step), step))
     curved = model.arguments.complement is not None or any(step.curved for _, step in steps)
     check_free_slopes(model, [step.gradient for _, step in steps], curved=curved)

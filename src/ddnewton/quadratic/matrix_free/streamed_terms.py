@@ -100,7 +100,7 @@ def _at_batch(
 
 def _without_samples(term: FreeTerm) -> FreeTerm:
     """Return a term that holds nothing as large as its samples or its outputs."""
-    linearization, known = term.linearization, known_of(term)
+    linearization, kept = term.linearization, known_of(term)
     return FreeTerm(
         objective=term.objective._replace(y=None),
         linearization=linearization._replace(
@@ -111,8 +111,8 @@ def _without_samples(term: FreeTerm) -> FreeTerm:
             in_float64=None,
             keeps_graphs=False,
         ),
-        root=DistantRoot(known, forgotten),
-        known=known,
+        root=DistantRoot(kept, forgotten),
+        known=kept,
     )
 
 
@@ -123,9 +123,9 @@ def _streamed(term: FreeTerm, total: float, stream: Stream[FreeTerm], number: in
         return stream.at(number).linearization.function(leaves, samples)
 
     assert term.known is not None
-    known = term.known.divided(total)
+    divided = term.known.divided(total)
     return term._replace(
         linearization=term.linearization._replace(function=outputs),
-        root=DistantRoot(known, lambda: stream.at(number).root),
-        known=known,
+        root=DistantRoot(divided, lambda: stream.at(number).root),
+        known=divided,
     )

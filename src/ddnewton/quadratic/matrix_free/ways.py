@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from functools import partial, wraps
+from functools import partial
 from typing import Any, TypeVar
 
 from ddnewton.distributed.service import served
@@ -40,10 +40,8 @@ def either_way(
     arguments say. By products goes without a scale by columns what may be ``unscaled``. A call that
     ``searches`` reads values as it goes; any other by matrices does so once, at its end.
     """
-    if not (searches or arguments.team is not None or is_transformed()):
-        step, device = by_matrix, tree_leaves(arguments.params)[0].device
-        by_matrix = wraps(step)(lambda arguments: read_once(partial(step, arguments), device))
     options: dict[str, Any] = {"say": say, "automatic": automatic, "unscaled": unscaled}
+    options["searches"] = searches
     return on_all_ranks(
         arguments,
         lambda arguments: _either_way(arguments, by_matrix, by_products, **options),
@@ -74,6 +72,7 @@ def _either_way(
     say: Callable[[str], None],
     automatic: bool | None,
     unscaled: bool,
+    searches: bool,
 ) -> R:
     """Return the result of a call by matrices or by products, on the process that decides."""
     if arguments.is_free:
@@ -81,7 +80,9 @@ def _either_way(
         check_free(arguments)
         return by_products(arguments)
     try:
-        return by_matrix(arguments)
+        if searches or arguments.team is not None or is_transformed():
+            return by_matrix(arguments)
+        return read_once(partial(by_matrix, arguments), tree_leaves(arguments.params)[0].device)
     except TooLarge as reason:
         choose = is_automatic({term.name: term.gram for term in arguments.terms})
         if not (choose if automatic is None else automatic) or is_transformed():
