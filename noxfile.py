@@ -86,6 +86,14 @@ def notebooks(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site into build/site, and look at it in a browser; Chromium must be installed."""
+    install(session, "docs")
+    session.run("python", "-m", "website")
+    session.run("pytest", "website", "--doctest-modules", *session.posargs)
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Run ``python -m ddnewton``; arguments go to it."""
     install(session)
