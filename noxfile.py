@@ -1,7 +1,9 @@
 """The project's tasks: ``nox`` checks everything; ``nox -s demo`` shows the library."""
 
 import os
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import nox
 
@@ -20,9 +22,10 @@ if links := os.environ.get("PIP_FIND_LINKS"):
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
-def install(
-    session: nox.Session, *groups: str, versions: Sequence[str] = ("torch==2.13.0",)
-) -> None:
+TESTED = "torch==2.13.0"
+
+
+def install(session: nox.Session, *groups: str, versions: Sequence[str] = (TESTED,)) -> None:
     """Install torch, the package and the named dependency groups, resolved together."""
     tools = nox.project.dependency_groups(PROJECT, *groups)
     session.install(*versions, "-e", ".[demo]", *tools)
@@ -91,6 +94,22 @@ def docs(session: nox.Session) -> None:
     install(session, "docs")
     session.run("python", "-m", "website")
     session.run("pytest", "website", "--doctest-modules", *session.posargs)
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Build the package into dist/, check it, and try each archive in an environment of its own."""
+    session.install(*nox.project.dependency_groups(PROJECT, "package"))
+    shutil.rmtree("dist", ignore_errors=True)
+    session.run("python", "-m", "build")
+    archives = sorted(Path("dist").iterdir())
+    session.run("twine", "check", "--strict", *map(str, archives))
+    for archive in archives:
+        environment = Path(session.create_tmp()) / archive.suffix
+        session.run("uv", "venv", "--clear", environment, external=True)
+        python = environment / "bin" / "python"
+        session.run("uv", "pip", "install", "--python", python, archive, TESTED, external=True)
+        session.run(python, "-P", "tests/smoke.py", ".", external=True)
 
 
 @nox.session

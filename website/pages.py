@@ -69,10 +69,10 @@ def with_links(text: str, *, path: str, page: str, repository: Path, targets: se
 
 
 def with_prompts(text: str) -> str:
-    """Return a page whose blocks with prompts are sessions, of which only what is typed is copied.
+    r"""Return a page whose blocks with prompts are sessions, of which only what is typed is copied.
 
-    >>> with_prompts("```python\\n>>> 1 + 1\\n2\\n```")
-    '```pycon\\n>>> 1 + 1\\n2\\n```'
+    >>> with_prompts("```python\n>>> 1 + 1\n2\n```")
+    '```pycon\n>>> 1 + 1\n2\n```'
     """
     return re.sub(r"^```python\n(?=>>> )", "```pycon\n", text, flags=re.MULTILINE)
 

@@ -25,6 +25,8 @@ from ddnewton.quadratic.info import NewtonInfo
 from ddnewton.select import above, energy, top_k
 from ddnewton.uncertainty import covariance, standard_errors
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Batches",
     "Fit",
