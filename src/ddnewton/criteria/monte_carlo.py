@@ -7,7 +7,7 @@ sample, where the exact Hessian of a softmax has C − 1: fewer columns make a c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from ddnewton.criteria.loss import Expansion, Loss, name_of, value_and_gradient
 from ddnewton.criteria.random_numbers import (
     RowsOfBatch,
+    Seed,
     drawn_seed,
     further_seed,
     uniform_from,
@@ -31,15 +32,20 @@ Per: TypeAlias = Literal["position", "sequence"]
 
 
 class MonteCarlo(NamedTuple):
-    """A loss whose curvature is sampled: how many draws, of what, and the source of randomness."""
+    """A loss whose curvature is sampled: how many draws, of what, and the source of randomness.
+
+    The ``seed`` of one call, where it was drawn before that.
+    """
 
     loss: Loss
     samples: int
     generator: torch.Generator
     per: Per
+    seed: Tensor | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _with_draws, (self.loss, self.samples, *stored_draws(self.generator), self.per)
+        draws = stored_draws(self.generator)
+        return _with_draws, (self.loss, self.samples, *draws, self.per, self.seed)
 
 
 AnyCriterion: TypeAlias = Criterion | Loss | MonteCarlo
@@ -146,26 +152,49 @@ def monte_carlo(
 
 
 def _with_draws(
-    loss: Loss, samples: int, device: torch.device, state: Tensor, per: Per
+    loss: Loss, samples: int, device: torch.device, state: Tensor, per: Per, seed: Tensor | None
 ) -> MonteCarlo:
     """Return the record with a generator in a state."""
-    return MonteCarlo(loss, samples, restored_draws(device, state), per)
+    return MonteCarlo(loss, samples, restored_draws(device, state), per, seed)
+
+
+def with_seeds(criterion: Criteria, names: Sequence[Any] | None) -> Criteria:
+    """Return criteria that have drawn the seeds of one call already, one for each named term.
+
+    They are drawn in the order of the terms, as the call draws them; None names a single one.
+    """
+    if names is None:
+        return _with_seed(criterion) if isinstance(criterion, MonteCarlo) else criterion
+    criteria = criterion if isinstance(criterion, Mapping) else dict.fromkeys(names, criterion)
+    if criteria.keys() != set(names):  # which the call refuses
+        return criterion
+    drawn = {name: criteria[name] for name in names}
+    return {
+        name: _with_seed(of_term) if isinstance(of_term, MonteCarlo) else of_term
+        for name, of_term in drawn.items()
+    }
+
+
+def _with_seed(criterion: MonteCarlo) -> MonteCarlo:
+    """Return a criterion that has drawn the seed of one call, a tensor."""
+    return criterion._replace(seed=torch.tensor(drawn_seed(criterion.generator), device="cpu"))
 
 
 def sampled(criterion: MonteCarlo) -> Loss:
     """Return a loss whose curvature is from drawn targets, the same ones at every expansion."""
     # One seed, also under vmap: all members of an ensemble share it.
-    return _sampled_from(criterion, drawn_seed(criterion.generator), 0)
+    seed = drawn_seed(criterion.generator) if criterion.seed is None else criterion.seed
+    return _sampled_from(criterion, seed, 0)
 
 
 def _sampled_from(
-    criterion: MonteCarlo, first_seed: int, number: int, rows: RowsOfBatch | None = None
+    criterion: MonteCarlo, first_seed: Seed, number: int, rows: RowsOfBatch | None = None
 ) -> Loss:
     """Return the loss for a batch of a data set, each with a seed of its own from the first.
 
     Some ``rows`` of a batch have the targets that they have in all of it.
     """
-    loss, samples, _, per = criterion
+    loss, samples, _, per, _ = criterion
     seed = further_seed(first_seed, number)
 
     def scores(outputs: Tensor, y: PyTree) -> Tensor:

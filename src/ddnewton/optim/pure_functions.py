@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ from ddnewton.optim.settings import Settings, is_read_at_trials
 from ddnewton.optim.state import State, UpdateInfo, check_state, first_state
 from ddnewton.optim.update import local_model, next_state, update_info
 from ddnewton.quadratic.arguments import Arguments
-from ddnewton.quadratic.compilable import left_alone, obstacle
+from ddnewton.quadratic.compilable import left_alone, obstacle, without_generators
 from ddnewton.quadratic.matrix_free.free_model import FreeModel, free_model
 from ddnewton.quadratic.matrix_free.ways import either_way
 from ddnewton.quadratic.quadratic_model import QuadraticModel, quadratic_model
@@ -75,11 +75,13 @@ class Update:
         reason = obstacle(model_fn, X=X, **options) or search_obstacle(self.settings)
         if reason or self.group.processes is not None:
             return left_alone(update, reason)(self, params, state, X, y)
+        criterion = without_generators(model_fn, options["criterion"])
+        plan = replace(self, arguments=partial(self.arguments, criterion=criterion))
         if not is_chosen(self.settings, state):
-            updated, ended = first_trial(self, params, state, X, y)
+            updated, ended = first_trial(plan, params, state, X, y)
             if is_all(updated[2], ended):
                 return updated
-        return left_alone(update, FIRST_TRIAL)(self, params, state, X, y)
+        return left_alone(update, FIRST_TRIAL)(plan, params, state, X, y)
 
 
 @computing

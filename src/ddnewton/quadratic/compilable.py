@@ -1,7 +1,8 @@
 """What `torch.compile` makes no graph of, by name: such calls run as they are, behind a break.
 
 A graph has no random generator, no model whose layers are still to be found, and no loop over
-batches that somebody else reads.
+batches that somebody else reads. The seed of Monte-Carlo draws comes from a generator in front of
+the graph, which has it as an input.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from ddnewton.criteria.monte_carlo import MonteCarlo
+from ddnewton.criteria.monte_carlo import MonteCarlo, with_seeds
 from ddnewton.edge import computing_in_place
 from ddnewton.errors import public, sentence
 from ddnewton.inputs.batches import Batches
@@ -24,13 +25,16 @@ R = TypeVar("R")
 
 GRAPH_RULE = "torch.compile makes a graph of prepared models without random numbers"
 
-DRAWS_REMEDY = "Call it uncompiled, or pass empirical_fisher(criterion)."
+SEEDS_RULE = "fullgraph=True asks for a call that draws no seed"
+
+SEEDS_REMEDY = "Leave it out: a seed is drawn in front of the graph of all that follows from it."
 
 
 def compilable(function: Callable[P, R]) -> Callable[P, R]:
     """Make a function public that computes, and may be compiled but where there is an obstacle.
 
-    Where `torch.compile` meets an `obstacle` among the arguments, it leaves the call alone.
+    Where `torch.compile` meets an `obstacle` among the arguments, it leaves the call alone; where
+    it meets draws, it makes a graph of all behind their seeds.
     """
     computed = computing_in_place(function)
 
@@ -41,6 +45,7 @@ def compilable(function: Callable[P, R]) -> Callable[P, R]:
             reason = obstacle(*args, **kwargs)
             if reason:
                 return left_alone(computed, reason)(*args, **kwargs)
+            args, kwargs = with_seeds_drawn(*args, **kwargs)
         return computed(*args, **kwargs)
 
     return call
@@ -54,6 +59,29 @@ def left_alone(function: Callable[P, R], reason: str) -> Callable[P, R]:
     torch._dynamo.graph_break(msg=reason)
     uncompiled: Callable[P, R] = torch.compiler.disable(function)
     return uncompiled
+
+
+def with_seeds_drawn(
+    model_fn: Any,
+    params: Any = None,
+    X: Any = None,
+    y: Any = None,
+    criterion: Any = None,
+    *damping: Any,
+    **options: Any,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call that `torch.compile` makes a graph of, without generators."""
+    criterion = without_generators(model_fn, criterion)
+    return (model_fn, params, X, y, criterion, *damping), options
+
+
+def without_generators(model_fn: Any, criterion: Any) -> Any:
+    """Return a criterion of a graph, of which a `MonteCarlo` has drawn its seed in front of it."""
+    if not any(isinstance(c, MonteCarlo) and c.seed is None for c in _parts(criterion)):
+        return criterion
+    reason = sentence(SEEDS_RULE, "monte_carlo as criterion", SEEDS_REMEDY)
+    names = list(model_fn) if isinstance(model_fn, Mapping) else None
+    return left_alone(with_seeds, reason)(criterion, names)
 
 
 def obstacle(
@@ -79,7 +107,6 @@ def obstacle(
         (not prepared, "another model_fn", "Pass prepare(model_fn, params, X)."),
         ("dense" in ways, 'gram="dense"', 'Leave gram at "auto".'),
         (_any(Batches, _parts(X)), "Batches as X", "Call it uncompiled."),
-        (_any(MonteCarlo, _parts(criterion)), "monte_carlo as criterion", DRAWS_REMEDY),
         (_any(Bootstrap, rules), "bootstrap as damping", "Pass a number, or signal_to_noise()."),
     )
     return next((sentence(GRAPH_RULE, got, remedy) for met, got, remedy in pairs if met), "")
