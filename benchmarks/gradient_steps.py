@@ -6,6 +6,8 @@ many updates as there are from one choice of the damping to the next, in a run t
 many steps of every other method. Inputs are random, labels are those of a teacher, batches are
 shuffled. A gradient step is forward, backward and `torch.optim.Adam`. Calls of torch, and how many
 of them read a value on the host, are counted in one more step, and in an update with a choice.
+With ``--compile`` Monte-Carlo steps under `torch.compile` as well, the first of which takes tens of
+seconds.
 """
 
 from __future__ import annotations
@@ -37,6 +39,9 @@ SAMPLES, BATCHES = 128, 16
 DAMPING = 0.1
 GRADIENT_STEP = "gradient step, Adam"
 """The method in units of which times are given."""
+
+COMPILED = "Monte-Carlo step, compiled"
+"""The method that makes no calls of torch to be counted."""
 
 Batch = tuple[Tensor, Tensor]
 Method = Callable[[Batch], object]
@@ -111,6 +116,13 @@ def monte_carlo_step(model_fn: Any, params: dict[str, Tensor]) -> Method:
     )
 
 
+def compiled(method: Method) -> Method:
+    """Return a method under `torch.compile`, without guards on what the program never replaces."""
+    guards = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
+    function: Method = torch.compile(method, options=guards)
+    return function
+
+
 def updates(model_fn: Any, params: dict[str, Tensor], criterion: Any, **options: Any) -> Method:
     """Return the updates of a run."""
     optimizer = directional_newton(model_fn, criterion, **options)
@@ -129,7 +141,7 @@ def drawn_criterion() -> Any:
     return monte_carlo(nn.CrossEntropyLoss(), 1, torch.Generator().manual_seed(0))
 
 
-def methods_of(net: Net, samples: int, *, exact: bool) -> dict[str, Method]:
+def methods_of(net: Net, samples: int, *, exact: bool, compiles: bool) -> dict[str, Method]:
     """Return what is measured on a net, each from parameters of its own; ``exact`` updates too."""
     torch.manual_seed(0)
     module = net.make()
@@ -145,6 +157,8 @@ def methods_of(net: Net, samples: int, *, exact: bool) -> dict[str, Method]:
         "Monte-Carlo step": monte_carlo_step(prepared, params),
         "held-out Monte-Carlo update": updates(prepared, params, drawn_criterion(), **by_draws),
     }
+    if compiles:
+        methods[COMPILED] = compiled(monte_carlo_step(prepared, params))
     if exact:
         options = {"damping": levenberg_marquardt()}
         methods["Levenberg-Marquardt update"] = updates(
@@ -153,17 +167,18 @@ def methods_of(net: Net, samples: int, *, exact: bool) -> dict[str, Method]:
     return methods
 
 
-def measured(net: Net, samples: int, rounds: int, *, exact: bool) -> list[list[object]]:
+def measured(net: Net, samples: int, rounds: int, **which: bool) -> list[list[object]]:
     """Return a row a method: its time, that in gradient steps, and its counts."""
     torch.manual_seed(1)
     batches, period = batches_of(net, samples), held_out().choice.every
-    methods = methods_of(net, samples, exact=exact)
+    methods = methods_of(net, samples, **which)
     # The first step of each; the counts of the next, of updates without a choice.
     first, counts = {}, {}
     for name, method in methods.items():
         first[name] = seconds(method, [next(batches)])
-        counts[name] = counted(lambda method=method: method(next(batches)))
-        for _ in range(period - 2):
+        if name != COMPILED:
+            counts[name] = counted(lambda method=method: method(next(batches)))
+        for _ in range(period - (name in counts) - 1):
             method(next(batches))
     # All methods in turns, a period each.
     times: dict[str, list[float]] = {name: [] for name in methods}
@@ -174,6 +189,7 @@ def measured(net: Net, samples: int, rounds: int, *, exact: bool) -> list[list[o
     chosen = {
         name: counted(lambda method=method: method(next(batches)))
         for name, method in methods.items()
+        if name in counts
     }
     unit = statistics.median(times[GRADIENT_STEP])
     rows = []
@@ -185,7 +201,7 @@ def measured(net: Net, samples: int, rounds: int, *, exact: bool) -> list[list[o
                 f"{1e3 * statistics.median(times[name]):.2f}",
                 f"{statistics.median(ratios):.2f}",
                 f"{first[name] / unit:.0f}",
-                *of_both(counts[name], chosen[name]),
+                *(of_both(counts[name], chosen[name]) if name in counts else "––"),
             ]
         )
     return rows
@@ -213,6 +229,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=SAMPLES, help="in a batch")
     parser.add_argument("--rounds", type=int, default=5, help="how many periods of each method")
     parser.add_argument("--exact", action="store_true", help="Levenberg-Marquardt updates as well")
+    parser.add_argument("--compile", action="store_true", help="compiled Monte-Carlo steps as well")
     options = parser.parse_args()
     torch.set_num_threads(1)
     about = machine("cpu", 1)
@@ -220,8 +237,9 @@ def main() -> None:
     print(f"N = {options.samples}, medians of {options.rounds} rounds, CPU time\n")
     print("| net | method | ms | gradient steps | the first | calls | reads |")
     print("|---|---|---|---|---|---|---|")
+    which = {"exact": options.exact, "compiles": options.compile}
     for name in options.net:
-        rows = measured(NETS[name], options.samples, options.rounds, exact=options.exact)
+        rows = measured(NETS[name], options.samples, options.rounds, **which)
         for row in rows:
             print("| " + " | ".join([name, *map(str, row)]) + " |", flush=True)
 

@@ -22,7 +22,9 @@ from ddnewton.criteria import (
     mse,
 )
 from ddnewton.criteria.likelihoods import poisson_quantile
+from ddnewton.criteria.random_numbers import RowsOfBatch, numbers_of_graph, uniform_from
 from ddnewton.linearize.basis import written_out
+from ddnewton.quadratic.compilable import with_seeds
 from tests.reference import autograd_derivatives, dense, error, solve
 
 FLOAT64 = torch.float64
@@ -354,3 +356,41 @@ def test_the_criterion_itself_is_left_alone():
     before = copy.deepcopy(criterion.state_dict())
     as_loss(monte_carlo(criterion, 1, source())).expand(torch.zeros(4, 3), CLASSES)
     assert torch.equal(criterion.weight, before["weight"])
+
+
+def test_random_numbers_of_a_graph_are_those_of_their_seed():
+    """In the sequence of a generator, behind what is skipped."""
+    seed, device = torch.tensor(7), torch.device("cpu")
+    generator = source(7)
+    torch.rand(3, generator=generator, dtype=FLOAT64)
+    truth = torch.rand(5, 2, generator=generator, dtype=FLOAT64)
+    assert torch.equal(numbers_of_graph(seed, 3, (5, 2), device), truth)
+    torch.library.opcheck(numbers_of_graph, (seed, 3, (5, 2), device))
+
+
+@pytest.mark.parametrize("rows", [None, RowsOfBatch(2, 6)])
+def test_a_second_draw_goes_on_where_the_first_ended(rows):
+    generator = source(7)
+    truth = [torch.rand(6 if rows else 4, 2, generator=generator, dtype=FLOAT64) for _ in range(2)]
+    truth = [numbers[2:] for numbers in truth] if rows else truth
+    for seed in (7, torch.tensor(7)):
+        uniform = uniform_from(seed, torch.device("cpu"), rows)
+        for numbers in truth:
+            assert torch.equal(uniform((4, 2)), numbers)
+
+
+def test_a_criterion_with_a_seed_draws_no_other():
+    """In the order of the terms, and a pickle keeps it."""
+    f, y = outputs_for("classes"), CLASSES
+    criteria = {name: monte_carlo(nn.CrossEntropyLoss(), 2, source()) for name in "ab"}
+    (truth, generator), names = (source(), source()), ("b", "a")
+    same = {name: monte_carlo(nn.CrossEntropyLoss(), 2, generator) for name in "ab"}
+    drawn = with_seeds(same, names)
+    for name in names:
+        expected = as_loss(criteria[name]._replace(generator=truth)).expand(f, y)
+        stored = pickle.loads(pickle.dumps(drawn[name]))
+        for criterion in (drawn[name], drawn[name], stored):
+            assert torch.equal(as_loss(criterion).expand(f, y).basis, expected.basis)
+    assert torch.equal(generator.get_state(), truth.get_state())
+    assert with_seeds(same, ("a", "c")) is same  # refused by the call, before it draws
+    assert torch.equal(generator.get_state(), truth.get_state())

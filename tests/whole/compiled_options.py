@@ -28,7 +28,7 @@ from ddnewton import (
     top_k,
     trust_region,
 )
-from ddnewton.criteria import clipped, empirical_fisher, fisher, majorized, weighted
+from ddnewton.criteria import clipped, cross_entropy, empirical_fisher, fisher, majorized, weighted
 from ddnewton.damping import bootstrap, signal_to_noise
 
 HOST_READS = ("_local_scalar_dense", "nonzero", "item", "equal")
@@ -92,13 +92,37 @@ OPTIONS = {
 }
 """Criterion, damping and options of steps that are one graph for any number of samples."""
 
-LOWERED = ("the reference example", "a tensor, a complement", "sub-samples")
+
+def noisy(outputs, y, count, uniform):
+    """Return columns of two draws, one after the other."""
+    shift, numbers = uniform(outputs.shape), uniform((*outputs.shape, count))
+    return (numbers - shift[..., None]).flatten(1, -2)
+
+
+DRAWN = {
+    "one column, a complement": (lambda draw: draw(ce, 1), {"complement": 0.5}),
+    "one criterion for terms": (lambda draw: draw(ce, 1), {"select": top_k(3)}),
+    "terms": (
+        lambda draw: {
+            "b": weighted(draw(ce, 2, per="sequence"), 2.0),
+            "a": draw(cross_entropy()._replace(scores=noisy), 1),
+        },
+        {},
+    ),
+}
+"""Criteria that draw random numbers, and options of their steps."""
+
+LOWERED = (
+    "the reference example",
+    "a tensor, a complement",
+    "sub-samples",
+    "one column, a complement",
+)
 """Those whose operations are looked at."""
 
 ALONE = {
     "model_fn": "another model_fn",
     "gram": 'gram="dense"',
-    "monte_carlo": "monte_carlo as criterion",
     "bootstrap": "bootstrap as damping",
     "batches": "Batches as X",
     "trust_region": "a search for a step of some length",
@@ -172,6 +196,44 @@ def close(one, other):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+def drawn(name):
+    """Compile a step that draws: one graph behind its seeds, for any of them and any batch."""
+    make, options = DRAWN[name]
+    model_fn = dict.fromkeys("ab", PREPARED) if "terms" in name else PREPARED
+    graphs, lowered = [], name in LOWERED
+
+    def step(params, X, y, criterion):
+        return newton_step(model_fn, params, X, y, criterion, 0.5, **options)
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward) if lowered else graph.forward
+
+    def of_generator(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return generator, make(partial(monte_carlo, generator=generator))
+
+    # The same steps, and the same states of the generators behind them.
+    torch._dynamo.config.error_on_recompile = True
+    compiled = torch.compile(step, backend=aot_autograd(fw_compiler=keep) if lowered else keep)
+    for seed, sizes in ((0, (6, 9)), (1, (5,))):
+        (one, given), (other, same) = (of_generator(seed) for _ in range(2))
+        for n in sizes:
+            X, y = batch("empirical Fisher", n)
+            for leaf in (X, y):
+                torch._dynamo.mark_dynamic(leaf, 0)
+            X, y = (dict.fromkeys("ab", leaf) if "terms" in name else leaf for leaf in (X, y))
+            close(compiled(PARAMS, X, y, given), step(PARAMS, X, y, same))
+            assert torch.equal(one.get_state(), other.get_state())
+    assert len(graphs) == 1, len(graphs)
+    waiting = forbidden(graphs[0]) if lowered else []
+    assert not waiting, waiting
+    # A single graph of it all is refused, by name.
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError, match=r"draws no seed; got monte_carlo as criterion\."):
+        torch.compile(step, backend="eager", fullgraph=True)(PARAMS, X, y, given)
+
+
 def by_inductor(name):
     """Compile a step for one number of samples by C++."""
     X, y = batch(name, 4)
@@ -193,8 +255,7 @@ def left_alone(name):
         if name == "trust_region":
             return optimizer.update(params, state, X, y)[0]
         damping = bootstrap([0.1, 1.0], generator, 10) if name == "bootstrap" else 0.5
-        criterion = monte_carlo(ce, 2, generator) if name == "monte_carlo" else ce
-        return newton_step(model_fn, params, X, y, criterion, damping, gram=gram)
+        return newton_step(model_fn, params, X, y, ce, damping, gram=gram)
 
     first, second = (torch.Generator().manual_seed(1) for _ in range(2))
     compiled = torch.compile(step, backend="eager", fullgraph=True)
@@ -208,7 +269,7 @@ if __name__ == "__main__":
     way, *names = sys.argv[1:]
     for name in names:
         torch.compiler.reset()
-        ways = {"inductor": by_inductor, "alone": left_alone}
+        ways = {"inductor": by_inductor, "alone": left_alone, "drawn": drawn}
         ways.get(way, partial(one_graph, lowered=name in LOWERED))(name)
         sys.stdout.write(f"{name}\n")
         sys.stdout.flush()

@@ -103,6 +103,39 @@ for damping in (levenberg_marquardt(1e-9), trust_region(), held_out(every=2)):
     print(attempts)
 """
 
+DRAWN_UPDATES = """
+import torch
+from tests.models import problem
+from torch.utils._pytree import tree_leaves
+from ddnewton import directional_newton, held_out, monte_carlo, prepare
+
+model_fn, start, X, y, criterion = problem("tanh_mlp", torch.float64)
+prepared, graphs = prepare(model_fn, start, X), []
+
+def keep(graph, _):
+    graphs.append(graph)
+    return graph.forward
+
+def run(generator):
+    drawn = monte_carlo(criterion, 1, generator)
+    options = {"damping": held_out(1e-6, every=4), "complement": "damping"}
+    optimizer = directional_newton(prepared, drawn, **options)
+    return optimizer.update, start, optimizer.init(start)
+
+sources = [torch.Generator().manual_seed(0) for _ in range(2)]
+(update, *one), (uncompiled, *other) = map(run, sources)
+compiled, attempts = torch.compile(update, backend=keep), []
+for _ in range(7):
+    *one, info = compiled(*one, X, y)
+    *other, again = uncompiled(*other, X, y)
+    for a, b in zip(tree_leaves(one), tree_leaves(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+    assert torch.equal(*(generator.get_state() for generator in sources))
+    attempts.append(again.attempts.item())
+    assert info.attempts == attempts[-1]
+print([attempts, len([g for g in graphs if "uniform_numbers" in g.code])])
+"""
+
 
 def _printed(*arguments: str) -> str:
     result = subprocess.run(
@@ -135,3 +168,9 @@ def test_callable_criteria_compile_to_one_graph_and_are_refused_where_samples_in
 def test_a_compiled_update_is_the_update_with_its_search():
     searching = json.loads(_printed(UPDATES).splitlines()[0])
     assert max(searching) > 1  # a step that is not taken is followed by another
+
+
+def test_a_compiled_update_draws_one_seed_however_long_it_searches():
+    attempts, graphs = json.loads(_printed(DRAWN_UPDATES))
+    assert graphs == 1
+    assert max(attempts) > 1 == min(attempts)

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from ddnewton.errors import sentence
-from ddnewton.quadratic.compilable import DRAWS_REMEDY, GRAPH_RULE
-from tests.whole.compiled_options import ALONE, OPTIONS
+from ddnewton.quadratic.compilable import SEEDS_REMEDY, SEEDS_RULE
+from tests.whole.compiled_options import ALONE, DRAWN, OPTIONS
 
 ROOT = Path(__file__).parents[2]
 HAS_COMPILER = any(map(shutil.which, ("g++", "clang++", "c++")))
-WAYS = {"graph": list(OPTIONS), "alone": list(ALONE)}
+WAYS = {"graph": list(OPTIONS), "alone": list(ALONE), "drawn": list(DRAWN)}
 if HAS_COMPILER:  # inductor writes C++: without a compiler, its case is left out
     WAYS["inductor"] = ["the reference example"]
 
@@ -43,5 +43,5 @@ def test_the_page_runs_and_quotes_what_is_said():
     eagerly += "torch.compile = functools.partial(torch.compile, backend='eager')\n"
     check = "assert step(params, X, y, torch.tensor(2.0)).keys() == s.keys() == params.keys()\n"
     printed("-c", f"{eagerly}{code}{check}print(float(info.loss_after) > 0)")
-    said = sentence(GRAPH_RULE, "monte_carlo as criterion", DRAWS_REMEDY)
+    said = sentence(SEEDS_RULE, "monte_carlo as criterion", SEEDS_REMEDY)
     assert said in " ".join(page.split())

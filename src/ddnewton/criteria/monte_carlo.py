@@ -7,7 +7,7 @@ sample, where the exact Hessian of a softmax has C − 1: fewer columns make a c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -32,16 +32,13 @@ Per: TypeAlias = Literal["position", "sequence"]
 
 
 class MonteCarlo(NamedTuple):
-    """A loss whose curvature is sampled: how many draws, of what, and the source of randomness.
-
-    The ``seed`` of one call, where it was drawn before that.
-    """
+    """A loss whose curvature is sampled: how many draws, of what, and the source of randomness."""
 
     loss: Loss
     samples: int
     generator: torch.Generator
     per: Per
-    seed: Tensor | None = None
+    seed: Tensor | None = None  # of one call, where it was drawn before that
 
     def __reduce__(self) -> tuple[Any, ...]:
         draws = stored_draws(self.generator)
@@ -156,28 +153,6 @@ def _with_draws(
 ) -> MonteCarlo:
     """Return the record with a generator in a state."""
     return MonteCarlo(loss, samples, restored_draws(device, state), per, seed)
-
-
-def with_seeds(criterion: Criteria, names: Sequence[Any] | None) -> Criteria:
-    """Return criteria that have drawn the seeds of one call already, one for each named term.
-
-    They are drawn in the order of the terms, as the call draws them; None names a single one.
-    """
-    if names is None:
-        return _with_seed(criterion) if isinstance(criterion, MonteCarlo) else criterion
-    criteria = criterion if isinstance(criterion, Mapping) else dict.fromkeys(names, criterion)
-    if criteria.keys() != set(names):  # which the call refuses
-        return criterion
-    drawn = {name: criteria[name] for name in names}
-    return {
-        name: _with_seed(of_term) if isinstance(of_term, MonteCarlo) else of_term
-        for name, of_term in drawn.items()
-    }
-
-
-def _with_seed(criterion: MonteCarlo) -> MonteCarlo:
-    """Return a criterion that has drawn the seed of one call, a tensor."""
-    return criterion._replace(seed=torch.tensor(drawn_seed(criterion.generator), device="cpu"))
 
 
 def sampled(criterion: MonteCarlo) -> Loss:

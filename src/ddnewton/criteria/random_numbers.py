@@ -59,7 +59,8 @@ def uniform_from(seed: Seed, device: torch.device, rows: RowsOfBatch | None = No
         first, whole = (0, n) if rows is None else rows
         skipped, drawn = drawn + first * math.prod(axes), drawn + whole * math.prod(axes)
         if isinstance(seed, Tensor):
-            return numbers_of_graph(seed, skipped, shape, device)
+            of_graph: Tensor = numbers_of_graph(seed, skipped, shape, device)
+            return of_graph
         with untransformed():
             return uniform_numbers(seed, skipped, shape, device)
 

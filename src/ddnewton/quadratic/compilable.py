@@ -13,7 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from ddnewton.criteria.monte_carlo import MonteCarlo, with_seeds
+from ddnewton.criteria.monte_carlo import Criteria, MonteCarlo
+from ddnewton.criteria.random_numbers import drawn_seed
 from ddnewton.edge import computing_in_place
 from ddnewton.errors import public, sentence
 from ddnewton.inputs.batches import Batches
@@ -69,7 +70,7 @@ def with_seeds_drawn(
     criterion: Any = None,
     *damping: Any,
     **options: Any,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+) -> tuple[Any, Any]:
     """Return the arguments of a call that `torch.compile` makes a graph of, without generators."""
     criterion = without_generators(model_fn, criterion)
     return (model_fn, params, X, y, criterion, *damping), options
@@ -82,6 +83,28 @@ def without_generators(model_fn: Any, criterion: Any) -> Any:
     reason = sentence(SEEDS_RULE, "monte_carlo as criterion", SEEDS_REMEDY)
     names = list(model_fn) if isinstance(model_fn, Mapping) else None
     return left_alone(with_seeds, reason)(criterion, names)
+
+
+def with_seeds(criterion: Criteria, names: Sequence[Any] | None) -> Criteria:
+    """Return criteria that have drawn the seeds of one call already, one for each named term.
+
+    They are drawn in the order of the terms, as the call draws them; None names a single one.
+    """
+    if names is None:
+        return _with_seed(criterion) if isinstance(criterion, MonteCarlo) else criterion
+    criteria = criterion if isinstance(criterion, Mapping) else dict.fromkeys(names, criterion)
+    if criteria.keys() != set(names):  # which the call refuses
+        return criterion
+    drawn = {name: criteria[name] for name in names}
+    return {
+        name: _with_seed(of_term) if isinstance(of_term, MonteCarlo) else of_term
+        for name, of_term in drawn.items()
+    }
+
+
+def _with_seed(criterion: MonteCarlo) -> MonteCarlo:
+    """Return a criterion that has drawn the seed of one call, a tensor."""
+    return criterion._replace(seed=torch.tensor(drawn_seed(criterion.generator), device="cpu"))
 
 
 def obstacle(
