@@ -79,9 +79,9 @@ def on_device(function: Callable[[], object]) -> float:
     return first.elapsed_time(last) / 1e3
 
 
-def rate(like: Tensor) -> float:
+def rate(like: Tensor, size: int | None = None) -> float:
     """Return the flops a second of a large matrix product."""
-    size = 8192 if like.is_cuda else 2048
+    size = size or (8192 if like.is_cuda else 2048)
     A = torch.randn(size, size, dtype=like.dtype, device=like.device)
     return 2 * size**3 / fastest(lambda: A @ A, 5)
 
@@ -166,8 +166,10 @@ def solver(size: int, quantity: str, device: torch.device) -> float:
     return min(ways)
 
 
-def floor(case: Case, quantities: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """Return the seconds of every part, for each quantity."""
+def floor(
+    case: Case, quantities: tuple[str, ...], measured_rate: float | None = None
+) -> dict[str, dict[str, float]]:
+    """Return the seconds of every part, for each quantity; the rate is measured unless given."""
     # How many outputs C, columns M a sample and parameters D there are.
     problem = case.problem
     with torch.no_grad():
@@ -179,7 +181,7 @@ def floor(case: Case, quantities: tuple[str, ...]) -> dict[str, dict[str, float]
     like = next(iter(problem.params.values()))
     parts = {
         "forward and pullback": forth_and_back,
-        "contraction": flops(problem, layers, M) / rate(like),
+        "contraction": flops(problem, layers, M) / (measured_rate or rate(like)),
     }
     size = min(len(problem.X) * M, D)
     last = last_pullback(problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any, NamedTuple
 
 TIME_WAS_UP = "not run: the time was up"
@@ -34,6 +35,7 @@ PEERS = {
 }
 """In the order in which they are measured. The first comes before all that are compared with its
 answers in float64."""
+COMPILED_PEERS = ("ddnewton-compiled", "ddnewton-graphs")
 
 SECTIONS = {
     "tests": 75.0,
@@ -78,12 +80,14 @@ class Entry(NamedTuple):
 
 
 def planned(peer: str, device: str, *, quick: bool) -> list[Entry]:
-    """Return a peer's measurements in their order."""
+    """Return a peer's measurements in their order; quickly, steps are compiled once a problem."""
     asked = PEERS[peer]
+    pairs = list(product(asked.quantities, QUICK_PROBLEMS if quick else PROBLEMS))
+    if quick and peer in COMPILED_PEERS:
+        pairs = list(zip(asked.quantities, QUICK_PROBLEMS, strict=True))
     return [
         Entry(problem, samples, precision, quantity)
-        for quantity in asked.quantities
-        for problem, samples in (QUICK_PROBLEMS if quick else PROBLEMS)
+        for quantity, (problem, samples) in pairs
         for precision in asked.precisions
         if device == "cuda" or precision != WITHOUT_TF32
     ]

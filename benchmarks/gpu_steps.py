@@ -21,6 +21,8 @@ from benchmarks.recipes import build
 REFERENCE = "jacrev"
 PATIENCE, SLOW = 0.3, 2.0
 """Seconds to repeat for, and seconds of a run that is not repeated."""
+QUICK_SIZE = 256
+"""The side of a large matrix, where that is to be quick."""
 
 MAKERS = {name: peer.make for name, peer in PEERS.items()} | {
     "ddnewton-compiled": compiled(),
@@ -36,7 +38,7 @@ def set_precision(precision: str, as_shipped: tuple[bool, bool]) -> torch.dtype:
 
 
 @cache
-def rates(device: str) -> dict[str, float]:
+def rates(device: str, size: int | None) -> dict[str, float]:
     """Return the flops a second of a large matrix product, in all precisions."""
     flops = {}
     for name, dtype in (
@@ -46,18 +48,19 @@ def rates(device: str) -> dict[str, float]:
     ):
         set_precision(WITHOUT_TF32, (False, False))
         torch.backends.cuda.matmul.allow_tf32 = name == "TF32"
-        flops[name] = rate(torch.zeros((), dtype=dtype, device=device))
+        flops[name] = rate(torch.zeros((), dtype=dtype, device=device), size)
     torch.backends.cuda.matmul.allow_tf32 = False
     return flops
 
 
 def measured(job: Job, entry: Entry, as_shipped: tuple[bool, bool]) -> dict[str, Any]:
     """Return seconds, memory, and the distance from the reference in float64."""
+    speeds = rates(job.device, QUICK_SIZE if job.quick else None) if job.peer == "floor" else {}
     dtype = set_precision(entry.precision, as_shipped)
     if job.peer == "floor":
         case = build(entry.problem, job.device, dtype, entry.samples)
-        parts = floor(case, (entry.quantity,))[entry.quantity]
-        return {"seconds": sum(parts.values()), "parts": parts, "rates": rates(job.device)}
+        parts = floor(case, (entry.quantity,), speeds[entry.precision])[entry.quantity]
+        return {"seconds": sum(parts.values()), "parts": parts, "rates": speeds}
     make = MAKERS[str(job.peer)]
     # Imports and first derivatives, then the problem itself.
     if "compiled" not in str(job.peer) and "graphs" not in str(job.peer):
