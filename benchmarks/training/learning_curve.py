@@ -211,7 +211,8 @@ def warm_up(job: Job) -> None:
         instance = instance._replace(problem=problem._replace(X=X, y=y), batch=batch)
     try:
         update = METHODS[job.method](instance, **settings)
-        for _, (X, y) in zip(range(WARM_UP), batches(instance, 0), strict=False):
+        updates = 1 if job.quick else WARM_UP
+        for _, (X, y) in zip(range(updates), batches(instance, 0), strict=False):
             update(X, y, 0.5)
     except (Finished, RuntimeError, ValueError, ArithmeticError):
         pass  # it will be told of when it happens in a run
