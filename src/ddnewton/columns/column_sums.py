@@ -104,7 +104,7 @@ def _weighted_sums_outer(
         sums = rows.new_zeros(size + 1, k * g * o).index_add(0, places, rows)
         total = sums[:-1].T.unflatten(0, (k, g * o))
     # The pieces, a weight and its bias, are summed at once and cut apart at the end.
-    return [part.reshape(k, -1).double() for part in total.split(outer.widths, -1)]
+    return [part.double().reshape(k, -1) for part in total.split(outer.widths, -1)]
 
 
 def _inner_products_outer(outer: Outer, vectors: Float[Tensor, "k _"]) -> Float[Tensor, "nm k"]:

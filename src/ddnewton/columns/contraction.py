@@ -31,6 +31,7 @@ from ddnewton.columns.factors import (
     rows_of,
     single_position,
 )
+from ddnewton.columns.large_products import product_of_rows
 from ddnewton.columns.positions import in_one_position
 from ddnewton.columns.symmetric_products import (
     LONG_ROWS,
@@ -184,7 +185,7 @@ def _positions_first(left: Outer, right: Outer) -> Float[Tensor, "nm nm2"]:
             for sample, overlap in zip(range(chunk.start, chunk.stop), overlaps, strict=True):
                 # Σ_t' b'_t' (a'_t' · a_t) [n g mo t], and its product with b.
                 parts = [
-                    b_left[sample] @ _by_columns(b @ a, m).T
+                    product_of_rows(b_left[sample], _by_columns(b @ a, m))
                     for b, a in zip(b_right[first:].split(size), overlap.split(size), strict=True)
                 ]
                 rows.append(F.pad(torch.cat(parts, 1), (first * m, 0)))
@@ -222,8 +223,9 @@ def _overlaps(
     """Return a' · a for some samples on either side."""
     a, a_right = left.a[left_samples, groups], right.a[right_samples, groups]
     if a.is_floating_point():
-        columns = a.transpose(0, 1).flatten(1, 2).mT
-        products = a_right.transpose(0, 1).flatten(1, 2) @ columns  # [g nt nt]
+        rows, rows_right = (x.transpose(0, 1).flatten(1, 2) for x in (a, a_right))
+        by_group = map(product_of_rows, rows_right, rows)
+        products = next(by_group)[None] if len(rows) == 1 else rows_right @ rows.mT  # [g nt nt]
         by_samples = products.unflatten(2, (len(a), -1)).unflatten(1, (len(a_right), -1))
         overlaps: Tensor = by_samples.permute(3, 1, 0, 2, 4)
         return overlaps

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ddnewton.columns.large_products import product_of_rows
 from ddnewton.devices import has_fast_float64
 from ddnewton.trees import chunks
 
@@ -27,7 +28,7 @@ EXACT_ENTRIES = 2 ** (24 - 2 * SLICE_BITS)
 
 def matrix_product(left: Float[Tensor, "i d"], right: Float[Tensor, "j d"]) -> Float[Tensor, "i j"]:
     """Return left rightᵀ, where float64 is slow the exact one of matrices narrower than that."""
-    return sliced_product(left, right) if is_sliced(left) else left @ right.mT
+    return sliced_product(left, right) if is_sliced(left) else product_of_rows(left, right)
 
 
 def is_sliced(matrix: Tensor) -> bool:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from ddnewton.columns.asked_of_ranks import ColumnsOfRanks
+from ddnewton.columns.large_products import product_by_sample
 from ddnewton.devices import has_fast_float64
 
 INTERMEDIATE_BYTES, INTERMEDIATE_BYTES_ON_GPUS = 2**25, 2**29
@@ -72,6 +73,7 @@ class Jacobian(NamedTuple):
     sums: float  # the rounding of sums of products of columns, 0 for that of float64
     scale: Float[Tensor, " d"] | None = None  # the columns are S A, with S = diag(scale)
     of_ranks: ColumnsOfRanks | None = None
+    runs: Sequence[slice] | None = None  # the order as ranges of entries, where these are few
 
 
 def written_out(jacobian: Jacobian, factors: Sequence[Factor], whole: int = 0) -> Jacobian:
@@ -202,6 +204,8 @@ def formed(
         return b * a[:, None]
     if b.shape[1] == 1:
         return (b[:, 0] @ a)[:, None]
+    if b.shape[2] == 1:
+        return product_by_sample(b.flatten(1, 3), a[:, 0]).unflatten(1, b.shape[1:4])
     return torch.einsum("nmgot,ngtp->nmgop", b, a)
 
 

@@ -11,19 +11,19 @@ from ddnewton.columns.exact_products import matrix_product
 from ddnewton.transforms import is_batched
 from ddnewton.trees import chunks
 
-SYMMETRIC_STRIPS, LONG_ROWS = 4, 1024
+SYMMETRIC_STRIPS, STRIP_ROWS, LONG_ROWS = 8, 128, 1024
 """The number of strips of rows into which a symmetric product is cut, to leave out what lies below
-the diagonal, and the length of the rows from which on that pays."""
+the diagonal, how many rows these have at least, and the length of rows from which on that pays."""
 
 
 def product(left: Float[Tensor, "i d"], right: Float[Tensor, "j d"]) -> Float[Tensor, "i j"]:
     """Return left rightᵀ; of one tensor with itself perhaps the upper triangle: see `completed`."""
     count, length = left.shape
-    if left is not right or length < LONG_ROWS or count < LONG_ROWS // 8:
+    if left is not right or length < LONG_ROWS or count <= STRIP_ROWS:
         return matrix_product(left, right)
     strips = [
         F.pad(matrix_product(left[rows], left[rows.start :]), (rows.start, 0))
-        for rows in chunks(count, -(-count // SYMMETRIC_STRIPS))
+        for rows in chunks(count, max(-(-count // SYMMETRIC_STRIPS), STRIP_ROWS))
     ]
     return torch.cat(strips)
 
