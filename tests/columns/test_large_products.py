@@ -68,10 +68,10 @@ def test_they_are_mapped_and_differentiated():
 
 def test_what_is_large(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    available = torch.backends.mkldnn.is_available()
-    least = large_products.MULTIPLICATIONS
-    assert is_large(rows(1, 1), least) is available
-    assert not is_large(rows(1, 1), least - 1)
-    assert not is_large(rows(1, 1).double(), least)
+    monkeypatch.setattr(large_products, "MULTIPLICATIONS", 7 * 5 * 30)
+    left, right = rows(7, 30), rows(5, 30)
+    assert is_large(left, right) is torch.backends.mkldnn.is_available()
+    assert not is_large(left, right[1:])
+    assert not is_large(left.double(), right.double())
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert not is_large(rows(1, 1), least)
+    assert not is_large(left, right)

@@ -205,7 +205,8 @@ def formed(
     if b.shape[1] == 1:
         return (b[:, 0] @ a)[:, None]
     if b.shape[2] == 1:
-        return product_by_sample(b.flatten(1, 3), a[:, 0]).unflatten(1, b.shape[1:4])
+        columns: Tensor = product_by_sample(b.flatten(1, 3), a[:, 0]).unflatten(1, b.shape[1:4])
+        return columns
     return torch.einsum("nmgot,ngtp->nmgop", b, a)
 
 

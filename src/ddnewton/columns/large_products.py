@@ -19,14 +19,15 @@ MULTIPLICATIONS = 2**21
 """From how many multiplications on a product counts as large."""
 
 
-def is_large(like: Tensor, multiplications: int) -> bool:
-    """Return whether a product of float32 matrices like one of them is faster by oneDNN."""
+def is_large(left: Float[Tensor, "*n i d"], right: Float[Tensor, "*n j d"]) -> bool:
+    """Return whether left rightᵀ is of large float32 matrices, and faster by oneDNN."""
     return (
-        multiplications >= MULTIPLICATIONS
-        and like.is_cpu
-        and like.dtype == torch.float32
-        and not is_transformed()
-        and is_plain(like)
+        not is_transformed()
+        and left.is_cpu
+        and left.dtype == torch.float32
+        and left.shape[-2] * right.shape[-2] * right.shape[-1] >= MULTIPLICATIONS
+        and is_plain(left)
+        and is_plain(right)
         and torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
     )
@@ -39,29 +40,26 @@ def is_plain(tensor: Tensor) -> bool:
     return tangent is None and not with_graph and type(tensor) is Tensor
 
 
-def large_product(left: Float[Tensor, "i d"], right: Float[Tensor, "j d"]) -> Float[Tensor, "i j"]:
-    """Return left rightᵀ of two large matrices."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
-    return product
-
-
 def product_of_rows(
     left: Float[Tensor, "i d"], right: Float[Tensor, "j d"]
 ) -> Float[Tensor, "i j"]:
     """Return left rightᵀ by whichever way is faster."""
-    if is_large(left, left.shape[0] * right.numel()) and is_plain(right):
-        return large_product(left, right)
-    return left @ right.mT
+    return _by_onednn(left, right) if is_large(left, right) else left @ right.mT
 
 
 def product_by_sample(
     left: Float[Tensor, "n i d"], right: Float[Tensor, "n d j"]
 ) -> Float[Tensor, "n i j"]:
     """Return left right of every sample, large ones one by one."""
-    n, i, _ = left.shape
-    if not (is_large(left, i * right[0].numel()) and is_plain(right)) if n else True:
+    if not is_large(left, right.mT):
         return left @ right
-    products = left.new_empty(n, i, right.shape[2])
-    for sample in range(n):
-        products[sample] = large_product(left[sample], right[sample].mT)
+    products = left.new_empty(*left.shape[:2], right.shape[2])
+    for sample, rows in enumerate(left):
+        products[sample] = _by_onednn(rows, right[sample].mT)
     return products
+
+
+def _by_onednn(left: Float[Tensor, "i d"], right: Float[Tensor, "j d"]) -> Float[Tensor, "i j"]:
+    """Return left rightᵀ."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+    return product
