@@ -171,6 +171,7 @@ def newton_step(
         precision=precision,
         scale=scale,
         process_group=process_group,
+        by_sample=False,
     )
     vectors = either_way(arguments, _steps, free_steps)
     return unflatten(vectors, leaves_of(arguments), params)

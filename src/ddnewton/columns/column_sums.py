@@ -12,12 +12,24 @@ from torch import Tensor
 
 from ddnewton.columns.factors import (
     Factor,
+    Jacobian,
     Outer,
     Stack,
     entries_at_once,
     intermediate_bytes,
     single_position,
 )
+from ddnewton.transforms import is_batched
+
+
+def sum_of_columns(jacobian: Jacobian) -> Jacobian:
+    """Return the sum of all columns of a Jacobian as a single one, dense."""
+    sums: list[Tensor] = []
+    for chunk in jacobian.chunks:
+        ones = torch.ones(1, chunk.stop - chunk.start, jacobian.columns, device=jacobian.device)
+        of_chunk = [torch.cat(weighted_sums(x, ones), 1) for x in jacobian.visit(chunk)]
+        sums = list(map(torch.add, sums, of_chunk)) if sums else of_chunk
+    return jacobian._replace(visit=lambda _: sums, chunks=[slice(0, 1)], samples=1, columns=1)
 
 
 def sums_of_columns(
@@ -94,6 +106,10 @@ def _weighted_sums_outer(
         b = (by_sample @ outer.b.flatten(2)).unflatten(2, shape)
     if single_position(outer):
         total = (b.flatten(1).T @ outer.a[:, 0, 0]).unflatten(0, (k, o))
+    elif outer.a.is_floating_point() and g == 1 and not is_batched(b):
+        # Sample by sample into one sum, without a copy of either in another order.
+        zeros = b.new_zeros(k * o, outer.a.shape[3])
+        total = zeros.addbmm(b.flatten(1, 3), outer.a[:, 0], beta=0).unflatten(0, (k, o))
     elif outer.a.is_floating_point():
         total = torch.einsum("nkgot,ngtp->kgop", b, outer.a)
     else:

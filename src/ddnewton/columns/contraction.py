@@ -20,6 +20,7 @@ from jaxtyping import Float
 from opt_einsum import contract_path
 from torch import Tensor
 
+from ddnewton.columns.column_sums import inner_products
 from ddnewton.columns.exact_products import is_sliced, matrix_product
 from ddnewton.columns.factors import (
     Factor,
@@ -78,6 +79,8 @@ def inner(
         if contract is _positions_first and left.b.shape[4] == right.b.shape[4] == 1:
             contract = _in_groups_of_one_position
         matrix = contract(left, right)
+    elif isinstance(left, Tensor) and len(left) == 1 and isinstance(right, Outer):
+        matrix = inner_products(right, left).mT
     else:
         matrix = _of_dense(dense_columns(left), dense_columns(right))
     products: Tensor = matrix.unflatten(1, (-1, columns[1])).unflatten(0, (-1, columns[0]))

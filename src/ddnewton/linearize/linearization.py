@@ -6,22 +6,16 @@ dense. Columns of layers are preferred where the products of dense ones take lon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
-from ddnewton.columns.factors import Factor, Jacobian, for_exact_sums, written_out
-from ddnewton.columns.kept_factors import keeping
-from ddnewton.inputs.checks import check_outputs
-from ddnewton.linearize.basis import Basis, basis_at
+from ddnewton.linearize.by_program import by_program
 from ddnewton.linearize.independence import evaluate
 from ddnewton.linearize.jacobians import jacobian
-from ddnewton.linearize.model import Model
+from ddnewton.linearize.model import Linearization, Model
 from ddnewton.linearize.precision import (
     check_float64,
     float64_columns,
@@ -30,16 +24,17 @@ from ddnewton.linearize.precision import (
     widened,
 )
 from ddnewton.linearize.sample_columns import tangents_pay
-from ddnewton.linearize.structured.costs import dense_flops, is_tiny, samples_of_chunk, step_flops
+from ddnewton.linearize.structured.costs import (
+    dense_flops,
+    is_tiny,
+    step_flops,
+)
 from ddnewton.linearize.structured.prepare import layers_of
-from ddnewton.linearize.structured.program import Program
 from ddnewton.linearize.structured.traced_model import Prepared
-from ddnewton.linearize.structured.visit import Visit, run, visit
 from ddnewton.linearize.widening import widen_leaf
 from ddnewton.transforms import without_autocast
 from ddnewton.trees import (
     batches,
-    chunks,
     parameter_count,
     sample_count,
     take,
@@ -47,26 +42,6 @@ from ddnewton.trees import (
     tree_unflatten,
 )
 from ddnewton.types import ModelFn, Precision, PyTree
-
-
-class Linearization(NamedTuple):
-    """A model at a batch: its outputs and the means to differentiate it.
-
-    ``jacobian`` pulls back a basis L_n of the outputs of some samples, None for all: the columns
-    J_nᵀ L_n. ``function`` returns the outputs of some samples at parameters other than ``leaves``.
-    ``in_float64`` returns the same in float64, at twice the cost; None if it is so already, or
-    cannot be. ``depends`` says whether the outputs depend on a parameter, None where a
-    call of ``function`` shows that.
-    """
-
-    outputs: Float[Tensor, "n ..."]  # in the model's own dtype
-    precise: Float[Tensor, "n ..."]  # in the dtype in which they are computed
-    jacobian: Callable[[Basis, Int[Tensor, " n"] | None], Jacobian]
-    function: Callable[[Sequence[Tensor], Int[Tensor, " n"] | slice], Tensor]
-    leaves: Sequence[Tensor]
-    in_float64: Callable[[], Linearization] | None
-    complex_outputs: bool  # which are pairs of reals here
-    depends: Callable[[], bool] | None = None
 
 
 @contextmanager
@@ -158,11 +133,11 @@ def _by_layers(
     narrow, wide = prepared.narrow, prepared.wide
     if wide is None:
         check_float64(precision, prepared.narrowest, narrow.rounding)
-        return _by_program(prepared, narrow, leaves, samples, chunk_size, whole)
+        return by_program(prepared, narrow, leaves, samples, chunk_size, whole)
 
     def in_float64() -> Linearization:
         wide_leaves, wide_samples = ([*map(widen_leaf, tensors)] for tensors in (leaves, samples))
-        return _by_program(prepared, wide, wide_leaves, wide_samples, chunk_size, whole)
+        return by_program(prepared, wide, wide_leaves, wide_samples, chunk_size, whole)
 
     # In float64 at once, or in its own dtype with float64 on demand. Casts below its own dtype
     # round more than small curvatures can bear.
@@ -170,87 +145,7 @@ def _by_layers(
     on_demand = float64_on_demand(precision, device)
     if (on_demand and narrow.rounding) or float64_throughout(precision, device, cost):
         return in_float64()
-    in_own_dtype = _by_program(
+    in_own_dtype = by_program(
         prepared, narrow, leaves, samples, chunk_size, whole, exact_sums=not on_demand
     )
     return in_own_dtype._replace(in_float64=in_float64 if on_demand else None)
-
-
-def _by_program(
-    prepared: Prepared,
-    program: Program,
-    leaves: Sequence[Tensor],
-    samples: Sequence[Tensor],
-    chunk_size: int | None,
-    whole: int,
-    *,
-    exact_sums: bool = False,
-) -> Linearization:
-    """Linearize a model by a program; where all samples are one chunk it is run only once.
-
-    With ``exact_sums`` products of its columns are in float64, whatever these are in.
-    """
-    n, d = samples[0].shape[0], sum(leaf.numel() for leaf in leaves)
-
-    def size_of(n: int, m: int) -> int:
-        return chunk_size or samples_of_chunk(program, leaves, n, m)
-
-    def visit_of(indices: Int[Tensor, " n"] | slice) -> Visit:
-        return visit(program, leaves, prepared.at(samples, indices))
-
-    # Run it on all samples for the outputs; a single chunk stays ready to be pulled back.
-    first_chunk, *further_chunks = chunks(n, size_of(n, 1))
-    first = [visit_of(first_chunk)] if len(further_chunks) == 0 else []
-    parts = [prepared.at(samples, chunk) for chunk in (first_chunk, *further_chunks)]
-    outputs = (
-        first[0].outputs if first else torch.cat([run(program, leaves, part) for part in parts])
-    )
-    check_outputs(outputs, n)
-    eps = max(program.rounding, *(torch.finfo(x.dtype).eps for x in (outputs, *leaves)))
-
-    sums = 0.0 if exact_sums or outputs.dtype == torch.float64 else torch.finfo(outputs.dtype).eps
-
-    def exactly(factors: Sequence[Factor]) -> Sequence[Factor]:
-        return [*map(for_exact_sums, factors)] if exact_sums else factors
-
-    def jacobian(basis: Basis, indices: Int[Tensor, " n"] | None) -> Jacobian:
-        parts = chunks(basis.shape[0], size_of(basis.shape[0], basis.shape[2]))
-        factors: Sequence[Factor] = []
-
-        def of_chunk(chunk: slice) -> Sequence[Factor]:
-            visited = visit_of(chunk if indices is None else indices[chunk])
-            return exactly(visited.pullback(basis_at(basis, chunk)))
-
-        # The factors of a single chunk are kept; those of several as far as they are not too large,
-        # where products of all with all visit them again and again.
-        if len(parts) == 1:
-            kept = len(first) > 0 and indices is None
-            factors = exactly(first[0].pullback(basis)) if kept else of_chunk(parts[0])
-        else:
-            first.clear()
-        columns = Jacobian(
-            visit=lambda chunk: factors or of_chunk(chunk),
-            chunks=parts,
-            samples=basis.shape[0],
-            columns=basis.shape[2],
-            sizes=[leaf.numel() for leaf in leaves],
-            pieces=program.pieces,
-            order=program.order,
-            runs=program.runs,
-            device=basis.device,
-            eps=eps,
-            sums=sums,
-        )
-        if factors:
-            return written_out(columns, factors, whole)
-        return keeping(columns) if basis.shape[0] * basis.shape[2] <= d else columns
-
-    return Linearization(
-        outputs=outputs.to(prepared.dtype),
-        precise=outputs,
-        jacobian=jacobian,
-        function=lambda leaves, indices: run(program, leaves, prepared.at(samples, indices)),
-        leaves=leaves,
-        in_float64=None,
-        complex_outputs=prepared.complex_outputs,
-    )

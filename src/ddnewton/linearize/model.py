@@ -1,13 +1,15 @@
-"""A model at a point: the record that its linearization starts from, and its pullback."""
+"""A model at a point: the record that its linearization starts from, that of this, a pullback."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ddnewton.columns.factors import Jacobian
+from ddnewton.linearize.basis import Basis
 from ddnewton.transforms import linear_map
 from ddnewton.trees import take, tree_flatten, tree_unflatten
 from ddnewton.types import ModelFn, PyTree
@@ -43,3 +45,25 @@ def pullback_of(
     leaves, spec = tree_flatten(params)
     value, pullback, _ = linear_map(lambda *p: (function(tree_unflatten(p, spec)), ()), *leaves)
     return value, pullback
+
+
+class Linearization(NamedTuple):
+    """A model at a batch: its outputs and the means to differentiate it.
+
+    ``jacobian`` pulls back a basis L_n of the outputs of some samples, None for all: the columns
+    J_nᵀ L_n. ``function`` returns the outputs of some samples at parameters other than ``leaves``.
+    ``in_float64`` returns the same in float64, at twice the cost; None if it is so already, or
+    cannot be. ``depends`` says whether the outputs depend on a parameter, None where a
+    call of ``function`` shows that. ``summed`` returns the sum of columns, one a sample, as a
+    single one; None where products with it take no less time than with all of them.
+    """
+
+    outputs: Float[Tensor, "n ..."]  # in the model's own dtype
+    precise: Float[Tensor, "n ..."]  # in the dtype in which they are computed
+    jacobian: Callable[[Basis, Int[Tensor, " n"] | None], Jacobian]
+    function: Callable[[Sequence[Tensor], Int[Tensor, " n"] | slice], Tensor]
+    leaves: Sequence[Tensor]
+    in_float64: Callable[[], Linearization] | None
+    complex_outputs: bool  # which are pairs of reals here
+    depends: Callable[[], bool] | None = None
+    summed: Callable[[Basis, Int[Tensor, " n"] | None], Jacobian] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ddnewton.linearize.free_linearization import FreeLinearization
-from ddnewton.linearize.linearization import Linearization
+from ddnewton.linearize.model import Linearization
 from ddnewton.transforms import is_batched
 
 

@@ -194,6 +194,7 @@ def directional_newton(
         chunk_size=chunk_size,
         precision=precision,
         scale=settings.scale,
+        by_sample=False,
         takes_batches=False,
     )
     init = FirstState(bool(settings.momentum), isinstance(settings.scale, str))

@@ -91,7 +91,9 @@ def _of_slopes(
     if len(model.gradient_weights) == len(weights):
         slopes = model.gradient_weights @ column_slopes
     else:
-        slopes = vectors @ joined(trials.gradients, model.leaves, model.sizes)
+        whole = is_whole(model.leaves, len(model.sizes))
+        gradients = trials.gradients
+        slopes = vectors @ (gradients[0] if whole else joined(gradients, model.leaves, model.sizes))
     curvatures = column_slopes.mT @ (weights[:, None] * column_slopes)
     return Quadratic(slopes, curvatures, column_slopes)
 
@@ -112,12 +114,8 @@ def gradients_of(
 
     Where all samples of the gradient have such columns, those of the curvature have no part in it.
     """
-    own_columns = all(matrix.on_columns for matrix in matrices)
-    for term in model.terms:
-        samples = term.objective.samples.slopes
-        count = term.linearization.outputs.shape[0] if samples is None else len(samples)
-        own_columns &= term.further_weights.numel() == count
-    if not own_columns:
+    own_columns = all(term.own_gradient for term in model.terms)
+    if not (own_columns and all(matrix.on_columns for matrix in matrices)):
         return gradients(model, matrices)
     weights = model.gradient_weights[None, len(model.curvature_weights) :]
     further = model.jacobians[len(model.terms) :]

@@ -155,7 +155,7 @@ def from_coordinates(
     inside = matmat(model.curvature_jacobians, model.leaves, flat)
     inside = [v.reshape(*w.shape[:-1], -1) for v, w in zip(inside, first, strict=True)]
     triples = zip(inside, trials.gradients, dampings, strict=True)
-    return [vector - gradient / delta for vector, gradient, delta in triples]
+    return [torch.addcdiv(vector, gradient, delta, value=-1) for vector, gradient, delta in triples]
 
 
 def column_slopes_of(

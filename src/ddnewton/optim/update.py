@@ -67,7 +67,9 @@ def local_model(
     proximal, decayed = None, any_decayed(decays)
     if settings.momentum or decayed:
         theta = in_model_units(params if decayed else state.previous, scale)[None]
-        before = in_model_units(state.previous, scale)[None] if settings.momentum else theta[:0]
+        before = theta[:0]
+        if settings.momentum:
+            before = in_model_units(state.previous, scale)[None] if decayed else theta
         proximal = Proximal(
             previous=before,
             params=theta if decayed else theta[:0],

@@ -103,13 +103,15 @@ def arguments_of(
     scale: Scale = None,
     process_group: Processes | Team = None,
     gradient: bool = True,
+    by_sample: bool = True,
     takes_batches: bool = True,
 ) -> Arguments:
     """Refuse what breaks a rule, before any work; return the rest.
 
-    Columns of the gradient alone are left out where nobody asks for the ``gradient``. A function
-    that needs all samples at once ``takes_batches`` by no means. Where several processes hold the
-    samples, what breaks a rule on one is refused on all.
+    Columns of the gradient alone are left out where nobody asks for the ``gradient``, and may be
+    summed up where nobody but rules asks for its slopes ``by_sample``. A function that needs all
+    samples at once ``takes_batches`` by no means. Where several processes hold the samples, what
+    breaks a rule on one is refused on all.
     """
     subsampling = {
         "subsampling_grad": subsampling_grad,
@@ -154,11 +156,13 @@ def arguments_of(
             check_same_on_ranks(passed, told)
         check_places(terms)
         terms = [_with_targets_moved(term, params) for term in terms]
+        blocks = _where_params_are(blocks_of(groups, params, select, damping), params)
+        by_sample |= any(callable(b.damping) for b in blocks) or any(t.in_batches for t in terms)
         return Arguments(
             params=params,
             terms=terms,
-            objectives=[_objective(term, passed, gradient) for term in terms],
-            blocks=_where_params_are(blocks_of(groups, params, select, damping), params),
+            objectives=[_objective(term, passed, gradient, by_sample) for term in terms],
+            blocks=blocks,
             scaling=Scaling(isinstance(scale, str), scale_of(scale, params)),
             complement=_moved(complement, params),
             chunk_size=chunk_size,
@@ -185,11 +189,12 @@ def leaves_of(arguments: Arguments) -> list[Sequence[int]]:
     return [block.leaves for block in arguments.blocks]
 
 
-def _objective(term: TermArguments, params: PyTree, gradient: bool) -> Objective:
+def _objective(term: TermArguments, params: PyTree, gradient: bool, by_sample: bool) -> Objective:
     """Return the loss of a term, which reads no parameters."""
     with about_term(term.name):
         loss = without_params(as_loss(term.criterion), params)
-    return Objective(term.name, name_of(term.criterion), loss, term.y, term.samples, gradient)
+    name = name_of(term.criterion)
+    return Objective(term.name, name, loss, term.y, term.samples, gradient, by_sample)
 
 
 def _where_params_are(blocks: Sequence[Block], params: PyTree) -> list[Block]:

@@ -22,7 +22,8 @@ from ddnewton.columns.factors import Jacobian
 from ddnewton.columns.gram import scale_along
 from ddnewton.inputs.groups import Block
 from ddnewton.inputs.term_names import about_term
-from ddnewton.linearize.linearization import Linearization, linearized
+from ddnewton.linearize.linearization import linearized
+from ddnewton.linearize.model import Linearization
 from ddnewton.quadratic.arguments import Arguments, Scaling, function_of, of_complex_outputs
 from ddnewton.quadratic.gauss_newton import (
     GaussNewton,

@@ -3,8 +3,8 @@
     X → outputs f → ∇ℓ_n = L z + R 1, ∇²ℓ_n = L diag(h) Lᵀ → columns A = JᵀL
     gradient A z / N,        Gauss-Newton matrix A₁ diag(h / N) A₁ᵀ
 
-Where the gradient is of samples that give no directions, or L does not span it, gradients of single
-samples are columns of their own.
+Where the gradient is of samples that give no directions, or L does not span it, it has columns of
+its own: `quadratic.gradient_columns`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ddnewton.criteria.loss import Expansion, Loss, slopes_of
 from ddnewton.inputs.samples import Samples, rows_among
 from ddnewton.inputs.term_names import Name
 from ddnewton.linearize.basis import Basis, stored, with_stored
-from ddnewton.linearize.linearization import Linearization
-from ddnewton.linearize.model import forgotten
+from ddnewton.linearize.model import Linearization, forgotten
+from ddnewton.quadratic.gradient_columns import gradient_columns, no_gradient
 from ddnewton.types import PyTree
 
 TermLosses: TypeAlias = Tensor | dict[Any, Tensor]
@@ -43,6 +43,7 @@ class Objective(NamedTuple):
     y: PyTree
     samples: Samples
     gradient: bool  # whether anybody asks for it
+    by_sample: bool  # whether somebody asks for slopes of single samples
     mean_loss: MeanLoss | None = None  # at other parameters, where samples are on several ranks
 
 
@@ -71,9 +72,10 @@ class Term(NamedTuple):
     z: Float[Tensor, "m n2"]
     h: Float[Tensor, "m n2"]
     gradient_weights: Float[Tensor, "m n2"]  # z / N, 0 for samples not of the gradient
-    further_weights: Float[Tensor, " _"]  # 1 / N, of the gradient's own columns
+    further_weights: Float[Tensor, " _"]  # of the gradient's own columns: 1 / N, or 1 of their sum
     curvature_columns: Jacobian
     gradient_columns: Jacobian | None  # the gradient's own
+    own_gradient: bool  # whether these are all that it is made of
     rows: SampleRows
     unseen: Unseen | None
     rounding: Float[Tensor, ""]  # of the loss, by that of the outputs
@@ -138,18 +140,6 @@ def without_samples(term: Term) -> Term:
     )
 
 
-class GradientWeights(NamedTuple):
-    """The gradient as a sum of columns: of the curvature's and of its own, with its samples' rows.
-
-    ``samples`` are those that have columns of their own, None for none.
-    """
-
-    of_curvature: Float[Tensor, "m n"]
-    further: Float[Tensor, " _"]
-    rows: Int[Tensor, " _"] | None
-    samples: Int[Tensor, " _"] | None
-
-
 def expansion_of(linearization: Linearization, objective: Objective) -> Expansion:
     """Expand a term around the outputs."""
     loss, y = objective.loss, objective.y
@@ -163,14 +153,11 @@ def term_of(linearization: Linearization, objective: Objective, expansion: Expan
     of_directions = of_samples(expansion, samples.directions)
     curvature_columns = linearization.jacobian(of_directions.basis, samples.directions)
     # The gradient is made of the same columns, and of gradients that these do not span.
-    z, gradient_columns = of_directions.z.T, None
-    gradient = GradientWeights(z / n, z.new_zeros(0), None, None)
+    z = of_directions.z.T
+    gradient = no_gradient(z)
     if objective.gradient:
-        gradient = _gradient_weights(expansion, of_directions, samples)
-        if gradient.samples is not None:
-            slopes = slopes_of(expansion)[gradient.samples, :, None]
-            every = samples.slopes is None and len(gradient.samples) == n
-            gradient_columns = linearization.jacobian(slopes, None if every else gradient.samples)
+        parts = linearization, expansion, of_directions, samples
+        gradient = gradient_columns(*parts, by_sample=objective.by_sample)
     # Curvatures may be asked for of samples that give no directions.
     lambda_rows, unseen = None, None
     if samples.curvatures is not None:
@@ -188,7 +175,8 @@ def term_of(linearization: Linearization, objective: Objective, expansion: Expan
         gradient_weights=gradient.of_curvature,
         further_weights=gradient.further,
         curvature_columns=curvature_columns,
-        gradient_columns=gradient_columns,
+        gradient_columns=gradient.columns,
+        own_gradient=gradient.own,
         rows=SampleRows(gradient.rows, lambda_rows),
         unseen=unseen,
         rounding=output_rounding(linearization.precise, slopes_of(expansion)),
@@ -215,27 +203,6 @@ def of_samples(expansion: Expansion, samples: Int[Tensor, " _"] | None) -> Expan
     value, basis, z, h, R = expansion
     of_basis = with_stored(basis, stored(basis)[samples])
     return Expansion(value[samples], of_basis, z[samples], h[samples], R[samples])
-
-
-def _gradient_weights(
-    expansion: Expansion, of_directions: Expansion, samples: Samples
-) -> GradientWeights:
-    """Return the gradient's weights, its samples' rows, and samples with columns of their own."""
-    n, count = len(expansion.value), len(of_directions.value)
-    wanted, device = samples.slopes, of_directions.value.device
-    if expansion.R.shape[2] == 0:
-        rows, gradient_samples = rows_among(wanted, samples.directions, n)
-    else:  # the columns of the curvature do not span the gradient
-        gradient_samples = torch.arange(n, device=device) if wanted is None else wanted
-        rows = torch.arange(count, count + len(gradient_samples), device=device)
-    # z of the samples that give directions and belong to the gradient; 1 for a column of its own.
-    z = of_directions.z.T
-    if rows is not None:
-        length = count + (0 if gradient_samples is None else len(gradient_samples))
-        z = z * z.new_zeros(length).index_fill(0, rows, 1)[:count]
-    total = n if wanted is None else len(wanted)
-    further = z.new_ones(0 if gradient_samples is None else len(gradient_samples))
-    return GradientWeights(z / total, further / total, rows, gradient_samples)
 
 
 def loss_of(terms: Sequence[HasLosses]) -> Float[Tensor, ""]:

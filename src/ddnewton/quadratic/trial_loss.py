@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddnewton.criteria.expand import joint_loss, losses, weight
 from ddnewton.linearize.free_linearization import FreeLinearization
-from ddnewton.linearize.linearization import Linearization
+from ddnewton.linearize.model import Linearization
 from ddnewton.quadratic.term import HasLosses
 from ddnewton.trees import chunks, take
 

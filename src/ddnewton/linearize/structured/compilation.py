@@ -64,7 +64,9 @@ def compile_program(
     uses += [use for one in derived for use in one.uses]
     sites = list(dict.fromkeys(use.node for use in uses))
     sources = list(dict.fromkeys(use.source for use in uses if use.source is not None))
+    # In the order of the parameters, if only those of layers are used, so that columns are too.
     layers = [_layer(pair, sites, sources) for pair in biases_with_weights(weights)]
+    layers.sort(key=lambda layer: int(layer.indices[0].min()))
     derived_leaves = [_derived_leaves(one, sites, sources) for one in derived]
     # Their columns, and those of direct leaves, come after those of the layers.
     entries = {i: torch.arange(size, device=leaves[0].device) for i, size in enumerate(sizes)}

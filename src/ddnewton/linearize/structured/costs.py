@@ -12,17 +12,18 @@ from ddnewton.columns.factors import Outer
 from ddnewton.inputs.memory import samples_at_once
 from ddnewton.linearize.structured.program import Program
 
+SUM_ADVANTAGE = 1.5
+"""How many times fewer flops products with a sum of columns take, so that it is worth the vectors
+of parameters that it is: of a net whose layers are mostly dense these take as long."""
+
 TINY_FLOPS = 1e9
 """Up to how many flops products of dense columns take less time than finding the layers."""
 
 
 def step_flops(program: Program, n: int, m: int) -> float:
     """Return an estimate of the flops of a step."""
-    # The shapes g, o, t, p of outer products: of layers, and of rows of weights that are computed.
-    shapes = []
-    for layer in program.layers:
-        g, o, _ = layer.indices[0].shape
-        shapes.append((g, o, layer.positions, sum(index.shape[2] for index in layer.indices)))
+    # The shapes of outer products: of layers, and of rows of weights that are computed.
+    shapes = _layer_shapes(program)
     dense_entries = program.size - sum(site.shape.numel() for site in program.sites)
     for derived in program.derived_leaves:
         t = derived.layers[0].positions
@@ -39,6 +40,34 @@ def step_flops(program: Program, n: int, m: int) -> float:
     # All columns are dense on the side of the parameters, where these are fewer.
     d = sum(size for pieces in program.pieces for _, size in pieces)
     return pulled + (products if n * m <= d else 2.0 * n * m * d**2)
+
+
+def _layer_shapes(program: Program) -> list[tuple[int, int, int, int]]:
+    """Return the shapes g, o, t, p of the outer products of the layers."""
+    shapes = []
+    for layer in program.layers:
+        g, o, _ = layer.indices[0].shape
+        shapes.append((g, o, layer.positions, sum(index.shape[2] for index in layer.indices)))
+    return shapes
+
+
+def sums_pay(program: Program, n: int) -> bool:
+    """Return whether a column a sample is cheaper to sum up than to multiply with all others.
+
+    Multiplied with other columns are all of them or their sum, which is then added to the sum of
+    the others: of columns in one position all are summed up at once otherwise.
+    """
+    of_all, of_sum = 0.0, 0.0
+    for g, o, t, p in _layer_shapes(program):
+        once = 2.0 * n * g * o * t * p
+        if g == t == 1:
+            of_all += once + 2.0 * n**2 * (o + p)
+            of_sum += 3 * once
+        else:
+            a = torch.empty(n, g, t, p, device="meta")
+            of_all += 2 * flops(Outer(a, torch.empty(n, 1, g, o, t, device="meta"), (p,))) - once
+            of_sum += once + 2 * once / t
+    return SUM_ADVANTAGE * of_sum < of_all
 
 
 def samples_of_chunk(program: Program, leaves: Sequence[Tensor], n: int, m: int) -> int:

@@ -11,7 +11,6 @@ from jaxtyping import Float, Inexact, Num
 from torch import Tensor
 
 from ddnewton.columns.factors import Factor, Outer, Stack, without_zeros
-from ddnewton.columns.positions import shortest
 from ddnewton.linearize.basis import Basis, PositionBlocks, written_columns
 from ddnewton.linearize.structured.program import Layer, Program
 from ddnewton.linearize.structured.pulled_back import pulled_back
@@ -109,8 +108,6 @@ def visit(program: Program, leaves: Sequence[Tensor], samples: Sequence[Tensor])
     def pullback(basis: Basis) -> list[Factor]:
         parts = _parts(basis)
         factors, uses, rows = _in_parts(partial(pulled_columns, basis), parts)
-        if len(parts) == 1:
-            factors = [shortest(factor) for factor in factors]
         for derived, of_weights in zip(program.derived_leaves, uses, strict=True):
             factors += pulled_back(derived, of_weights, leaves)
         return [*factors, *(row.reshape(row.shape[0] * row.shape[1], -1) for row in rows)]

@@ -17,8 +17,7 @@ from ddnewton.columns.factors import Jacobian
 from ddnewton.distributed.service import Leader
 from ddnewton.inputs.terms import TermArguments
 from ddnewton.linearize.basis import Basis
-from ddnewton.linearize.linearization import Linearization
-from ddnewton.linearize.model import forgotten
+from ddnewton.linearize.model import Linearization, forgotten
 from ddnewton.quadratic.ranks.columns_of_ranks import RankColumns
 from ddnewton.quadratic.ranks.messages import (
     OUTPUTS_REMEDY,

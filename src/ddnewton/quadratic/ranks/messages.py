@@ -17,7 +17,7 @@ from ddnewton.errors import BadValue, sentence
 from ddnewton.hashes import hashed
 from ddnewton.linearize.basis import Basis, stored, with_stored
 from ddnewton.linearize.free_linearization import FreeLinearization
-from ddnewton.linearize.linearization import Linearization
+from ddnewton.linearize.model import Linearization
 
 Rows: TypeAlias = slice | Tensor
 """Where the samples of a rank are among all those that are asked for."""

@@ -20,7 +20,8 @@ from ddnewton.columns.kept_factors import keeping
 from ddnewton.distributed.fingerprints import generators_in
 from ddnewton.distributed.team import Team
 from ddnewton.inputs.term_names import about_term
-from ddnewton.linearize.linearization import Linearization, linearized
+from ddnewton.linearize.linearization import linearized
+from ddnewton.linearize.model import Linearization
 from ddnewton.linearize.use_of_parameters import depends_on_parameters
 from ddnewton.quadratic.arguments import Arguments, function_of
 from ddnewton.quadratic.ranks.messages import (
