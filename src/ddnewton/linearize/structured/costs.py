@@ -57,6 +57,8 @@ def sums_pay(program: Program, n: int) -> bool:
     Multiplied with other columns are all of them or their sum, which is then added to the sum of
     the others: of columns in one position all are summed up at once otherwise.
     """
+    if torch.compiler.is_compiling():  # one graph for any number of samples
+        return False
     of_all, of_sum = 0.0, 0.0
     for g, o, t, p in _layer_shapes(program):
         once = 2.0 * n * g * o * t * p
