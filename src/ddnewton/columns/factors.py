@@ -73,7 +73,6 @@ class Jacobian(NamedTuple):
     sums: float  # the rounding of sums of products of columns, 0 for that of float64
     scale: Float[Tensor, " d"] | None = None  # the columns are S A, with S = diag(scale)
     of_ranks: ColumnsOfRanks | None = None
-    runs: Sequence[slice] | None = None  # the order as ranges of entries, where these are few
 
 
 def written_out(jacobian: Jacobian, factors: Sequence[Factor], whole: int = 0) -> Jacobian:

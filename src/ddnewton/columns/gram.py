@@ -29,7 +29,6 @@ from ddnewton.columns.factors import (
     from_order,
     in_order,
 )
-from ddnewton.columns.runs import in_runs
 from ddnewton.trees import along_block
 
 
@@ -85,7 +84,7 @@ def sums_of(
     # The sum over the columns of a chunk, for every block in the order of its factors.
     first = jacobians[0]
     cut = cuts_to(first, blocks)
-    sums: list[list[list[Tensor]]] = [[] for _ in blocks]
+    sums: list[list[Tensor]] = [[] for _ in blocks]
     for chunk in first.chunks:
         factors = []  # by loops: torch.compile makes constants of a slice's ends in a closure
         for jacobian in jacobians:
@@ -96,19 +95,10 @@ def sums_of(
                 w.append(of_chunk(jacobian, of_jacobian[b], chunk))
             same = zip(*of_block, strict=True)
             parts = [part for entries in same for part in sums_of_columns(entries, w)]
-            sums[b].append([w[0].new_zeros(len(w[0]), 0), *parts])
+            sums[b].append(torch.cat([w[0].new_zeros(len(w[0]), 0), *parts], 1))
     # The sum over chunks, in the order of the parameters.
-    totals = [list(map(_total, zip(*of_chunks, strict=True))) for of_chunks in sums]
-    return [_ordered(first, block, parts) for block, parts in zip(blocks, totals, strict=True)]
-
-
-def _ordered(
-    jacobian: Jacobian, block: Leaves, parts: Sequence[Float[Tensor, "k _"]]
-) -> Float[Tensor, "k _"]:
-    """Return the sums of all factors' columns in the order of a block's parameters."""
-    if jacobian.runs is not None and len(block) == len(jacobian.sizes):
-        return in_runs(parts, jacobian.runs)
-    return in_order(torch.cat(list(parts), 1), order_of(jacobian, block))
+    pairs_of_sums = zip(sums, blocks, strict=True)
+    return [in_order(_total(parts), order_of(first, block)) for parts, block in pairs_of_sums]
 
 
 def _visited_alike(jacobians: Sequence[Jacobian]) -> list[list[int]]:

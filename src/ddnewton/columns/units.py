@@ -84,7 +84,7 @@ def densely(jacobian: Jacobian) -> Jacobian:
         return list(columns.split(list(jacobian.sizes), 1))
 
     pieces = [[(leaf, size)] for leaf, size in enumerate(jacobian.sizes)]
-    return jacobian._replace(visit=dense, pieces=pieces, order=None, runs=None)
+    return jacobian._replace(visit=dense, pieces=pieces, order=None)
 
 
 def _units(factor: Factor, entries: Float[Tensor, " _"]) -> Tensor | OuterUnits | None:

@@ -87,7 +87,6 @@ def by_program(
             sizes=[leaf.numel() for leaf in leaves],
             pieces=program.pieces,
             order=program.order,
-            runs=program.runs,
             device=basis.device,
             eps=eps,
             sums=sums,

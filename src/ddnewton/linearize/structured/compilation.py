@@ -14,7 +14,6 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
-from ddnewton.columns.runs import runs_of
 from ddnewton.linearize.structured.derived import Derived, derived_weights
 from ddnewton.linearize.structured.program import DerivedLeaves, Layer, Part, Program, Site
 from ddnewton.linearize.structured.rules import DTYPE, SHAPE, aten
@@ -76,7 +75,6 @@ def compile_program(
         for i, rows in zip(one.leaves, one.rows, strict=True)
     ]
     later += [(i, entries[i]) for i in direct]
-    order = _order(layers, sizes, later, leaves[0].device)
     return Program(
         plain=graph,
         graph=_probed(graph, sites, sources),
@@ -91,8 +89,7 @@ def compile_program(
             *(_pieces(layer, sizes) for layer in layers),
             *([(i, of.numel())] for i, of in later),
         ],
-        order=order,
-        runs=None if order is None else runs_of(order),
+        order=_order(layers, sizes, later, leaves[0].device),
         rounding=survey.rounding,
     )
 

@@ -89,5 +89,4 @@ class Program(NamedTuple):
     paths: Sequence[Path]  # of every leaf
     pieces: Sequence[Sequence[tuple[int, int]]]  # the leaf and size of every factor's pieces
     order: Int[Tensor, " d"] | None  # the places of the parameters in all factors; None: in order
-    runs: Sequence[slice] | None  # the same as a few ranges of entries; None if there are more
     rounding: float  # the eps of the narrowest dtype that the graph casts to, 0 without casts
