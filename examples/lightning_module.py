@@ -1,19 +1,31 @@
-"""Train a LightningModule, with manual optimisation and a scheduler for the learning rate.
+"""Train a LightningModule: manual optimisation, a scheduler, logs, checkpoints, and going on.
 
-``python examples/lightning_module.py`` trains a small net on scikit-learn's digits.
+``python examples/lightning_module.py`` trains a small net on scikit-learn's digits. After every
+epoch it writes a checkpoint into the folder ``lightning_runs``, and
+``python examples/lightning_module.py --resume lightning_runs/checkpoints/epoch=2-step=33.ckpt``
+goes on from one of them. ``--devices 2`` trains in two processes.
 """
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+from typing import Any
+
 import lightning
 import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset, random_split
 
-from ddnewton import held_out
+from ddnewton import held_out, monte_carlo
 from ddnewton.optim import DirectionalNewton
+
+BATCH = 128
 
 
 class Digits(lightning.LightningModule):
@@ -25,7 +37,7 @@ class Digits(lightning.LightningModule):
         self.net = nn.Sequential(
             nn.Linear(64, 32), nn.BatchNorm1d(32), nn.GELU(), nn.Linear(32, 10)
         )
-        self.criterion = nn.CrossEntropyLoss()
+        self.images = digits()
         self.losses: list[float] = []
 
     def forward(self, X: Tensor) -> Tensor:
@@ -38,11 +50,19 @@ class Digits(lightning.LightningModule):
         self.eval()
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        """Take a step on a batch, and a step of the scheduler."""
+        """Take a step on a batch, log what it did, and take a step of the scheduler."""
         X, y = batch
-        loss = self.optimizers().step(X=X, y=y)
+        optimizer = self.optimizers()
+        loss = optimizer.step(X=X, y=y)
         self.losses.append(float(loss))
-        self.log("loss", loss.float())
+        info = optimizer.optimizer.info
+        told = {
+            "loss": loss,
+            "damping": info.damping,
+            "predicted_decrease": info.predicted_decrease,
+            "decrease": info.loss - info.loss_after,
+        }
+        self.log_dict({name: value.float() for name, value in told.items()})
         self.lr_schedulers().step()
 
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
@@ -52,11 +72,31 @@ class Digits(lightning.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer of the net, and a scheduler of its learning rate."""
-        optimizer = DirectionalNewton(self.net, self.criterion, held_out(), lr=0.3)
+        generator = torch.Generator(self.device).manual_seed(0)
+        criterion = monte_carlo(nn.CrossEntropyLoss(), 1, generator)
+        optimizer = DirectionalNewton(
+            self.net,
+            criterion,
+            held_out(),
+            lr=0.3,
+            complement="damping",
+            process_group=dist.group.WORLD if dist.is_initialized() else None,
+        )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             optimizer, self.trainer.estimated_stepping_batches
         )
         return [optimizer], [schedule]
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the training images, in an order that is that of the epoch, for each process."""
+        train, _ = self.images
+        ranks, rank = self.trainer.world_size, self.trainer.global_rank
+        order = DistributedSampler(train, ranks, rank, drop_last=True)
+        return DataLoader(train, BATCH // ranks, sampler=order, drop_last=True)
+
+    def test_dataloader(self) -> DataLoader:
+        """Return the test images."""
+        return DataLoader(self.images[1], BATCH)
 
 
 def digits() -> tuple[Dataset, Dataset]:
@@ -67,27 +107,39 @@ def digits() -> tuple[Dataset, Dataset]:
     return train, test
 
 
-def main(steps: int = 60, batch: int = 128) -> dict[str, float | list[float]]:
-    """Train the net, and return its losses and its accuracy on the test images."""
-    # The net, and a trainer that does nothing but train.
+def main(
+    folder: str | Path = "lightning_runs",
+    epochs: int = 6,
+    resume: str | Path | None = None,
+    devices: int = 1,
+) -> dict[str, Any]:
+    """Train the net, from a checkpoint if there is one, and return what it has come to."""
+    # The net, and a trainer that keeps a checkpoint of every epoch.
     torch.manual_seed(0)
-    train, test = digits()
     module = Digits()
     trainer = lightning.Trainer(
         accelerator="cpu",
-        max_steps=steps,
-        logger=False,
-        enable_checkpointing=False,
+        devices=devices,
+        max_epochs=epochs,
+        logger=CSVLogger(folder, name="", version=""),
+        log_every_n_steps=1,
+        callbacks=[ModelCheckpoint(Path(folder) / "checkpoints", save_top_k=-1)],
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     # Train, and test.
-    trainer.fit(module, DataLoader(train, batch, shuffle=True, drop_last=True))
-    (results,) = trainer.test(module, DataLoader(test, batch), verbose=False)
-    print(f"loss {module.losses[0]:.3f} -> {module.losses[-1]:.3f}")
-    print(f"accuracy {results['accuracy']:.1%}")
-    return {"loss": module.losses, "accuracy": results["accuracy"]}
+    trainer.fit(module, ckpt_path=resume)
+    (results,) = trainer.test(module, verbose=False)
+    if trainer.is_global_zero:
+        print(f"loss {module.losses[0]:.3f} -> {module.losses[-1]:.3f}")
+        print(f"accuracy {results['accuracy']:.1%}")
+    return {"module": module, "loss": module.losses, "accuracy": results["accuracy"]}
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", default="lightning_runs", help="where logs and checkpoints go")
+    parser.add_argument("--epochs", type=int, default=6, help="passes over the images, in all")
+    parser.add_argument("--resume", help="a checkpoint to go on from")
+    parser.add_argument("--devices", type=int, default=1, help="how many processes")
+    main(**vars(parser.parse_args()))
