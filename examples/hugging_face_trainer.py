@@ -41,6 +41,7 @@ class NewtonTrainer(Trainer):
         for name, value, allowed in (
             ("gradient_accumulation_steps", args.gradient_accumulation_steps, 1),
             ("max_grad_norm", args.max_grad_norm, 0),
+            ("label_smoothing_factor", args.label_smoothing_factor, 0),
             ("fp16", args.fp16, False),
             ("the number of processes", args.world_size, 1),
             ("the number of GPUs", max(args.n_gpu, 1), 1),

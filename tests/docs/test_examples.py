@@ -37,21 +37,6 @@ def test_sentences_are_labelled_by_what_is_in_them():
         assert (ids[mask == 0] == 0).all()
 
 
-# Lightning's own: advice on workers and on short epochs, and names that torch has replaced.
-@pytest.mark.filterwarnings("ignore::UserWarning:lightning")
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning")
-def test_lightning_module(capsys):
-    pytest.importorskip("lightning")
-    import lightning_module
-
-    found = lightning_module.main(steps=20)
-    assert len(found["loss"]) == 20
-    assert sum(found["loss"][-5:]) < 0.3 * sum(found["loss"][:5])
-    assert found["accuracy"] > 0.9
-    assert "accuracy 9" in capsys.readouterr().out
-
-
 def test_distributed(tmp_path):
     pytest.importorskip("sklearn")
     import distributed
