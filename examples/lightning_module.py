@@ -34,9 +34,8 @@ class Digits(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.net = nn.Sequential(
-            nn.Linear(64, 32), nn.BatchNorm1d(32), nn.GELU(), nn.Linear(32, 10)
-        )
+        layers = nn.Linear(64, 32), nn.BatchNorm1d(32), nn.GELU(), nn.Linear(32, 10)
+        self.net = nn.Sequential(*layers)
         self.images = digits()
         self.losses: list[float] = []
 
