@@ -18,6 +18,7 @@ from ddnewton import (
     energy,
     fit,
     ggn_eigvalsh,
+    held_out,
     newton_step,
     newton_step_and_info,
     per_layer,
@@ -227,6 +228,11 @@ CASES = {
         {"groups": [Group("W", damping=relative)]},
         TypeError,
         r"groups\[0\]\.damping must be .*; got relative",
+    ),
+    "what adapts": (
+        {"damping": held_out()},
+        TypeError,
+        "a number or a rule for a single step; got a record Adaptation. What adapts is for fit",
     ),
     "a module for a function": (
         {"model_fn": nn.Linear(3, 2)},

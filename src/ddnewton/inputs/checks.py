@@ -200,6 +200,10 @@ def check_select(name: str, select: object) -> None:
 
 def check_damping(name: str, damping: object) -> None:
     """Require a number ≥ 0, or a rule of four arguments: evals, evecs, gammas and lambdas."""
+    if hasattr(damping, "_fields"):  # an `Adaptation`, whose functions tell a user nothing
+        rule = f"{name} must be a number or a rule for a single step"
+        remedy = "What adapts is for fit, directional_newton and optim.DirectionalNewton."
+        raise BadType(sentence(rule, f"a record {type(damping).__name__}", remedy))
     if not callable(damping):
         check_nonnegative(name, damping)
     elif not (torch.compiler.is_compiling() or accepts_arguments(damping, 4)):
