@@ -50,7 +50,6 @@ def net() -> nn.Module:
         bos_token_id=None,
         eos_token_id=None,
         use_cache=False,
-        attn_implementation="eager",  # the others look at the masks' values, and cannot be traced
     )
     return GPT2ForSequenceClassification(config).eval()  # without dropout
 

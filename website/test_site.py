@@ -107,15 +107,20 @@ def test_search_leads_to_the_reference(browser: Browser, address: str) -> None:
         assert not complaints
 
 
-def test_what_is_typed_is_copied(browser: Browser, address: str) -> None:
-    with visit(browser, address, DESK, "quick_start") as (page, _):
-        session = page.locator(".language-pycon").first
-        assert ">>>" in session.inner_text()
-        session.hover()
-        session.locator("button").first.click()
-        copied: Any = page.evaluate("navigator.clipboard.readText()")
-        assert copied.startswith("import torch")
-        assert ">>>" not in copied
+@pytest.mark.parametrize("path", ["quick_start", "gotchas"])
+def test_what_is_typed_is_copied(browser: Browser, address: str, path: str) -> None:
+    with visit(browser, address, DESK, path) as (page, _):
+        sessions = page.locator(".language-pycon")
+        for session in sessions.all()[:5]:
+            shown = session.inner_text()
+            session.hover()
+            session.locator("button").first.click()
+            copied: Any = page.evaluate("navigator.clipboard.readText()")
+            # The lines behind a prompt, and they alone.
+            prompts = (line.strip()[:4] for line in shown.splitlines())
+            typed = [prompt for prompt in prompts if prompt in {">>>", ">>> ", "...", "... "}]
+            assert len([line for line in copied.splitlines() if line]) <= len(typed)
+            compile(copied, path, "exec")
 
 
 def test_the_switch_of_colours(browser: Browser, address: str) -> None:
