@@ -16,7 +16,7 @@ from ddnewton import (
     per_parameter,
     top_k,
 )
-from ddnewton.linearize import linearization
+from ddnewton.linearize import by_program
 from tests.whole.blocks import DELTA, by, problem
 
 
@@ -36,13 +36,13 @@ def functions(damping=DELTA) -> dict[str, Callable]:
 def visits(monkeypatch):
     """How often a program is visited."""
     count = []
-    plain = linearization.visit
+    plain = by_program.visit
 
     def counting(*arguments):
         count.append(arguments)
         return plain(*arguments)
 
-    monkeypatch.setattr(linearization, "visit", counting)
+    monkeypatch.setattr(by_program, "visit", counting)
 
     def of(function, *arguments, **options) -> int:
         count.clear()

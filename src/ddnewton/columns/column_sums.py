@@ -26,7 +26,8 @@ def sum_of_columns(jacobian: Jacobian) -> Jacobian:
     """Return the sum of all columns of a Jacobian as a single one, dense."""
     sums: list[Tensor] = []
     for chunk in jacobian.chunks:
-        ones = torch.ones(1, chunk.stop - chunk.start, jacobian.columns, device=jacobian.device)
+        shape = (1, chunk.stop - chunk.start, jacobian.columns)
+        ones = torch.ones(shape, dtype=torch.float64, device=jacobian.device)
         of_chunk = [torch.cat(weighted_sums(x, ones), 1) for x in jacobian.visit(chunk)]
         sums = list(map(torch.add, sums, of_chunk)) if sums else of_chunk
     return jacobian._replace(visit=lambda _: sums, chunks=[slice(0, 1)], samples=1, columns=1)
