@@ -11,6 +11,7 @@ import argparse
 import math
 import os
 from functools import partial
+from itertools import pairwise
 from time import process_time
 from typing import Any
 
@@ -64,7 +65,7 @@ def net(seed: int) -> nn.Module:
     """Return a tanh network u(x, t) with the weights that DeepXDE's "Glorot normal" draws."""
     sizes, generator = [2, *[WIDTH] * DEPTH, 1], torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+    for fan_in, fan_out in pairwise(sizes):
         linear = nn.Linear(fan_in, fan_out, dtype=torch.float64)
         nn.init.xavier_normal_(linear.weight, generator=generator)
         nn.init.zeros_(linear.bias)
@@ -111,9 +112,7 @@ def by_deepxde(seed: int, iterations: int, dtype: str) -> list[tuple[str, float,
         u_xx = dde.grad.hessian(u, x, i=0, j=0)
         return u_t - DIFFUSIVITY * u_xx
 
-    domain = dde.geometry.GeometryXTime(
-        dde.geometry.Interval(0, 1), dde.geometry.TimeDomain(0, 1)
-    )
+    domain = dde.geometry.GeometryXTime(dde.geometry.Interval(0, 1), dde.geometry.TimeDomain(0, 1))
     ends = dde.icbc.DirichletBC(domain, lambda x: 0, lambda _, on_boundary: on_boundary)
     beginning = dde.icbc.IC(
         domain, lambda x: (torch.pi * torch.tensor(x[:, :1])).sin().numpy(), lambda _, at: at
@@ -125,7 +124,9 @@ def by_deepxde(seed: int, iterations: int, dtype: str) -> list[tuple[str, float,
     stages, begin = [], process_time()
     for name in ("adam", "L-BFGS"):
         model.compile(name, lr=1e-3) if name == "adam" else model.compile(name)
-        model.train(iterations=iterations if name == "adam" else None, verbose=0, display_every=10**9)
+        model.train(
+            iterations=iterations if name == "adam" else None, verbose=0, display_every=10**9
+        )
         seconds = process_time() - begin
         outputs = torch.from_numpy(model.predict(grid().numpy().astype(dtype))).double()
         stages.append((name, seconds, relative_error(outputs)))
