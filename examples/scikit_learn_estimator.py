@@ -7,7 +7,7 @@ cross-validation, in pipelines, and fits a curve of three parameters with their 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -156,17 +156,17 @@ def oscillation(params: dict[str, Tensor], X: Tensor) -> Tensor:
     return params["height"] * torch.exp(-params["rate"] * t) * wave
 
 
-def main(folds: int = 3) -> dict[str, Any]:
+def main(folds: int = 3, penalties: Sequence[float] = (1e-3, 1e-2, 1e-1)) -> dict[str, Any]:
     """Search, cross-validate and fit, and return the scores and the curve's estimator."""
     # A regressor in a pipeline: width and penalty by cross-validation.
-    net = NetRegressor(max_updates=15, random_state=0)
-    grid = {"netregressor__width": [2, 4], "netregressor__penalty": [1e-2, 1e-1]}
+    net = NetRegressor(penalty=1e-2, max_updates=8, random_state=0)
+    grid = {"netregressor__width": [2, 4], "netregressor__penalty": penalties}
     search = GridSearchCV(make_pipeline(StandardScaler(), net), grid, cv=folds)
     search.fit(*load_diabetes(return_X_y=True))
     best = {name.rpartition("__")[2]: value for name, value in search.best_params_.items()}
     print(f"diabetes: {best}, R² {search.best_score_:.3f}")
     # A classifier in a pipeline.
-    classifier = NetClassifier(width=4, penalty=1e-2, max_updates=15, random_state=0)
+    classifier = NetClassifier(width=4, penalty=1e-2, max_updates=8, random_state=0)
     pipeline = make_pipeline(StandardScaler(), classifier)
     accuracy = cross_val_score(pipeline, *load_iris(return_X_y=True), cv=folds).mean()
     print(f"iris: accuracy {accuracy:.3f}")
