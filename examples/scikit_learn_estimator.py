@@ -166,7 +166,7 @@ def main(folds: int = 3, penalties: Sequence[float] = (1e-3, 1e-2, 1e-1)) -> dic
     best = {name.rpartition("__")[2]: value for name, value in search.best_params_.items()}
     print(f"diabetes: {best}, R² {search.best_score_:.3f}")
     # A classifier in a pipeline.
-    classifier = NetClassifier(width=4, penalty=1e-2, max_updates=8, random_state=0)
+    classifier = NetClassifier(width=4, penalty=1e-2, max_updates=15, random_state=0)
     pipeline = make_pipeline(StandardScaler(), classifier)
     accuracy = cross_val_score(pipeline, *load_iris(return_X_y=True), cv=folds).mean()
     print(f"iris: accuracy {accuracy:.3f}")

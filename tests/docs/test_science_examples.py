@@ -80,11 +80,11 @@ def test_a_classifier_of_one_class_is_refused():
 def test_deepxde_problem(capsys):
     import deepxde_problem
 
-    course = deepxde_problem.main(updates=40, counts=(300, 40, 60))
-    assert len(course["error"]) == 40
+    course = deepxde_problem.main(updates=30, counts=(200, 30, 40))
+    assert len(course["error"]) == 30
     assert course["error"][-1] < 1e-3
     assert course["error"][0] > 0.1
-    assert "40 updates" in capsys.readouterr().out
+    assert "30 updates" in capsys.readouterr().out
 
 
 def test_the_exact_solution_solves_the_equation_at_its_points():
