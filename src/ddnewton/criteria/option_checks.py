@@ -29,7 +29,11 @@ def check_weight(name: str, weight: object) -> None:
         return
     if not isinstance(weight, Tensor):
         rule = f"{name} must be a tensor or None"
-        raise BadType(sentence(rule, type(weight).__name__, "Pass torch.tensor([…])."))
+        raise BadType(
+            sentence(
+                rule, type(weight).__name__, "Pass torch.tensor([…]), or weighted(criterion, …)."
+            )
+        )
     check_options_are_constant({name: weight})
     # With a negative weight a loss is not convex.
     if any_known(~((weight >= 0) & weight.isfinite())):
