@@ -28,12 +28,8 @@ def check_weight(name: str, weight: object) -> None:
     if weight is None:
         return
     if not isinstance(weight, Tensor):
-        rule = f"{name} must be a tensor or None"
-        raise BadType(
-            sentence(
-                rule, type(weight).__name__, "Pass torch.tensor([…]), or weighted(criterion, …)."
-            )
-        )
+        rule, remedy = f"{name} must be a tensor or None", "Pass torch.tensor([…]), or weighted(…)."
+        raise BadType(sentence(rule, type(weight).__name__, remedy))
     check_options_are_constant({name: weight})
     # With a negative weight a loss is not convex.
     if any_known(~((weight >= 0) & weight.isfinite())):
