@@ -102,7 +102,7 @@ def docs(session: nox.Session) -> None:
     """Build the site into build/site, and look at it in a browser; Chromium must be installed."""
     install(session, "docs")
     session.run("python", "-m", "website")
-    session.run("pytest", "website", "--doctest-modules", *session.posargs)
+    session.run("pytest", "website", "--numprocesses=auto", *session.posargs)
 
 
 @nox.session
