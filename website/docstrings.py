@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import griffe
@@ -24,10 +26,27 @@ class Docstrings(griffe.Extension):
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """Turn the docstrings of a package."""
+        for package, name, function in list(hidden_functions(pkg)):
+            package.members[name] = griffe.Alias(name, function, parent=package)
         public = public_names(pkg)
         for member in members(pkg):
             if member.docstring is not None:
                 member.docstring.value = as_markdown(member.docstring.value, public)
+
+
+def hidden_functions(
+    package: griffe.Module,
+) -> Iterator[tuple[griffe.Module, str, griffe.Object | griffe.Alias]]:
+    """Yield functions that packages export, but that modules of the same names stand before."""
+    for name in map(str, package.exports or ()):
+        with suppress(griffe.AliasResolutionError):  # of what is imported through such a name
+            member = package.members[name]
+            module = member.target if isinstance(member, griffe.Alias) else member
+            if isinstance(module, griffe.Module) and name in module.members:
+                yield package, name, module.members[name]
+    for inner in package.modules.values():
+        if inner.is_init_module:
+            yield from hidden_functions(inner)
 
 
 def members(module: griffe.Module | griffe.Class) -> list[griffe.Object]:

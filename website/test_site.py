@@ -24,8 +24,8 @@ RULES = {
 """The guidelines for content that everybody can read, and the order of headings."""
 
 
-CONTENT = {"exclude": [["details.mkdocstrings-source"]]}
-"""What is looked at by them: all but sources that are folded away."""
+CONTENT = {"exclude": [[".highlight"], ["details.mkdocstrings-source"]]}
+"""What is looked at by them on all pages: not code, of which one page has every colour."""
 
 
 class Screen(NamedTuple):
@@ -75,7 +75,8 @@ def test_a_page(browser: Browser, address: str, path: str, screen: str) -> None:
     with visit(browser, address, SCREENS[screen], path) as (page, complaints):
         assert not complaints
         # Everybody can read it.
-        broken = Axe().run(page, CONTENT, RULES).response["violations"]
+        content = None if path == "quick_start" else CONTENT
+        broken = Axe().run(page, content, RULES).response["violations"]
         assert not broken, [(rule["id"], rule["nodes"][0]["html"]) for rule in broken]
         # No wider than the screen, and every image is there and described.
         width = page.evaluate("document.documentElement.scrollWidth")
@@ -101,9 +102,13 @@ def test_search_leads_to_the_reference(browser: Browser, address: str) -> None:
     with visit(browser, address, DESK, "quick_start") as (page, complaints):
         page.keyboard.press("Control+k")
         page.keyboard.type("newton_step_and_info")
-        page.get_by_text("results").wait_for()
-        page.keyboard.press("Enter")
-        page.wait_for_url("**/reference/steps/**")
+        # The results are out of reach for others' scripts: go to the first as soon as it is there.
+        for _ in range(60):
+            page.wait_for_timeout(500)
+            page.keyboard.press("Enter")
+            if "/reference/steps/" in page.url:
+                break
+        assert page.url.endswith("#ddnewton.newton_step_and_info")
         assert not complaints
 
 
@@ -133,6 +138,12 @@ def test_the_switch_of_colours(browser: Browser, address: str) -> None:
         page.locator("label[title='Switch to dark mode']").click()
         assert colour(page) != by_day
         assert not complaints
+
+
+def test_a_reference_is_of_a_function_where_a_module_has_its_name(site: Path) -> None:
+    pages = [page.read_text() for page in (site / "reference").glob("*/index.html")]
+    assert len(pages) == 10
+    assert not any("doc-module" in page for page in pages)
 
 
 def test_pages_are_the_repository_s(site: Path) -> None:
