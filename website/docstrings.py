@@ -26,12 +26,12 @@ class Docstrings(griffe.Extension):
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """Turn the docstrings of a package."""
-        for package, name, function in list(hidden_functions(pkg)):
-            package.members[name] = griffe.Alias(name, function, parent=package)
         public = public_names(pkg)
         for member in members(pkg):
             if member.docstring is not None:
                 member.docstring.value = as_markdown(member.docstring.value, public)
+        for package, name, function in list(hidden_functions(pkg)):
+            package.members[name] = griffe.Alias(name, function, parent=package)
 
 
 def hidden_functions(
