@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import ddnewton
 from website.__main__ import REPOSITORY
 from website.pages import page_of, with_links
 
@@ -40,6 +41,14 @@ def test_no_name_has_two_and_each_is_there():
     for name in names:
         module, _, last = name.rpartition(".")
         assert hasattr(importlib.import_module(module), last)
+
+
+@pytest.mark.parametrize("name", ["NewtonInfo", "Fit", "History", "State", "UpdateInfo", "Group"])
+def test_every_field_of_a_record_has_a_reference(name):
+    pages = (REPOSITORY / "build/site/reference").glob("*/index.html")
+    (page,) = (page for page in map(Path.read_text, pages) if f'id="ddnewton.{name}"' in page)
+    for field in getattr(ddnewton, name)._fields:
+        assert f'id="ddnewton.{name}.{field}"' in page, field
 
 
 def linked(text: str, targets: set[str]) -> str:
