@@ -176,7 +176,7 @@ def fit(
     {'height': 2.983, 'rate': 0.495}
     >>> errors = standard_errors(decay, result.params, x, y)
     >>> {name: round(value.item(), 3) for name, value in errors.items()}
-    {'height': 0.009, 'rate': 0.002}
+    {'height': 0.008, 'rate': 0.003}
 
     An equation u″ = −π² sin πx and its two ends, with the height of the force unknown and three
     measurements of u: three terms of one loss.
