@@ -39,6 +39,10 @@ LEAST_ROWS_EPS = 1e-12
 """Up to which rounding of the columns there are digits to be had of them."""
 
 
+MOST_DIGITS_LOST = 1e6
+"""How much larger than its summands a gradient may be in the units of singular values."""
+
+
 class Shifted(NamedTuple):
     """The damped steps of one gradient, for all dampings.
 
@@ -146,7 +150,11 @@ def _has_few_rows(matrix: GaussNewton, d: int, *, exact: bool) -> bool:
 def _of_rows(
     matrix: GaussNewton, gradient_weights: Float[Tensor, " i"], rows: Float[Tensor, "i d"]
 ) -> Shifted:
-    """Return the steps from the singular values of the rows R, with c = Σ Uᵀ (z / N √w)."""
+    """Return the steps from the singular values of the rows R, with c = Σ Uᵀ t, t = z / N √w.
+
+    A row of next to no weight is lost beside the largest, and its t is as much larger: where that
+    is most of the gradient, c = Vᵀ (Rᵀ t), summed row by row.
+    """
     left, values, right = torch.linalg.svd(rows, full_matrices=False)
     curved = matrix.weights > 0
     root = torch.where(curved, matrix.weights, 1).sqrt()
@@ -155,7 +163,10 @@ def _of_rows(
     resolved = values.square() > rounding
 
     def project(weights: Float[Tensor, " i"]) -> Float[Tensor, " side"]:
-        coefficients = values * (left.mT @ torch.where(curved, weights / root, 0))
+        t = torch.where(curved, weights / root, 0)
+        size = torch.linalg.vector_norm(rows, dim=1) @ t.abs()
+        is_lost = values[0] * torch.linalg.vector_norm(t) > MOST_DIGITS_LOST * size
+        coefficients = torch.where(is_lost, right @ (rows.mT @ t), values * (left.mT @ t))
         return torch.where(resolved, coefficients, 0)
 
     return Shifted(
