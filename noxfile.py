@@ -21,7 +21,7 @@ if links := os.environ.get("PIP_FIND_LINKS"):
 # Small matrices gain nothing from threads, and threads that wait for a busy core lose much.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
-
+# The torch that all numbers and messages of the documents are of.
 TESTED = "torch==2.13.0"
 
 

@@ -227,8 +227,10 @@ def _overlaps(
     a, a_right = left.a[left_samples, groups], right.a[right_samples, groups]
     if a.is_floating_point():
         rows, rows_right = (x.transpose(0, 1).flatten(1, 2) for x in (a, a_right))
-        by_group = map(product_of_rows, rows_right, rows)
-        products = next(by_group)[None] if len(rows) == 1 else rows_right @ rows.mT  # [g nt nt]
+        if len(rows) == 1:
+            products = product_of_rows(rows_right[0], rows[0])[None]
+        else:
+            products = rows_right @ rows.mT  # [g nt nt]
         by_samples = products.unflatten(2, (len(a), -1)).unflatten(1, (len(a_right), -1))
         overlaps: Tensor = by_samples.permute(3, 1, 0, 2, 4)
         return overlaps

@@ -24,11 +24,7 @@ from ddnewton.linearize.precision import (
     widened,
 )
 from ddnewton.linearize.sample_columns import tangents_pay
-from ddnewton.linearize.structured.costs import (
-    dense_flops,
-    is_tiny,
-    step_flops,
-)
+from ddnewton.linearize.structured.costs import dense_flops, is_tiny, step_flops
 from ddnewton.linearize.structured.prepare import layers_of
 from ddnewton.linearize.structured.traced_model import Prepared
 from ddnewton.linearize.widening import widen_leaf

@@ -22,19 +22,19 @@ from ddnewton.linearize.model import Linearization
 class GradientColumns(NamedTuple):
     """The weights of the columns that make up the gradient, its own columns, and its rows of γ.
 
-    It is ``own`` where all that it is made of are columns of its own.
+    They are ``complete`` where all that it is made of are columns of its own.
     """
 
     of_curvature: Float[Tensor, "m n"]  # z / N, 0 for samples not of the gradient
     further: Float[Tensor, " _"]
     columns: Jacobian | None
     rows: Int[Tensor, " _"] | None
-    own: bool
+    complete: bool
 
 
 def no_gradient(z: Float[Tensor, "m n"]) -> GradientColumns:
     """Return the weights of columns where nobody asks for the gradient."""
-    return GradientColumns(z / z.shape[1], z.new_zeros(0), None, None, own=False)
+    return GradientColumns(z / z.shape[1], z.new_zeros(0), None, None, complete=False)
 
 
 def gradient_columns(
@@ -63,14 +63,14 @@ def gradient_columns(
         z = z * z.new_zeros(length).index_fill(0, rows, 1)[:count]
     total = n if wanted is None else len(wanted)
     if own_samples is None or rows is None:
-        return GradientColumns(z / total, z.new_zeros(0), None, rows, own=False)
+        return GradientColumns(z / total, z.new_zeros(0), None, rows, complete=False)
     # The columns of its own, or their sum.
-    own = len(own_samples) == total
+    complete = len(own_samples) == total
     slopes = slopes_of(expansion)[own_samples, :, None]
-    pulled_samples = None if wanted is None and own else own_samples
-    if own and not by_sample and linearization.summed is not None:
+    pulled_samples = None if wanted is None and complete else own_samples
+    if complete and not by_sample and linearization.summed is not None:
         column = linearization.summed(slopes / total, pulled_samples)
-        return GradientColumns(z / total, z.new_ones(1), column, rows[:1], own=True)
+        return GradientColumns(z / total, z.new_ones(1), column, rows[:1], complete=True)
     columns = linearization.jacobian(slopes, pulled_samples)
     further = z.new_ones(len(own_samples)) / total
-    return GradientColumns(z / total, further, columns, rows, own)
+    return GradientColumns(z / total, further, columns, rows, complete)

@@ -38,7 +38,6 @@ MOST_ENTRIES, LONGEST_SIDE = 2**20, 512
 LEAST_ROWS_EPS = 1e-12
 """Up to which rounding of the columns there are digits to be had of them."""
 
-
 MOST_DIGITS_LOST = 1e6
 """How much larger than its summands a gradient may be in the units of singular values."""
 
@@ -161,11 +160,12 @@ def _of_rows(
     # What is left of a singular value that vanishes is rounding, and no damping hides it.
     rounding = (torch.finfo(values.dtype).eps * max(rows.shape) * values[0]).square()
     resolved = values.square() > rounding
+    lengths = torch.linalg.vector_norm(rows, dim=1)
 
     def project(weights: Float[Tensor, " i"]) -> Float[Tensor, " side"]:
         t = torch.where(curved, weights / root, 0)
-        size = torch.linalg.vector_norm(rows, dim=1) @ t.abs()
-        is_lost = values[0] * torch.linalg.vector_norm(t) > MOST_DIGITS_LOST * size
+        size = MOST_DIGITS_LOST * (lengths @ t.abs())
+        is_lost = values[0] * torch.linalg.vector_norm(t) > size
         coefficients = torch.where(is_lost, right @ (rows.mT @ t), values * (left.mT @ t))
         return torch.where(resolved, coefficients, 0)
 

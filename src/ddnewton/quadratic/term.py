@@ -176,7 +176,7 @@ def term_of(linearization: Linearization, objective: Objective, expansion: Expan
         further_weights=gradient.further,
         curvature_columns=curvature_columns,
         gradient_columns=gradient.columns,
-        own_gradient=gradient.own,
+        own_gradient=gradient.complete,
         rows=SampleRows(gradient.rows, lambda_rows),
         unseen=unseen,
         rounding=output_rounding(linearization.precise, slopes_of(expansion)),

@@ -194,14 +194,15 @@ def _step_along_directions(
     model: FreeModel, operator: Operator, block: Block, gradient: Float[Tensor, " d"]
 ) -> FreeStep:
     """Return the step along leading directions, each with its damping."""
-    complement, along = model.arguments.complement, along_of(model, operator, block)
-    kept, derivatives, dampings = along.kept, along.derivatives, dampings_along(along, block)
+    complement, directions = model.arguments.complement, along_of(model, operator, block)
+    kept, derivatives = directions.kept, directions.derivatives
+    dampings = dampings_along(directions, block)
     # s = Σ_k −γ_k / (λ_k + δ_k) e_k, and what the directions leave of the gradient.
     gamma, curvature = derivatives.gammas.mean(0), derivatives.lambdas.mean(0)
     coefficients = coefficients_along(gamma, curvature, dampings, kept.live)
     vector = coefficients @ kept.vectors
     if complement is not None:
-        outside = left_out(along, gradient)
+        outside = left_out(directions, gradient)
         delta = torch.as_tensor(complement, dtype=vector.dtype, device=vector.device)
         vector = vector - outside / delta
     return FreeStep(
